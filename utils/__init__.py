@@ -1,0 +1,1 @@
+"""Start-up, configuration, checkpoints and process groups. Imports neither models nor data."""

@@ -1,0 +1,112 @@
+"""The command line that all scripts share, and its way into the configuration."""
+
+import argparse
+import os
+from collections.abc import Callable
+
+from yacs.config import CfgNode
+
+from utils.config import load_config
+from utils.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse_arguments(
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: list[str] | None = None,
+) -> tuple[argparse.Namespace, CfgNode]:
+    """Read the command line.
+
+    Args:
+        description: first line of ``--help``.
+        add_arguments: adds the flags of one script.
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        the parsed flags, and the configuration with the flags written into it.
+
+    Raises:
+        UserError: unknown flag, missing file, unknown key or value of the wrong type.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration file (YAML)")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="override configuration keys"
+    )
+    parser.add_argument("--batch-size", type=int, help="images per process")
+    parser.add_argument("--data-path", help="folder of the data set")
+    parser.add_argument("--output", help="root of the run folders (default: output)")
+    parser.add_argument("--tag", help="name of the run (default: default)")
+    parser.add_argument("--resume", metavar="PATH", help="continue from this checkpoint")
+    parser.add_argument("--accumulation-steps", type=int, help="micro-batches for one update")
+    parser.add_argument(
+        "--use-checkpoint", action="store_true", help="activation checkpointing to save memory"
+    )
+    parser.add_argument(
+        "--amp-opt-level",
+        choices=["O0", "O1", "O2"],
+        help="O0: float32; O1 and O2: autocast to bfloat16, or float16 with loss scaling",
+    )
+    parser.add_argument("--zip", action="store_true", help="read train.zip and val.zip")
+    parser.add_argument(
+        "--cache-mode",
+        choices=["no", "full", "part"],
+        help="keep the zipped images in memory: none, all, or this process's share",
+    )
+    parser.add_argument("--eval", action="store_true", help="evaluate only")
+    parser.add_argument("--throughput", action="store_true", help="measure the speed only")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    if add_arguments:
+        add_arguments(parser)
+    args = parser.parse_args(argv)
+
+    config = load_config(args.cfg, args.opts)
+    for node, key, value in (
+        (config.DATA, "BATCH_SIZE", args.batch_size),
+        (config.DATA, "DATA_PATH", args.data_path),
+        (config.DATA, "ZIP_MODE", args.zip or None),
+        (config.DATA, "CACHE_MODE", args.cache_mode),
+        (config.MODEL, "RESUME", args.resume),
+        (config.TRAIN, "ACCUMULATION_STEPS", args.accumulation_steps),
+        (config.TRAIN, "USE_CHECKPOINT", args.use_checkpoint or None),
+        (config, "AMP_OPT_LEVEL", args.amp_opt_level),
+        (config, "OUTPUT", args.output),
+        (config, "TAG", args.tag),
+        (config, "EVAL_MODE", args.eval or None),
+        (config, "THROUGHPUT_MODE", args.throughput or None),
+    ):
+        if value is not None:
+            node[key] = value
+    config.LOCAL_RANK = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
+    _check(config)
+    config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
+    return args, config
+
+
+def _check(config: CfgNode) -> None:
+    for key, value, least in (
+        ("DATA.BATCH_SIZE", config.DATA.BATCH_SIZE, 1),
+        ("DATA.IMG_SIZE", config.DATA.IMG_SIZE, 1),
+        ("DATA.NUM_WORKERS", config.DATA.NUM_WORKERS, 0),
+        ("TRAIN.EPOCHS", config.TRAIN.EPOCHS, 1),
+        ("TRAIN.WARMUP_EPOCHS", config.TRAIN.WARMUP_EPOCHS, 0),
+        ("TRAIN.ACCUMULATION_STEPS", config.TRAIN.ACCUMULATION_STEPS, 0),
+        ("SAVE_FREQ", config.SAVE_FREQ, 1),
+        ("PRINT_FREQ", config.PRINT_FREQ, 1),
+        ("SEED", config.SEED, 0),
+    ):
+        if value < least:
+            raise UserError(f"{key} must be at least {least}, got {value}")
+    for key, value, choices in (
+        ("AMP_OPT_LEVEL", config.AMP_OPT_LEVEL, ("O0", "O1", "O2")),
+        ("DATA.CACHE_MODE", config.DATA.CACHE_MODE, ("no", "full", "part")),
+        ("DATA.INTERPOLATION", config.DATA.INTERPOLATION, ("bicubic", "bilinear", "nearest")),
+        ("LINEAR_EVAL.WEIGHTS", config.LINEAR_EVAL.WEIGHTS, ("freeze", "finetune")),
+    ):
+        if value not in choices:
+            raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")

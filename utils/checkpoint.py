@@ -1,0 +1,67 @@
+"""Checkpoints: written whole or not at all, read without running what they hold."""
+
+import os
+import pickle
+import zipfile
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+LATEST = "checkpoint.pth"
+
+
+def save_checkpoint(state: dict[str, Any], path: str) -> None:
+    """Write ``state`` to ``path``: to a temporary file first, which then takes its place."""
+    temporary = path + ".tmp"
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of tensors, numbers and text; nothing in it is run.
+
+    Raises:
+        UserError: missing, truncated, or holding anything else.
+    """
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: damaged, or holds more than weights ({reason})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
+    return state
+
+
+def load_model(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str) -> None:
+    """Load all of ``state_dict`` into ``model``.
+
+    Raises:
+        UserError: names or shapes of another model; the first is named.
+    """
+    try:
+        model.load_state_dict(state_dict)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        # below its head line, torch lists what is missing, unexpected and of another shape
+        details = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        reason = details[0][:200]
+        raise UserError(f"{path}: checkpoint of another model ({reason})") from error
+
+
+def latest_checkpoint(folder: str) -> str | None:
+    """Path of the newest checkpoint of a run folder, None if it has none."""
+    path = os.path.join(folder, LATEST)
+    return path if os.path.exists(path) else None

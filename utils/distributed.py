@@ -1,0 +1,72 @@
+"""The process group: nccl on GPUs, gloo on the CPU, one process without a launcher."""
+
+import inspect
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def init_process_group(local_rank: int) -> torch.device:
+    """Join the launcher's process group, or make one of a single process; returns the device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def rank() -> int:
+    """Number of this process, 0 outside a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 outside a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def all_gather_batch(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, ...) of each process -> (world size x B, ...) in the order of ranks, without gradient."""
+    tensor = tensor.detach().contiguous()
+    if world_size() == 1:
+        return tensor
+    gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor)
+    return gathered
+
+
+def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The average of ``tensor`` over the processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Average the gradients of ``model`` over the processes; its buffers are left alone.
+
+    Buffers need no broadcast: synchronised BatchNorm and gathered keys keep them equal.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    # torch 2.15 renamed the argument
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{name: False},
+    )

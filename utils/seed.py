@@ -1,0 +1,15 @@
+"""Random numbers that follow from what they are for, so that workers and resumes change nothing."""
+
+import numpy as np
+import torch
+
+
+def derive_seed(*keys: int) -> int:
+    """A 64-bit seed from non-negative whole numbers such as (seed, rank, step)."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Seed every random draw of one update: drop path, dropout and synthetic negatives."""
+    # manual_seed takes signed 64-bit numbers
+    torch.manual_seed(derive_seed(seed, rank, step) >> 1)
