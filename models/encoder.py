@@ -1,0 +1,66 @@
+"""The backbones by name."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from models.batch_norm import SyncBatchNorm
+from models.swin import SwinTransformer
+from models.vit import VisionTransformer
+from utils.errors import UserError
+
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "vit_nano": partial(VisionTransformer, patch_size=8, embed_dim=128, depth=5, num_heads=4),
+    "vit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),
+    "vit_small": partial(VisionTransformer, embed_dim=384, depth=12, num_heads=12),
+    "vit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
+    "swin_tiny": partial(
+        SwinTransformer, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)
+    ),
+    "swin_small": partial(
+        SwinTransformer, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)
+    ),
+    "swin_base": partial(
+        SwinTransformer, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)
+    ),
+}
+
+
+def create_encoder(
+    name: str,
+    img_size: int = 224,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    stop_grad_conv1: bool = False,
+    replace_ln_with_bn: bool = False,
+    use_checkpoint: bool = False,
+) -> nn.Module:
+    """A backbone without a classifier: images (B, 3, H, W) -> features (B, ``num_features``).
+
+    Args:
+        name: a key of ``ENCODERS``.
+        img_size: side of the training images in pixels.
+        drop_rate: dropout rate.
+        drop_path_rate: stochastic depth rate.
+        stop_grad_conv1: keep a ViT's patch projection as initialised.
+        replace_ln_with_bn: BatchNorm in place of the LayerNorm before each MLP.
+        use_checkpoint: recompute activations in the backward pass.
+
+    Raises:
+        UserError: unknown name, or an option that the backbone does not have.
+    """
+    if name not in ENCODERS:
+        raise UserError(f"MODEL.ENCODER {name!r} is unknown, choose from {', '.join(ENCODERS)}")
+    options = {"stop_grad_conv1": True} if stop_grad_conv1 else {}
+    if stop_grad_conv1 and not name.startswith("vit"):
+        raise UserError(f"MODEL.STOP_GRAD_CONV1 is for ViT, {name} has no patch projection")
+    encoder = ENCODERS[name](
+        img_size=img_size, drop_rate=drop_rate, drop_path_rate=drop_path_rate, **options
+    )
+    if replace_ln_with_bn:
+        for block in encoder.modules():
+            if hasattr(block, "norm2") and hasattr(block, "mlp"):
+                block.norm2 = SyncBatchNorm(block.norm2.normalized_shape[0])
+    encoder.set_grad_checkpointing(use_checkpoint)
+    return encoder

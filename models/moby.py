@@ -1,0 +1,93 @@
+"""MoBY (arXiv 2105.04553): BYOL's branches, MoCo's queue and loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.momentum import MomentumMethod, Output
+
+
+class MoBY(MomentumMethod):
+    """Each query must find its key among the keys of earlier batches.
+
+    Two first-in-first-out queues, one a view. Buffers, named as published: ``queue1`` and
+    ``queue2`` of dim x length, ``queue_ptr`` of 1, the next column to be written. The queues
+    start as unit-norm noise of torch's default generator: seed all processes alike.
+
+    Args:
+        encoder, encoder_k, proj_num_layers, pred_num_layers: as in MomentumMethod.
+        temperature: divides the similarities.
+        num_negatives: length of a queue.
+
+    Raises:
+        ValueError: a temperature or a length that is not positive.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        encoder_k: nn.Module,
+        proj_num_layers: int = 2,
+        pred_num_layers: int = 2,
+        temperature: float = 0.2,
+        num_negatives: int = 4096,
+    ) -> None:
+        if temperature <= 0 or num_negatives < 1:
+            raise ValueError(
+                f"temperature and num_negatives must be positive, got {temperature} "
+                f"and {num_negatives}"
+            )
+        super().__init__(encoder, encoder_k, proj_num_layers, pred_num_layers)
+        self.temperature = temperature
+        for name in ("queue1", "queue2"):
+            self.register_buffer(name, F.normalize(torch.randn(self.dim, num_negatives), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def loss(self, q1, q2, k1, k2, epoch) -> Output:
+        """MoBY, section 3: CE(q1 against k2 and queue2) + CE(q2 against k1 and queue1)."""
+        loss1, accuracy1, positive1 = self._contrast(q1, k2, self.queue2, epoch)
+        loss2, accuracy2, positive2 = self._contrast(q2, k1, self.queue1, epoch)
+        return Output(
+            loss1 + loss2, (accuracy1 + accuracy2) / 2, (positive1 + positive2) / 2, (k1, k2)
+        )
+
+    def _contrast(self, q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, epoch: int):
+        with torch.autocast(q.device.type, enabled=False):
+            positive = (q * k).sum(1, keepdim=True)  # Bx1
+            similarity = q @ queue  # BxK
+            negatives = self.negatives(q, similarity, queue, epoch)
+            logits = torch.cat([positive, *negatives], dim=1) / self.temperature
+            target = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
+            loss = F.cross_entropy(logits, target)
+        with torch.no_grad():
+            accuracy = (positive > similarity.amax(1, keepdim=True)).float().mean()
+        return loss, accuracy, positive.detach().mean()
+
+    def negatives(
+        self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, epoch: int
+    ) -> list[torch.Tensor]:
+        """The similarities of the queries and their negatives: a list of (B, any number).
+
+        Args:
+            q: unit queries, B x dim.
+            similarity: q times queue, B x K.
+            queue: unit keys, dim x K.
+            epoch: the epoch, from 0.
+        """
+        return [similarity]
+
+    @torch.no_grad()
+    def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor) -> None:
+        """Put the keys, (N, dim) of all processes, in place of the oldest; wraps around.
+
+        Raises:
+            ValueError: more keys than the queue holds.
+        """
+        count, length = keys1.shape[0], self.queue1.shape[1]
+        if count > length:
+            raise ValueError(f"{count} keys do not fit into a queue of {length}")
+        # computed on the device, so that no step waits for the pointer's value
+        columns = (self.queue_ptr + torch.arange(count, device=keys1.device)) % length
+        self.queue1.index_copy_(1, columns, keys1.T)
+        self.queue2.index_copy_(1, columns, keys2.T)
+        self.queue_ptr.add_(count).remainder_(length)

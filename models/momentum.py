@@ -1,0 +1,120 @@
+"""What BYOL, MoBY and SynCo share: an online branch and a momentum (key) branch."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.batch_norm import has_batch_norm
+from models.head import MLPHead
+
+
+@dataclass
+class Output:
+    """What one forward pass gives.
+
+    Attributes:
+        loss: the mean over this process's images, a scalar with gradient.
+        accuracy: share of the queries, 0 to 1, whose own key is the most similar of all keys.
+        positive: mean cosine similarity of a query and its own key.
+        keys: k1 and k2, (B, dim), without gradient.
+    """
+
+    loss: torch.Tensor
+    accuracy: torch.Tensor
+    positive: torch.Tensor
+    keys: tuple[torch.Tensor, torch.Tensor]
+
+
+class MomentumMethod(nn.Module):
+    """Base of the methods: encoder, projector and predictor learn, the key branch follows.
+
+    A method implements ``loss``. Nothing counts steps here: momentum and epoch are passed in.
+    For each update, call ``update_key_encoder``, then ``forward`` once a micro-batch, and after
+    the backward passes ``enqueue`` with the keys.
+
+    Args:
+        encoder: the online backbone, with ``num_features``.
+        encoder_k: a second backbone of the same shape; takes over the weights of the first.
+        proj_num_layers: Linear layers of the projector.
+        pred_num_layers: Linear layers of the predictor.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        encoder_k: nn.Module,
+        proj_num_layers: int = 2,
+        pred_num_layers: int = 2,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encoder_k = encoder_k
+        self.encoder_k.load_state_dict(encoder.state_dict())
+        self.projector = MLPHead(encoder.num_features, num_layers=proj_num_layers)
+        self.projector_k = copy.deepcopy(self.projector)
+        self.predictor = MLPHead(
+            self.projector.out_dim, out_dim=self.projector.out_dim, num_layers=pred_num_layers
+        )
+        self.encoder_k.requires_grad_(False)
+        self.projector_k.requires_grad_(False)
+        self.dim = self.projector.out_dim
+        self.views_apart = has_batch_norm(encoder)
+
+    @torch.no_grad()
+    def update_key_encoder(self, momentum: float) -> None:
+        """Move the parameters of the key branch towards the online ones, before it encodes."""
+        online = [*self.encoder.parameters(), *self.projector.parameters()]
+        keys = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
+        torch._foreach_lerp_(keys, online, 1 - momentum)
+
+    def forward(self, view1: torch.Tensor, view2: torch.Tensor, epoch: int) -> Output:
+        """Two views, (B, 3, H, W) each, at an epoch counted from 0."""
+        # one pass for both views, except where BatchNorm inside the encoder would mix them
+        online1, online2 = self._encode(self.encoder, view1, view2)  # BxF
+        q1 = self._normalize(self.predictor(self.projector(online1)))  # BxD
+        q2 = self._normalize(self.predictor(self.projector(online2)))
+        with torch.no_grad():
+            key1, key2 = self._encode(self.encoder_k, view1, view2)
+            k1 = self._normalize(self.projector_k(key1))
+            k2 = self._normalize(self.projector_k(key2))
+        return self.loss(q1, q2, k1, k2, epoch)
+
+    def loss(
+        self,
+        q1: torch.Tensor,
+        q2: torch.Tensor,
+        k1: torch.Tensor,
+        k2: torch.Tensor,
+        epoch: int,
+    ) -> Output:
+        """The method's loss of unit float32 queries and keys, (B, dim) each."""
+        raise NotImplementedError
+
+    def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor) -> None:
+        """Keep the keys, (N, dim) of all processes, where a method needs them later."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay skips."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    def _encode(self, encoder: nn.Module, view1: torch.Tensor, view2: torch.Tensor):
+        if self.views_apart:
+            return encoder(view1), encoder(view2)
+        return encoder(torch.cat([view1, view2])).chunk(2)
+
+    @staticmethod
+    def _normalize(x: torch.Tensor) -> torch.Tensor:
+        # in float32, also inside autocast
+        return F.normalize(x.float(), dim=1)
+
+
+def key_momentum(base: float, step: int, total_steps: int) -> float:
+    """The momentum of update ``step`` of ``total_steps``: a cosine from ``base`` to 1.
+
+    Source: BYOL (arXiv 2006.07733), section 3.3.
+    """
+    return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2

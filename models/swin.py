@@ -1,0 +1,60 @@
+"""Swin transformers (arXiv 2103.14030) on timm's layers."""
+
+from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
+from timm.models.swin_transformer import checkpoint_filter_fn
+
+WINDOW = 7
+PATCH = 4
+
+
+class SwinTransformer(TimmSwinTransformer):
+    """Swin with windows of 7 x 7 at any image size.
+
+    The feature is the mean of the last stage. timm shrinks the windows of images below 224
+    pixels, which changes the shape of the weights; here such images are padded instead, so that
+    one checkpoint serves every size.
+
+    Args:
+        img_size: side of the training images in pixels.
+        embed_dim: width of the first stage, doubled at each of the next three.
+        depths: blocks a stage.
+        num_heads: attention heads a stage.
+        drop_rate: dropout rate.
+        drop_path_rate: stochastic depth rate of the last block, rising linearly from 0.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        embed_dim: int = 96,
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        num_heads: tuple[int, ...] = (3, 6, 12, 24),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        # 2 ** (stages - 1): the smallest size at which no stage is narrower than a window
+        smallest = WINDOW * PATCH * 2 ** (len(depths) - 1)
+        super().__init__(
+            img_size=max(img_size, smallest),
+            patch_size=PATCH,
+            window_size=WINDOW,
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            num_classes=0,
+            proj_drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            strict_img_size=False,
+        )
+        self.patch_embed.dynamic_img_pad = True
+        self.register_load_state_dict_pre_hook(_rename_microsoft)
+
+
+def _rename_microsoft(model: SwinTransformer, state_dict: dict, prefix: str, *_) -> None:
+    """Turn Microsoft's names, whose ``downsample`` ends the stage before, into timm's, in place.
+
+    The buffers that timm derives are dropped.
+    """
+    own = {k[len(prefix) :]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
+    own = checkpoint_filter_fn(own, model)
+    state_dict.update({prefix + name: value for name, value in own.items()})

@@ -1,0 +1,149 @@
+"""SynCo (arXiv 2410.02401, 2509.02024): MoBY with six kinds of synthetic hard negatives.
+
+A synthetic negative v starts from one of the query's most similar keys n, is L2-normalised, and
+carries no gradient, so the loss reaches q through the product q.v alone:
+
+    1. interpolated  a q + (1 - a) n          a ~ U(ALPHA)
+    2. extrapolated  q + b (n - q)            b ~ U(BETA)
+    3. mixed         g n + (1 - g) n'         g ~ U(GAMMA)
+    4. noise         n + z                    z ~ N(0, sigma^2 I)
+    5. perturbed     n + delta grad_n(q.n)            = n + delta q
+    6. adversarial   n + eta sign(grad_n(q.n))        = n + eta sign(q)
+
+Nothing here builds v. With q' for q held constant and unit q and n, types 1, 2 and 5 are
+v = (A q' + B n) / |A q' + B n|, so q.v = (A q.q' + B q.n) / sqrt(A^2 + B^2 + 2 A B q'.n), and q.n
+is at hand: it is an entry of q times queue. Type 6 has sign(q') for q', type 3 a second key, and
+type 4 the noise, the only one of them that needs a vector for each negative.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models.moby import MoBY
+
+
+@dataclass
+class Draws:
+    """The random numbers of one call: which keys, and the coefficients.
+
+    Attributes:
+        columns: for types 1 to 6 the queue columns of n, B x N_i each (type 3 two of them, the
+            second at the end).
+        uniform: draws of U(0, 1) for types 1, 2 and 3, B x N_i each.
+        normal: draws of N(0, 1) for type 4, B x N4 x dim.
+    """
+
+    columns: list[torch.Tensor]
+    uniform: list[torch.Tensor]
+    normal: torch.Tensor
+
+
+class SynCo(MoBY):
+    """MoBY whose queries get N1 + ... + N6 more negatives in a window of epochs.
+
+    Args:
+        encoder, encoder_k, proj_num_layers, pred_num_layers, temperature, num_negatives: as in
+            MoBY.
+        n_hard: the most similar keys of a query, from which its negatives are made.
+        counts: negatives of the types 1 to 6 for each query.
+        warmup_epochs: first epoch, from 0, with synthetic negatives.
+        cooldown_epochs: last epoch with them.
+        alpha, beta, gamma: ranges of the coefficients of types 1, 2 and 3.
+        sigma: standard deviation of the noise of type 4.
+        delta: step of type 5.
+        eta: step of type 6.
+
+    Raises:
+        ValueError: not six counts, a negative one, or more hard keys than the queue holds.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        encoder_k: nn.Module,
+        proj_num_layers: int = 2,
+        pred_num_layers: int = 2,
+        temperature: float = 0.2,
+        num_negatives: int = 4096,
+        n_hard: int = 256,
+        counts: tuple[int, ...] = (128, 128, 128, 128, 128, 128),
+        warmup_epochs: int = 30,
+        cooldown_epochs: int = 100,
+        alpha: tuple[float, float] = (0.0, 0.5),
+        beta: tuple[float, float] = (1.0, 1.5),
+        gamma: tuple[float, float] = (0.0, 1.0),
+        sigma: float = 0.1,
+        delta: float = 0.01,
+        eta: float = 0.01,
+    ) -> None:
+        if len(counts) != 6 or min(counts) < 0:
+            raise ValueError(f"counts must be six numbers that are not negative, got {counts}")
+        if not 1 <= n_hard <= num_negatives:
+            raise ValueError(f"n_hard must be from 1 to the queue's {num_negatives}, got {n_hard}")
+        super().__init__(
+            encoder, encoder_k, proj_num_layers, pred_num_layers, temperature, num_negatives
+        )
+        self.n_hard = n_hard
+        self.counts = tuple(counts)
+        self.warmup_epochs = warmup_epochs
+        self.cooldown_epochs = cooldown_epochs
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.sigma, self.delta, self.eta = sigma, delta, eta
+
+    def negatives(self, q, similarity, queue, epoch) -> list[torch.Tensor]:
+        """The queue and, within the window of epochs, the synthetic negatives."""
+        if not self.warmup_epochs <= epoch <= self.cooldown_epochs or not sum(self.counts):
+            return [similarity]
+        draws = self.draw(similarity.detach(), queue.shape[0])
+        return [similarity, *self.synthetic(q, similarity, queue, draws)]
+
+    @torch.no_grad()
+    def draw(self, similarity: torch.Tensor, dim: int) -> Draws:
+        """Draw for B queries, given their similarities to the queue (B x K)."""
+        batch, device = similarity.shape[0], similarity.device
+        n1, n2, n3, n4, n5, n6 = self.counts
+        hard = similarity.topk(self.n_hard, dim=1, sorted=False).indices  # Bxn_hard
+        picks = torch.randint(self.n_hard, (batch, sum(self.counts) + n3), device=device)
+        columns = hard.gather(1, picks).split([n1, n2, n3, n4, n5, n6, n3], dim=1)
+        uniform = torch.rand(batch, n1 + n2 + n3, device=device).split([n1, n2, n3], dim=1)
+        return Draws(list(columns), list(uniform), torch.randn(batch, n4, dim, device=device))
+
+    def synthetic(
+        self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, draws: Draws
+    ) -> list[torch.Tensor]:
+        """The similarities q.v to the six kinds of negatives, (B, N_i) each."""
+        const = q.detach()  # BxD, the q inside a negative
+        fixed = similarity.detach()  # BxK
+        qq = (q * const).sum(1, keepdim=True)  # Bx1, its gradient is q'
+        sign = const.sign()
+        c1, c2, c3, c4, c5, c6, c3_other = draws.columns
+        a, b, g = (
+            low + (high - low) * u
+            for (low, high), u in zip(
+                (self.alpha, self.beta, self.gamma), draws.uniform, strict=True
+            )
+        )
+        qn = similarity.gather
+
+        def along_q(columns: torch.Tensor, of_q, of_n) -> torch.Tensor:
+            norm = (of_q**2 + of_n**2 + 2 * of_q * of_n * fixed.gather(1, columns)).sqrt()
+            return (of_q * qq + of_n * qn(1, columns)) / norm
+
+        keys = queue.T  # KxD
+        n3n3 = torch.einsum("bnd,bnd->bn", keys[c3], keys[c3_other])
+        noise = self.sigma * draws.normal  # BxN4xD
+        n4z = torch.einsum("bnd,bnd->bn", keys[c4], noise)
+        sign_n = (sign @ queue).gather(1, c6)
+        return [
+            along_q(c1, a, 1 - a),
+            along_q(c2, 1 - b, b),
+            (g * qn(1, c3) + (1 - g) * qn(1, c3_other))
+            / (g**2 + (1 - g) ** 2 + 2 * g * (1 - g) * n3n3).sqrt(),
+            (qn(1, c4) + torch.einsum("bd,bnd->bn", q, noise))
+            / (1 + 2 * n4z + noise.square().sum(2)).sqrt(),
+            along_q(c5, self.delta, 1.0),
+            (qn(1, c6) + self.eta * (q * sign).sum(1, keepdim=True))
+            / (1 + 2 * self.eta * sign_n + self.eta**2 * sign.square().sum(1, keepdim=True)).sqrt(),
+        ]
