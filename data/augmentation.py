@@ -1,0 +1,159 @@
+"""The random views of pre-training: drawn first, then applied.
+
+What is drawn for a view depends on the seed, the epoch, the image and the view alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torchvision.transforms import functional as TF
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+RATIO = (3 / 4, 4 / 3)  # width over height of a crop
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The distribution of one view.
+
+    Attributes:
+        crop: smallest and largest share of the image's area in a crop.
+        brightness, contrast, saturation: factors are drawn from 1 -+ these.
+        hue: shift drawn from -+ this, in turns of the colour circle.
+        jitter_prob, grey_prob, blur_prob, solarize_prob: probabilities.
+        sigma: range of the blur's standard deviation in pixels.
+    """
+
+    crop: tuple[float, float]
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_prob: float = 0.8
+    grey_prob: float = 0.2
+    blur_prob: float = 1.0
+    solarize_prob: float = 0.0
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """What was drawn for one view.
+
+    Attributes:
+        box: left, top, width and height of the crop in pixels.
+        flip: mirror left and right.
+        jitter: (operation, amount) in the order of their application.
+        grey: to luminance.
+        sigma: standard deviation of the blur in pixels, 0 for none.
+        solarize: invert the values from 128 up.
+    """
+
+    box: tuple[int, int, int, int]
+    flip: bool
+    jitter: tuple[tuple[str, float], ...]
+    grey: bool
+    sigma: float
+    solarize: bool
+
+
+def view_augmentations(kind: str, crop: float) -> tuple[Augmentation, Augmentation]:
+    """The two views of ``AUG.SSL_AUG_TYPE``: ``byol`` (arXiv 2006.07733, B) or ``simclr``.
+
+    Args:
+        kind: name.
+        crop: smallest share of the area in a crop; simclr, as published, has 0.2.
+
+    Raises:
+        ValueError: another name, or a share outside (0, 1].
+    """
+    if not 0 < crop <= 1:
+        raise ValueError(f"the smallest crop must lie in (0, 1], got {crop}")
+    if kind == "byol":
+        area = (crop, 1.0)
+        return Augmentation(area), Augmentation(area, blur_prob=0.1, solarize_prob=0.2)
+    if kind == "simclr":
+        view = Augmentation((0.2, 1.0), saturation=0.4, blur_prob=0.5)
+        return view, view
+    raise ValueError(f"the augmentation must be byol or simclr, got {kind!r}")
+
+
+def draw_box(
+    rng: np.random.Generator, width: int, height: int, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A random resized crop's left, top, width, height, distributed as torchvision's."""
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    for _ in range(10):
+        target = width * height * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    # too long or too tall for its share: the largest middle part of an allowed shape
+    w, h = width, height
+    if width < RATIO[0] * height:
+        h = round(width / RATIO[0])
+    elif width > RATIO[1] * height:
+        w = round(height * RATIO[1])
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def draw_view(
+    rng: np.random.Generator, width: int, height: int, augmentation: Augmentation
+) -> ViewParameters:
+    """Draw the parameters of one view of an image of the given size in pixels."""
+    a = augmentation
+    box = draw_box(rng, width, height, a.crop)
+    flip = rng.random() < 0.5
+    jitter: list[tuple[str, float]] = []
+    if rng.random() < a.jitter_prob:
+        amounts = {
+            "brightness": rng.uniform(1 - a.brightness, 1 + a.brightness),
+            "contrast": rng.uniform(1 - a.contrast, 1 + a.contrast),
+            "saturation": rng.uniform(1 - a.saturation, 1 + a.saturation),
+            "hue": rng.uniform(-a.hue, a.hue),
+        }
+        names = list(amounts)
+        jitter = [(names[i], amounts[names[i]]) for i in rng.permutation(4)]
+    grey = rng.random() < a.grey_prob
+    sigma = rng.uniform(*a.sigma) if rng.random() < a.blur_prob else 0.0
+    solarize = rng.random() < a.solarize_prob
+    return ViewParameters(box, flip, tuple(jitter), grey, sigma, solarize)
+
+
+_JITTER = {
+    "brightness": TF.adjust_brightness,
+    "contrast": TF.adjust_contrast,
+    "saturation": TF.adjust_saturation,
+    "hue": TF.adjust_hue,
+}
+
+
+def apply_view(image: Image.Image, view: ViewParameters, size: int) -> np.ndarray:
+    """Apply what was drawn to an RGB image with PIL; returns size x size x 3 of uint8."""
+    left, top, width, height = view.box
+    image = image.resize(
+        (size, size), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
+    )
+    if view.flip:
+        image = TF.hflip(image)
+    for name, amount in view.jitter:
+        image = _JITTER[name](image, amount)
+    if view.grey:
+        image = TF.rgb_to_grayscale(image, 3)
+    if view.sigma:
+        image = image.filter(ImageFilter.GaussianBlur(view.sigma))
+    if view.solarize:
+        image = TF.solarize(image, 128)
+    return np.asarray(image)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images, (B, 3, H, W) -> float32 with ImageNet's mean and deviation, on their device."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
+    return (images.float() - mean) / std

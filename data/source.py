@@ -1,0 +1,150 @@
+"""Where images lie: class folders, or a zip with a list of its members."""
+
+import os
+import threading
+import zipfile
+
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from utils.errors import UserError
+
+SPLITS = ("train", "val")
+
+
+class FolderSource:
+    """``<root>/<split>/<class>/<image>``, classes numbered in the order of their names.
+
+    Attributes:
+        names: path of each image.
+        labels: class number of each image.
+        classes: names of the classes.
+
+    Raises:
+        UserError: a missing folder, or a class without images.
+    """
+
+    def __init__(self, root: str, split: str) -> None:
+        folder = os.path.join(root, split)
+        if not root:
+            raise UserError("no data set given: set --data-path to a folder with train/ and val/")
+        if not os.path.isdir(root):
+            raise UserError(f"{root}: the data path does not exist or is no folder")
+        if not os.path.isdir(folder):
+            raise UserError(f"{root}: no folder {split}/ in the data path")
+        try:
+            self.classes, class_to_idx = find_classes(folder)
+            samples = make_dataset(folder, class_to_idx, extensions=IMG_EXTENSIONS)
+        except FileNotFoundError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: {reason}") from error
+        self.names = [path for path, _ in samples]
+        self.labels = [label for _, label in samples]
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image ``index``."""
+        try:
+            with open(self.names[index], "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError(f"{self.names[index]}: cannot read ({error.strerror})") from error
+
+
+class ZipSource:
+    """``<root>/<split>.zip`` with ``<split>_map.txt``: a path in the zip, a tab, a class number.
+
+    The layout of Swin's repository. Each process opens the archive for itself, once.
+
+    Attributes:
+        names, labels, classes: as in FolderSource; classes are named by their numbers.
+
+    Raises:
+        UserError: a missing file, or a list that is malformed or names no member of the zip.
+    """
+
+    def __init__(self, root: str, split: str) -> None:
+        self.archive = os.path.join(root, f"{split}.zip")
+        listing = os.path.join(root, f"{split}_map.txt")
+        self.names, self.labels = [], []
+        try:
+            with open(listing, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    name, tab, label = line.rstrip("\r\n").partition("\t")
+                    if not tab or not label.strip().isdigit():
+                        raise UserError(
+                            f"{listing}:{number}: expected a path, a tab and a class number"
+                        )
+                    self.names.append(name)
+                    self.labels.append(int(label))
+        except OSError as error:
+            raise UserError(f"{listing}: cannot read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{listing}: not a UTF-8 text file") from error
+        if not self.names:
+            raise UserError(f"{listing}: lists no images")
+        self.classes = [str(label) for label in range(max(self.labels) + 1)]
+        self.cache: dict[int, bytes] = {}
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._lock = threading.Lock()
+        members = set(self._zip().namelist())
+        prefix = "" if self.names[0] in members else f"{split}/"
+        self._members = [prefix + name for name in self.names]
+        for name in self._members:
+            if name not in members:
+                raise UserError(f"{listing}: {name} is not in {self.archive}")
+
+    def _zip(self) -> zipfile.ZipFile:
+        # a forked worker must not share its parent's file position
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = (os.getpid(), zipfile.ZipFile(self.archive))
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"{self.archive}: not a readable zip ({error})") from error
+        return self._opened[1]
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        del state["_lock"]
+        return state | {"_opened": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image ``index``."""
+        if index in self.cache:
+            return self.cache[index]
+        try:
+            with self._lock:
+                return self._zip().read(self._members[index])
+        except (OSError, zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{self.archive}: cannot read {self.names[index]} ({error})") from error
+
+    def fill_cache(self, rank: int, world_size: int) -> None:
+        """Read every ``world_size``-th image from ``rank`` on into memory."""
+        for index in range(rank, len(self.names), world_size):
+            self.cache[index] = self.read(index)
+
+
+def open_source(
+    root: str, split: str, zipped: bool = False, cache: str = "no", rank: int = 0, world: int = 1
+) -> FolderSource | ZipSource:
+    """The images of a split, ``train`` or ``val``.
+
+    Args:
+        root: folder of the data set.
+        split: a name of ``SPLITS``.
+        zipped: read ``<split>.zip``.
+        cache: of a zip, keep in memory nothing (``no``), all (``full``) or this process's share
+            (``part``).
+        rank, world: this process and the number of processes.
+    """
+    if not zipped:
+        return FolderSource(root, split)
+    if not os.path.isdir(root):
+        raise UserError(f"{root or '(empty)'}: the data path does not exist or is no folder")
+    source = ZipSource(root, split)
+    if cache != "no":
+        source.fill_cache(*((rank, world) if cache == "part" else (0, 1)))
+    return source
