@@ -1,0 +1,38 @@
+"""The optimizer, and which parameters weight decay skips."""
+
+import torch
+from timm.optim import Lars, param_groups_weight_decay
+from torch import nn
+from yacs.config import CfgNode
+
+from utils.errors import UserError
+
+
+def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``config.TRAIN.OPTIMIZER`` names, for the parameters that learn.
+
+    Weight decay skips one-dimensional parameters, biases and what ``model.no_weight_decay()``
+    names; LARS adapts no rate of theirs.
+
+    Raises:
+        UserError: unknown name.
+    """
+    train, options = config.TRAIN, config.TRAIN.OPTIMIZER
+    groups = param_groups_weight_decay(
+        model, train.WEIGHT_DECAY, no_weight_decay_list=model.no_weight_decay()
+    )
+    if options.NAME == "adamw":
+        return torch.optim.AdamW(
+            groups, train.BASE_LR, betas=tuple(options.BETAS), eps=options.EPS, fused=True
+        )
+    if options.NAME == "sgd":
+        return torch.optim.SGD(
+            groups,
+            train.BASE_LR,
+            momentum=options.MOMENTUM,
+            nesterov=options.MOMENTUM > 0,
+            fused=True,
+        )
+    if options.NAME == "lars":
+        return Lars(groups, lr=train.BASE_LR, momentum=options.MOMENTUM)
+    raise UserError(f"TRAIN.OPTIMIZER.NAME must be adamw, sgd or lars, got {options.NAME!r}")
