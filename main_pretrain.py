@@ -19,6 +19,7 @@ from data.loader import build_pretraining_loader
 from lr_scheduler import build_scheduler, scale_learning_rates
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
+from models.encoder import use_fused_attention
 from models.momentum import MomentumMethod, key_momentum
 from optimizer import build_optimizer
 from utils.arguments import parse_arguments
@@ -56,6 +57,8 @@ def main() -> None:
     steps_per_epoch = len(loader) // micro_batches
 
     model = synchronize_batch_norm(build_method(config), run.device)
+    # on the CPU, the fused kernel's backward pass in bfloat16 is slower than plain products
+    use_fused_attention(model, not (run.precision.enabled and run.device.type == "cpu"))
     check_batch(config, micro_batches)
     scale_learning_rates(config, world_size())
     optimizer = build_optimizer(config, model)

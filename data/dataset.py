@@ -6,7 +6,6 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from data.augmentation import Augmentation, apply_view, draw_view
-from data.image import decode_rgb
 from data.source import FolderSource, ZipSource
 
 
@@ -41,7 +40,7 @@ class TwoViews(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(epoch, index) -> two uint8 images of 3 x size x size."""
         epoch, index = key
-        image = decode_rgb(self.source.read(index), self.source.names[index])
+        image = self.source.read_image(index)
         views = []
         for number, augmentation in enumerate(self.augmentations):
             rng = np.random.default_rng((self.seed, epoch, index, number))
@@ -83,7 +82,7 @@ class TestImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """A uint8 image of 3 x size x size, and its label."""
-        image = decode_rgb(self.source.read(index), self.source.names[index])
+        image = self.source.read_image(index)
         return to_tensor(np.asarray(self.transform(image))), self.source.labels[index]
 
 

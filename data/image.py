@@ -34,6 +34,20 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
         raise UserError(f"{name}: not a readable image ({reason})") from error
 
 
+def read_rgb(path: str) -> Image.Image:
+    """Read an image file, see ``decode_rgb``.
+
+    Raises:
+        UserError: a file that cannot be read, or is not a readable image.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
+    return decode_rgb(content, path)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

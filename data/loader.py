@@ -3,7 +3,7 @@
 import os
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.augmentation import view_augmentations
@@ -47,36 +47,19 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
     return DataLoader(
         dataset,
         batch_sampler=sampler,
+        num_workers=workers,
         persistent_workers=workers > 0,
-        **_worker_options(config, workers),
+        prefetch_factor=4 if workers else None,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
     )
 
 
-def build_test_loader(config: CfgNode, source: FolderSource | ZipSource) -> DataLoader:
-    """This process's part of the images, in order, as (uint8 images, labels).
-
-    Image i goes to process i mod world size, so that the parts differ by one image at most.
-    """
-    dataset: Dataset = TestImages(
-        source, config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP
-    )
-    own = range(rank(), len(dataset), world_size())
-    return DataLoader(
-        Subset(dataset, own),
-        batch_size=config.DATA.BATCH_SIZE,
-        **_worker_options(config, num_workers(config)),
-    )
+def build_test_images(config: CfgNode, source: FolderSource | ZipSource) -> TestImages:
+    """The images of ``source`` with the test-time transform of ``config``."""
+    return TestImages(source, config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP)
 
 
 def num_workers(config: CfgNode) -> int:
     """DATA.NUM_WORKERS, but no more than this process's share of the cores."""
     share = max(1, (os.cpu_count() or 1) // local_world_size())
     return min(config.DATA.NUM_WORKERS, share)
-
-
-def _worker_options(config: CfgNode, workers: int) -> dict:
-    return {
-        "num_workers": workers,
-        "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        "prefetch_factor": 4 if workers else None,
-    }

@@ -4,8 +4,10 @@ import os
 import threading
 import zipfile
 
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from data.image import decode_rgb, read_rgb
 from utils.errors import UserError
 
 SPLITS = ("train", "val")
@@ -40,13 +42,9 @@ class FolderSource:
         self.names = [path for path, _ in samples]
         self.labels = [label for _, label in samples]
 
-    def read(self, index: int) -> bytes:
-        """The bytes of image ``index``."""
-        try:
-            with open(self.names[index], "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise UserError(f"{self.names[index]}: cannot read ({error.strerror})") from error
+    def read_image(self, index: int) -> Image.Image:
+        """Image ``index`` in RGB."""
+        return read_rgb(self.names[index])
 
 
 class ZipSource:
@@ -111,8 +109,11 @@ class ZipSource:
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def read(self, index: int) -> bytes:
-        """The bytes of image ``index``."""
+    def read_image(self, index: int) -> Image.Image:
+        """Image ``index`` in RGB."""
+        return decode_rgb(self._read(index), f"{self.archive}: {self.names[index]}")
+
+    def _read(self, index: int) -> bytes:
         if index in self.cache:
             return self.cache[index]
         try:
@@ -124,7 +125,7 @@ class ZipSource:
     def fill_cache(self, rank: int, world_size: int) -> None:
         """Read every ``world_size``-th image from ``rank`` on into memory."""
         for index in range(rank, len(self.names), world_size):
-            self.cache[index] = self.read(index)
+            self.cache[index] = self._read(index)
 
 
 def open_source(

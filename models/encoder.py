@@ -64,3 +64,10 @@ def create_encoder(
                 block.norm2 = SyncBatchNorm(block.norm2.normalized_shape[0])
     encoder.set_grad_checkpointing(use_checkpoint)
     return encoder
+
+
+def use_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Let all attention layers of timm in ``model`` run fused or step by step."""
+    for layer in model.modules():
+        if hasattr(layer, "fused_attn"):
+            layer.fused_attn = fused

@@ -29,21 +29,12 @@ def read_checkpoint(path: str, map_location: str | torch.device = "cpu") -> dict
     Raises:
         UserError: missing, truncated, or holding anything else.
     """
-    try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror or error})") from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: damaged, or holds more than weights ({reason})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or ["empty"])[0]
-        raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
-    return state
+    return _read(path, dict, map_location)
+
+
+def read_tensor(path: str) -> torch.Tensor:
+    """Read a file that holds one tensor, see ``read_checkpoint``."""
+    return _read(path, torch.Tensor, "cpu")
 
 
 def load_model(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str) -> None:
@@ -65,3 +56,21 @@ def latest_checkpoint(folder: str) -> str | None:
     """Path of the newest checkpoint of a run folder, None if it has none."""
     path = os.path.join(folder, LATEST)
     return path if os.path.exists(path) else None
+
+
+def _read(path: str, kind: type, map_location: str | torch.device) -> Any:
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: damaged, or holds more than weights ({reason})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from error
+    if not isinstance(state, kind):
+        raise UserError(f"{path}: expected a {kind.__name__}, found a {type(state).__name__}")
+    return state

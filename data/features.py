@@ -1,0 +1,82 @@
+"""The feature extractor of all evaluations."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from data.augmentation import normalize as normalize_images
+from utils.distributed import rank, world_size
+from utils.launch import Run
+
+
+@torch.inference_mode()
+def extract_features(
+    encoder: nn.Module,
+    dataset: Dataset,
+    run: Run,
+    *,
+    batch_size: int,
+    num_workers: int,
+    normalize: bool = True,
+    label: str = "features",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features of every image of a data set, exactly once and in its order.
+
+    Each process encodes its part; images of unequal size need a batch of 1. The memory is that of
+    the features, once on each process, and of a process's own part.
+
+    Args:
+        encoder: images (B, 3, H, W) -> features (B, F), in eval mode on ``run.device``.
+        dataset: items are (uint8 3 x H x W, label).
+        run: device and precision.
+        batch_size: images a process and batch.
+        num_workers: data workers a process.
+        normalize: L2-normalise the features.
+        label: what the progress bar says.
+
+    Returns:
+        features (N, F) in float32 and labels (N, ...), on the CPU of every process.
+    """
+    total = len(dataset)
+    own = range(rank(), total, world_size())
+    loader = DataLoader(
+        Subset(dataset, own),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=run.device.type == "cuda",
+    )
+    shown = rank() == 0 and sys.stderr.isatty()
+    features, labels = None, None
+    filled = 0
+    for images, targets in tqdm(loader, desc=label, disable=not shown, leave=False):
+        with run.precision.autocast():
+            output = encoder(normalize_images(images.to(run.device, non_blocking=True)))
+        output = output.float()
+        if normalize:
+            output = F.normalize(output, dim=1)
+        if features is None:
+            # all processes hold as many rows, so that they can be gathered
+            rows = -(-total // world_size())
+            features = torch.zeros(rows, output.shape[1])
+            labels = torch.zeros(rows, *targets.shape[1:], dtype=targets.dtype)
+        features[filled : filled + len(output)] = output.cpu()
+        labels[filled : filled + len(output)] = targets
+        filled += len(output)
+    return _interleave(features, total, run), _interleave(labels, total, run)
+
+
+def _interleave(own: torch.Tensor, total: int, run: Run) -> torch.Tensor:
+    """Rows rank, rank + world size, ... of each process -> all ``total`` rows in order."""
+    if world_size() == 1:
+        return own
+    gathered = own.new_empty(len(own), world_size(), *own.shape[1:])
+    for start in range(world_size()):
+        part = (own if start == rank() else torch.empty_like(own)).to(run.device)
+        dist.broadcast(part, start)
+        gathered[:, start] = part.cpu()
+    return gathered.flatten(0, 1)[:total]

@@ -1,0 +1,109 @@
+"""Encoder weights from the checkpoints of this project and of others."""
+
+import argparse
+import os
+import re
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from models import build_encoder
+from utils.checkpoint import LATEST, load_model, read_checkpoint
+from utils.errors import UserError
+from utils.launch import Run
+
+# where checkpoints of this field keep their weights, the innermost last
+CONTAINERS = ("model", "state_dict", "teacher", "student")
+# what stands before the names of a backbone's weights, and whose checkpoints have it
+FAMILIES = (
+    ("this project, SynCo-v2 or MoBY", "{key}."),
+    ("MoCo v3", "module.{moco}."),
+    ("DINO", "module.backbone."),
+    ("DINO", "backbone."),
+    ("linear evaluation or timm under DistributedDataParallel", "module."),
+    ("timm, DeiT or Microsoft's Swin", ""),
+)
+# heads and what belongs to the other parts of a wrapper
+LEFT_OUT = re.compile(
+    r"^(head|head_dist|fc|fc_norm|predictor|projector|projector_k|queue|contrast)\b|^head\.|_head\."
+)
+STEM = ("patch_embed.proj.weight", "conv1.weight", "stem.0.weight", "conv_stem.weight")
+
+
+def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--pretrained``, ``--random-weights`` and ``--key``."""
+    parser.add_argument(
+        "--pretrained", metavar="PATH", help="weights to judge (default: the run's checkpoint.pth)"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="judge the encoder as initialised"
+    )
+    parser.add_argument(
+        "--key",
+        choices=["encoder", "encoder_k"],
+        default="encoder",
+        help="which encoder of a pre-training checkpoint: online or momentum",
+    )
+
+
+def load_pretrained_encoder(args: argparse.Namespace, config: CfgNode, run: Run) -> nn.Module:
+    """The configured encoder with the weights that ``--pretrained`` names, frozen, in eval mode.
+
+    Raises:
+        UserError: no such file, or a weight of the encoder is missing from it.
+    """
+    encoder = build_encoder(config, 0.0)
+    if args.random_weights:
+        run.logger.info("%s with random weights, as asked", config.MODEL.ENCODER)
+    else:
+        path = args.pretrained or config.LINEAR_EVAL.PRETRAINED
+        path = path or os.path.join(config.OUTPUT, LATEST)
+        run.logger.info(load_encoder_weights(encoder, path, args.key))
+    return encoder.requires_grad_(False).eval().to(run.device)
+
+
+def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") -> str:
+    """Load the weights of a backbone from a checkpoint of any known family.
+
+    Args:
+        encoder: the backbone; all its weights must be in the file.
+        path: the checkpoint.
+        key: ``encoder`` or ``encoder_k``, of a pre-training checkpoint.
+
+    Returns:
+        a line that says what was found and how many weights were loaded.
+
+    Raises:
+        UserError: not a checkpoint, or one of another encoder.
+    """
+    state = read_checkpoint(path)
+    inside = []
+    for name in CONTAINERS:
+        if isinstance(state.get(name), dict):
+            state = state[name]
+            inside.append(name)
+    weights = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    family, prefix = _find_family(weights, key, path)
+    own = {name[len(prefix) :]: v for name, v in weights.items() if name.startswith(prefix)}
+    own = {name: value for name, value in own.items() if not LEFT_OUT.search(name)}
+    load_model(encoder, own, path)
+    count = len(encoder.state_dict())
+    where = "/".join(inside) or "the file itself"
+    return (
+        f"{path}: weights of {family} (in {where}, prefix {prefix or 'none'!r}), "
+        f"{count} of {count} loaded, {len(weights) - len(own)} of other parts left out"
+    )
+
+
+def _find_family(weights: dict[str, torch.Tensor], key: str, path: str) -> tuple[str, str]:
+    moco = "base_encoder" if key == "encoder" else "momentum_encoder"
+    for family, pattern in FAMILIES:
+        prefix = pattern.format(key=key, moco=moco)
+        if any(prefix + stem in weights for stem in STEM):
+            return family, prefix
+    example = next(iter(weights), None)
+    raise UserError(
+        f"{path}: no encoder weights found in it"
+        + (f" (its names are like {example})" if example else " (it holds no tensors)")
+    )

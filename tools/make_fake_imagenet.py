@@ -1,0 +1,106 @@
+"""Draw a small data set in ImageNet's layout: textured shapes whose colours mean nothing.
+
+A class is a pair of a shape and a texture. Colours, place, size, angle, scale of the texture,
+background and lighting are drawn anew for each image, alike for all classes.
+"""
+
+import argparse
+import itertools
+import os
+
+import cv2
+import numpy as np
+
+SHAPES = ("disc", "square", "triangle", "cross")
+TEXTURES = ("stripes", "checks", "dots", "rings")
+
+
+def main() -> None:
+    """Draw train/ and val/."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="where train/ and val/ are written")
+    parser.add_argument("--train", type=int, default=200, help="training images a class")
+    parser.add_argument("--val", type=int, default=25, help="validation images a class")
+    parser.add_argument("--size", type=int, default=64, help="mean side of an image in pixels")
+    parser.add_argument("--classes", type=int, default=16, help="number of classes, up to 16")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for split, count in (("train", args.train), ("val", args.val)):
+        write_split(os.path.join(args.folder, split), split, count, args)
+
+
+def write_split(folder: str, split: str, count: int, args: argparse.Namespace) -> None:
+    """Write ``count`` JPEGs a class; image i of a class depends on the seed and on i alone."""
+    pairs = list(itertools.product(SHAPES, TEXTURES))[: args.classes]
+    for number, (shape, texture) in enumerate(pairs):
+        path = os.path.join(folder, f"{shape}_{texture}")
+        os.makedirs(path, exist_ok=True)
+        for i in range(count):
+            rng = np.random.default_rng((args.seed, number, i, split == "val"))
+            width, height = rng.integers(int(0.85 * args.size), int(1.3 * args.size), 2)
+            image = draw(rng, shape, texture, int(width), int(height))
+            quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))]
+            cv2.imwrite(os.path.join(path, f"{i:05}.jpg"), image, quality)
+
+
+def draw(
+    rng: np.random.Generator, shape: str, texture: str, width: int, height: int
+) -> np.ndarray:
+    """One image, height x width x 3 of uint8."""
+    short = min(width, height)
+    # a background of smooth colour patches
+    coarse = rng.uniform(0, 255, (3, 3, 3)).astype(np.float32)
+    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    # coordinates around the object's centre, turned, in units of its radius
+    radius = short * rng.uniform(0.26, 0.44)
+    cx, cy = (rng.uniform(0.9 * radius, side - 0.9 * radius) for side in (width, height))
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    x, y = (x - cx) / radius, (y - cy) / radius
+    u = np.cos(angle) * x + np.sin(angle) * y
+    v = np.cos(angle) * y - np.sin(angle) * x
+    mask = cv2.GaussianBlur(inside(shape, u, v).astype(np.float32), (0, 0), 0.5)[..., None]
+    light = pattern(rng, texture, u, v)[..., None]
+    first, second = rng.uniform(0, 255, (2, 3))
+    while np.abs(first - second).sum() < 180:  # the texture must be visible
+        first, second = rng.uniform(0, 255, (2, 3))
+    image = image * (1 - mask) + (first * light + second * (1 - light)) * mask
+    # lighting falls off across the image, and the sensor adds noise
+    slope = rng.uniform(-0.35, 0.35, 2)
+    yy, xx = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    image = image * (rng.uniform(0.7, 1.1) + slope[0] * xx + slope[1] * yy)[..., None]
+    image += rng.normal(0, rng.uniform(2, 8), image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Which points (u, v) lie in the shape; all shapes have about the same area."""
+    if shape == "disc":
+        return u**2 + v**2 < 0.85**2
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) < 0.75
+    if shape == "triangle":
+        return (v > -0.6) & (np.abs(u) * 1.732 < 1.25 - v)
+    if shape == "cross":
+        a, b = np.abs(u), np.abs(v)
+        return (np.minimum(a, b) < 0.34) & (np.maximum(a, b) < 1.0)
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The share of the first colour at each point (u, v), 0 or 1."""
+    step = rng.uniform(0.36, 0.6)
+    a, b = (u / step + rng.uniform(0, 1)), (v / step + rng.uniform(0, 1))
+    if texture == "stripes":
+        return (a % 1 < 0.5).astype(np.float32)
+    if texture == "checks":
+        return ((np.floor(a) + np.floor(b)) % 2).astype(np.float32)
+    if texture == "dots":
+        return ((a % 1 - 0.5) ** 2 + (b % 1 - 0.5) ** 2 < 0.3**2).astype(np.float32)
+    if texture == "rings":
+        return (np.hypot(u, v) / step % 1 < 0.5).astype(np.float32)
+    raise ValueError(f"unknown texture {texture!r}")
+
+
+if __name__ == "__main__":
+    main()
