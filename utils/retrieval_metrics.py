@@ -1,0 +1,125 @@
+"""Scores of the revisited Oxford and Paris benchmarks (arXiv 1803.11285)."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+# labels of the images that are right, and of those that are taken out of the ranking
+DIFFICULTIES = {
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+KS = (1, 5, 10)
+
+
+def rank_images(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The images of the database by falling similarity to each query; equal ones in their order.
+
+    Args:
+        database: (N, F), L2-normalised.
+        queries: (Q, F), L2-normalised.
+
+    Returns:
+        (Q, N), numbers of images.
+
+    Raises:
+        ValueError: unequal widths.
+    """
+    if database.ndim != 2 or queries.ndim != 2 or database.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"features must be (N, F) and (Q, F), got {database.shape} and {queries.shape}"
+        )
+    return np.argsort(-(queries @ database.T), axis=1, kind="stable")
+
+
+def positions_without_junk(
+    ranking: np.ndarray, positives: Sequence[int], junk: Sequence[int]
+) -> np.ndarray:
+    """Places of the positives, from 0, in a ranking that the junk has been taken out of.
+
+    Args:
+        ranking: (N,), numbers of images, the best first.
+        positives: numbers of the right images.
+        junk: numbers of the images that count neither as right nor as wrong.
+
+    Returns:
+        (P,), rising.
+    """
+    return np.flatnonzero(np.isin(ranking[~np.isin(ranking, junk)], positives))
+
+
+def trapezoid_average_precision(positions: np.ndarray, positives: int) -> float:
+    """Area under precision over recall, by the trapezoid rule, as in the official evaluation.
+
+    Args:
+        positions: (P,), rising places of the positives from 0.
+        positives: how many there are to find.
+
+    Returns:
+        from 0 to 1.
+
+    Raises:
+        ValueError: nothing to find.
+    """
+    if positives < 1:
+        raise ValueError("average precision needs a positive image")
+    found = np.arange(len(positions))
+    # before the first image nothing was wrong yet
+    before = np.where(positions == 0, 1.0, found / np.maximum(positions, 1))
+    after = (found + 1) / (positions + 1)
+    return float(((before + after) / 2).sum() / positives)
+
+
+def precision_at(positions: np.ndarray, k: int) -> float:
+    """Share of right images among the first ``k``, or up to the last right one if that is sooner.
+
+    Args:
+        positions: (P,), rising places of the positives from 0, at least one.
+        k: number of images.
+
+    Returns:
+        from 0 to 1.
+
+    Raises:
+        ValueError: no position.
+    """
+    if not len(positions):
+        raise ValueError("precision needs a positive image in the ranking")
+    k = min(int(positions[-1]) + 1, k)
+    return float((positions < k).sum() / k)
+
+
+def score_difficulty(
+    rankings: np.ndarray, ground_truth: Sequence[Mapping[str, Sequence[int]]], difficulty: str
+) -> dict[str, float | list[float] | dict[int, float]]:
+    """Mean average precision and mean precision at each k of ``KS``.
+
+    Queries without positives at this difficulty are left out of the means.
+
+    Args:
+        rankings: (Q, N), from ``rank_images``.
+        ground_truth: for each query the numbers of its ``easy``, ``hard`` and ``junk`` images.
+        difficulty: a key of ``DIFFICULTIES``.
+
+    Returns:
+        ``mAP``, ``mP@k`` by k and ``AP`` by query, from 0 to 1; NaN where nothing was to find.
+    """
+    right, ignored = DIFFICULTIES[difficulty]
+    precisions = np.full(len(ground_truth), np.nan)
+    at_k = []
+    for number, (ranking, labels) in enumerate(zip(rankings, ground_truth, strict=True)):
+        positives = np.concatenate([labels[name] for name in right])
+        if not len(positives):
+            continue
+        junk = np.concatenate([labels[name] for name in ignored])
+        positions = positions_without_junk(ranking, positives, junk)
+        precisions[number] = trapezoid_average_precision(positions, len(positives))
+        at_k.append([precision_at(positions, k) for k in KS])
+    scored = precisions[~np.isnan(precisions)]
+    means = np.mean(at_k, axis=0) if at_k else np.full(len(KS), np.nan)
+    return {
+        "mAP": float(scored.mean()) if len(scored) else float("nan"),
+        "mP@k": dict(zip(KS, means.tolist(), strict=True)),
+        "AP": precisions.tolist(),
+    }
