@@ -2,6 +2,7 @@
 
 import torch
 
+TOP1, MEAN_PER_CLASS, MAP = "top1", "mean_per_class", "mAP"
 DIFFICULT = -1  # of a multi-label target: neither positive nor negative
 
 
@@ -104,6 +105,13 @@ def average_precision(scores: torch.Tensor, positive: torch.Tensor) -> float:
     precision = found.double() / named
     best = [precision[10 * found >= tenth * total].max() for tenth in range(11)]
     return 100 * torch.stack(best).mean().item()
+
+
+METRICS = {
+    TOP1: top_k_accuracy,
+    MEAN_PER_CLASS: mean_per_class_accuracy,
+    MAP: mean_average_precision,
+}
 
 
 def _ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
