@@ -1,0 +1,297 @@
+"""main_pretrain.py: every method, resumption, accumulation, and a user's mistakes."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script
+
+import main_pretrain
+from models import METHODS, build_method
+from optimizer import build_optimizer
+from utils.config import load_config
+from utils.errors import UserError
+from utils.precision import Precision
+
+ENCODERS = ["vit_nano", "swin_tiny"]
+
+
+def arguments(method: str, imagenet, output, *opts):
+    return [
+        *("--cfg", ROOT / f"configs/{method}_vit_tiny.yaml", "--data-path", imagenet),
+        *("--output", output, "--opts", *TINY, "MODEL.NAME", "run", *opts),
+    ]
+
+
+def weights(folder, name="checkpoint.pth"):
+    return torch.load(folder / "run" / "default" / name, weights_only=True)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    """Equal bit for bit, model and optimizer."""
+    assert one["step"] == other["step"]
+    assert set(one["model"]) == set(other["model"])
+    for name, value in one["model"].items():
+        assert value.equal(other["model"][name]), name
+    for i, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert value.equal(other["optimizer"]["state"][i][name]), (i, name)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_one_process_trains(run_main, imagenet, tmp_path, method, encoder):
+    run_main(main_pretrain, *arguments(method, imagenet, tmp_path, "MODEL.ENCODER", encoder))
+    folder = tmp_path / "run" / "default"
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"checkpoint.pth", "ckpt_epoch_1.pth", "config.json", "log_rank0.txt"}
+    log = (folder / "log_rank0.txt").read_text()
+    assert log.count("Train: [") == 12 and "Train: [1/2][6/6]" in log
+    assert json.loads((folder / "config.json").read_text())["MODEL"]["ENCODER"] == encoder
+    state = weights(tmp_path)
+    assert set(state) >= {
+        *("model", "optimizer", "lr_scheduler", "scaler", "epoch", "step", "rng_state", "config")
+    }
+    assert (state["epoch"], state["step"]) == (1, 12)
+    assert all(v.isfinite().all() for v in state["model"].values())
+    if method != "byol":
+        assert int(state["model"]["queue_ptr"]) == 12 * 4 % 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_two_processes_train(imagenet, tmp_path, method, encoder):
+    launcher = "launch" if encoder == "vit_nano" else "torchrun"
+    opts = arguments(method, imagenet, tmp_path, "MODEL.ENCODER", encoder, "TRAIN.EPOCHS", "1")
+    done = run_script("main_pretrain.py", *opts, processes=2, launcher=launcher)
+    assert done.returncode == 0, done.stdout
+    assert "Train: [0/1][3/3]" in done.stdout
+    assert (tmp_path / "run" / "default" / "log_rank1.txt").exists()
+    assert weights(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_resuming_changes_nothing(run_main, imagenet, tmp_path, method):
+    """Bit for bit, with drop path, synthetic negatives, and a first stop by a shorter run."""
+    opts = ("TRAIN.EPOCHS", "3", "SAVE_FREQ", "1")
+    run_main(main_pretrain, *arguments(method, imagenet, tmp_path / "a", *opts))
+    folder = tmp_path / "b" / "run" / "default"
+    folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "a/run/default/ckpt_epoch_0.pth", folder / "checkpoint.pth")
+    run_main(main_pretrain, *arguments(method, imagenet, tmp_path / "b", *opts))
+    assert "at update 6" in (folder / "log_rank0.txt").read_text()
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+    explicit = ("MODEL.RESUME", tmp_path / "a/run/default/ckpt_epoch_1.pth")
+    run_main(main_pretrain, *arguments(method, imagenet, tmp_path / "c", *opts, *explicit))
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(imagenet, tmp_path):
+    opts = ("TRAIN.EPOCHS", "2", "SAVE_FREQ", "1")
+    for name in ("a", "b"):
+        folder = tmp_path / name / "run" / "default"
+        folder.mkdir(parents=True)
+        if name == "b":
+            shutil.copy(tmp_path / "a/run/default/ckpt_epoch_0.pth", folder / "checkpoint.pth")
+        done = run_script(
+            "main_pretrain.py", *arguments("synco", imagenet, tmp_path / name, *opts), processes=2
+        )
+        assert done.returncode == 0, done.stdout
+    assert "resumed from" in done.stdout
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_finished_run_is_left_alone(run_main, imagenet, tmp_path):
+    opts = arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", "1")
+    run_main(main_pretrain, *opts)
+    before = (tmp_path / "run/default/checkpoint.pth").read_bytes()
+    run_main(main_pretrain, *opts)
+    assert (tmp_path / "run/default/checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["byol", "moby"])
+def test_accumulation_equals_a_large_batch(process_group, method):
+    """Three micro-batches of 4 against one batch of 12, without BatchNorm and drop path."""
+    opts = [
+        "MODEL.ENCODER",
+        "vit_nano",
+        "MODEL.ONLINE_DROP_PATH_RATE",
+        "0",
+        "MODEL.PROJ_NUM_LAYERS",
+        "1",
+    ]
+    opts += [
+        "MODEL.PRED_NUM_LAYERS",
+        "1",
+        "DATA.IMG_SIZE",
+        "32",
+        "MODEL.CONTRAST_NUM_NEGATIVE",
+        "18",
+    ]
+    config = load_config(str(ROOT / f"configs/{method}_vit_tiny.yaml"), opts)
+    run = SimpleNamespace(
+        device=torch.device("cpu"), precision=Precision("O0", torch.device("cpu"))
+    )
+    torch.manual_seed(0)
+    views = torch.randint(0, 256, (2, 2, 12, 3, 32, 32), dtype=torch.uint8)
+    results = []
+    for parts in (1, 3):
+        torch.manual_seed(1)
+        model = build_method(config)
+        optimizer = build_optimizer(config, model)
+        ddp = main_pretrain.data_parallel(model, run.device)
+        for first, second in views:
+            model.update_key_encoder(0.9)
+            batch = list(zip(first.chunk(parts), second.chunk(parts), strict=True))
+            statistics = main_pretrain.update(config, ddp, batch, optimizer, 0, run)
+        results.append(dict(model.state_dict(), statistics=statistics))
+    for name, value in results[0].items():
+        torch.testing.assert_close(
+            results[1][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_accumulation_in_the_script(run_main, imagenet, tmp_path):
+    opts = arguments("synco", imagenet, tmp_path, "TRAIN.EPOCHS", "1")
+    run_main(main_pretrain, "--accumulation-steps", "2", *opts)
+    state = weights(tmp_path)
+    assert state["step"] == 3
+    # 3 updates of 2 x 4 keys, and the rate of 8 images an update
+    assert int(state["model"]["queue_ptr"]) == 24
+    assert "base rate 1.56e-05" in (tmp_path / "run/default/log_rank0.txt").read_text()
+
+
+def test_gradient_norms_are_those_of_the_parts():
+    config = load_config(str(ROOT / "configs/demo.yaml"), ["DATA.IMG_SIZE", "32"])
+    model = build_method(config)
+    model(torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), 0).loss.backward()
+    total, *parts = main_pretrain.gradient_norms(model).tolist()
+    gradients = {
+        name: [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
+        for name in main_pretrain.COMPONENTS
+    }
+    for name, part in zip(main_pretrain.COMPONENTS, parts, strict=True):
+        expected = torch.cat([g.flatten() for g in gradients[name]]).norm()
+        assert part == pytest.approx(float(expected), rel=1e-4)
+    everything = torch.cat([g.flatten() for gs in gradients.values() for g in gs])
+    assert total == pytest.approx(float(everything.norm()), rel=1e-4)
+
+
+def test_clipping_bounds_the_update(process_group):
+    """Plain SGD without decay moves the weights by rate x clipped norm."""
+    opts = [
+        "DATA.IMG_SIZE",
+        "32",
+        "TRAIN.CLIP_GRAD",
+        "0.1",
+        "TRAIN.OPTIMIZER.NAME",
+        "sgd",
+        "TRAIN.BASE_LR",
+        "1.0",
+    ]
+    opts += ["TRAIN.OPTIMIZER.MOMENTUM", "0", "TRAIN.WEIGHT_DECAY", "0", "AMP_OPT_LEVEL", "O0"]
+    config = load_config(str(ROOT / "configs/demo.yaml"), opts)
+    run = SimpleNamespace(
+        device=torch.device("cpu"), precision=Precision("O0", torch.device("cpu"))
+    )
+    model = build_method(config)
+    before = [p.clone() for p in model.parameters()]
+    batch = [torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)]
+    ddp = main_pretrain.data_parallel(model, run.device)
+    statistics = main_pretrain.update(config, ddp, batch, build_optimizer(config, model), 0, run)
+    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+    assert statistics[3] > 0.1  # the norm before clipping is what is reported
+    assert float(moved.norm()) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("flags", [["--amp-opt-level", "O1"], ["--use-checkpoint"]])
+def test_options_train(run_main, imagenet, tmp_path, flags):
+    opts = arguments("synco", imagenet, tmp_path, "MODEL.WARMUP_EPOCHS", "0", "TRAIN.EPOCHS", "1")
+    run_main(main_pretrain, *flags, *opts)
+    assert weights(tmp_path)["step"] == 6
+
+
+def test_throughput_and_eval_save_nothing(run_main, imagenet, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_pretrain, "THROUGHPUT_STEPS", 2)
+    opts = arguments("moby", imagenet, tmp_path)
+    run_main(main_pretrain, "--throughput", *opts)
+    log = tmp_path / "run/default/log_rank0.txt"
+    assert "loader: " in log.read_text() and "update: " in log.read_text()
+    run_main(main_pretrain, "--eval", *opts, "DATA.BATCH_SIZE", "3")
+    assert "Eval: loss" in log.read_text()
+    assert not list((tmp_path / "run/default").glob("*.pth"))
+
+
+MISTAKES = {
+    "no data path": ([], "set --data-path"),
+    "missing data path": (["DATA.DATA_PATH", "nowhere"], "nowhere: the data path does not exist"),
+    "batch larger than the data": (["DATA.BATCH_SIZE", "30", "MODEL.CONTRAST_NUM_NEGATIVE", "64"],
+                                   "one update takes 30 images, but there are only 24"),
+    "batch larger than the queue": (["DATA.BATCH_SIZE", "12", "MODEL.CONTRAST_NUM_NEGATIVE", "8"],
+                                    "an update of 12 images does not fit into"),
+    "batch of one": (["DATA.BATCH_SIZE", "1"], "at least 2 images"),
+    "augmentation": (["AUG.SSL_AUG_TYPE", "x"], "the augmentation must be byol or simclr"),
+    "single view": (["AUG.SSL_AUG", "False"], "set AUG.SSL_AUG True"),
+    "checkpoint missing": (["MODEL.RESUME", "gone.pth"], "gone.pth: no such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_mistakes_are_named(run_main, imagenet, tmp_path, mistake):
+    opts, message = MISTAKES[mistake]
+    given = arguments("moby", "" if "path" in mistake else imagenet, tmp_path, *opts)
+    with pytest.raises(UserError) as error:
+        run_main(main_pretrain, *given)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "pickle", "other encoder", "other method"]
+)
+def test_a_checkpoint_that_does_not_fit_is_named_and_kept(run_main, imagenet, tmp_path, damage):
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", "1"))
+    path = tmp_path / "run/default/checkpoint.pth"
+    method, opts = "moby", []
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "pickle":
+        torch.save(SimpleNamespace(), path)
+    elif damage == "other encoder":
+        opts = ["MODEL.ENCODER", "vit_tiny"]
+    else:
+        method = "byol"
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"checkpoint\.pth: ") as error:
+        run_main(main_pretrain, *arguments(method, imagenet, tmp_path, *opts))
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_bad_image_ends_in_one_line(imagenet, tmp_path, processes):
+    """The whole way: from a data worker to standard error and the exit code."""
+    data = tmp_path / "data"
+    shutil.copytree(imagenet, data)
+    (data / "train/class1/7.jpg").write_text("no image")
+    opts = arguments("moby", data, tmp_path / "out")
+    done = run_script("main_pretrain.py", *opts, processes=processes)
+    assert done.returncode != 0
+    lines = [x for x in done.stdout.splitlines() if x.startswith("main_pretrain.py: error: ")]
+    assert lines and "class1/7.jpg: not a readable image" in lines[0]
+    if not processes:  # a launcher prints its own account
+        assert done.returncode == 1 and "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize("flag", [["--frobnicate"], ["--cfg", "nowhere.yaml"]])
+def test_mistakes_on_the_command_line_end_in_one_line(flag):
+    done = run_script("main_pretrain.py", *flag)
+    assert done.returncode == 1
+    assert done.stdout.startswith("main_pretrain.py: error: ") and done.stdout.count("\n") == 1
