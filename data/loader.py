@@ -3,21 +3,39 @@
 import os
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.augmentation import view_augmentations
 from data.dataset import TestImages, TwoViews
 from data.sampler import EpochBatches
-from data.source import FolderSource, ZipSource, open_source
+from data.source import open_source
+from data.transfer import open_transfer_set
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
 
 
-def build_source(config: CfgNode, split: str) -> FolderSource | ZipSource:
-    """The images of ``train`` or ``val`` where ``config.DATA`` says."""
+def build_source(config: CfgNode, split: str, download: bool = False):
+    """The labelled images of ``train`` or of ``val`` (the test split of a transfer set).
+
+    Args:
+        config: DATA.DATASET names the set and DATA.DATA_PATH its folder.
+        split: ``train`` or ``val``.
+        download: fetch the set if it is missing and torchvision can.
+
+    Returns:
+        an object with ``names``, ``labels``, ``classes`` and ``read_image(index)``.
+    """
     data = config.DATA
-    return open_source(data.DATA_PATH, split, data.ZIP_MODE, data.CACHE_MODE, rank(), world_size())
+    if data.DATASET == "imagenet":
+        cache = (data.CACHE_MODE, rank(), world_size())
+        return open_source(data.DATA_PATH, split, data.ZIP_MODE, *cache)
+    split = "test" if split == "val" else split
+    if download and rank() == 0:
+        open_transfer_set(data.DATASET, data.DATA_PATH, split, download=True)
+    dist.barrier()
+    return open_transfer_set(data.DATASET, data.DATA_PATH, split)
 
 
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoader:
@@ -54,7 +72,7 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
     )
 
 
-def build_test_images(config: CfgNode, source: FolderSource | ZipSource) -> TestImages:
+def build_test_images(config: CfgNode, source) -> TestImages:
     """The images of ``source`` with the test-time transform of ``config``."""
     return TestImages(source, config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP)
 

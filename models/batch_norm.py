@@ -2,9 +2,20 @@
 
 import torch
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
-from utils.distributed import world_size
+from utils.distributed import mean_over_processes, world_size
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The average over the processes, whose gradient reaches the inputs of all of them."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return mean_over_processes(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return mean_over_processes(gradient.clone())
 
 
 class SyncBatchNorm(nn.BatchNorm1d):
@@ -23,9 +34,9 @@ class SyncBatchNorm(nn.BatchNorm1d):
 
     def _forward_gloo(self, rows: torch.Tensor) -> torch.Tensor:
         # two reductions, not one of the sum of squares: that difference cancels in float32
-        mean = all_reduce(rows.mean(0)) / world_size()
+        mean = _MeanOverProcesses.apply(rows.mean(0))
         centered = rows - mean
-        var = all_reduce(centered.square().mean(0)) / world_size()
+        var = _MeanOverProcesses.apply(centered.square().mean(0))
         with torch.no_grad():
             n = rows.shape[0] * world_size()
             self.num_batches_tracked.add_(1)
