@@ -43,17 +43,15 @@ def write_split(folder: str, split: str, count: int, args: argparse.Namespace) -
             cv2.imwrite(os.path.join(path, f"{i:05}.jpg"), image, quality)
 
 
-def draw(
-    rng: np.random.Generator, shape: str, texture: str, width: int, height: int
-) -> np.ndarray:
+def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height: int) -> np.ndarray:
     """One image, height x width x 3 of uint8."""
     short = min(width, height)
-    # a background of smooth colour patches
-    coarse = rng.uniform(0, 255, (3, 3, 3)).astype(np.float32)
-    image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    # a background of smooth patches around one tint
+    coarse = tint(rng, rng.uniform(40, 215)) + rng.normal(0, 15, (3, 3, 3))
+    image = cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     # coordinates around the object's centre, turned, in units of its radius
-    radius = short * rng.uniform(0.26, 0.44)
-    cx, cy = (rng.uniform(0.9 * radius, side - 0.9 * radius) for side in (width, height))
+    radius = short * rng.uniform(0.3, 0.5)
+    cx, cy = (rng.uniform(0.8 * radius, side - 0.8 * radius) for side in (width, height))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     x, y = (x - cx) / radius, (y - cy) / radius
@@ -61,9 +59,9 @@ def draw(
     v = np.cos(angle) * y - np.sin(angle) * x
     mask = cv2.GaussianBlur(inside(shape, u, v).astype(np.float32), (0, 0), 0.5)[..., None]
     light = pattern(rng, texture, u, v)[..., None]
-    first, second = rng.uniform(0, 255, (2, 3))
-    while np.abs(first - second).sum() < 180:  # the texture must be visible
-        first, second = rng.uniform(0, 255, (2, 3))
+    # the texture is darker and lighter, either way round, in two tints
+    levels = rng.permutation([rng.uniform(10, 100), rng.uniform(150, 245)])
+    first, second = tint(rng, levels[0]), tint(rng, levels[1])
     image = image * (1 - mask) + (first * light + second * (1 - light)) * mask
     # lighting falls off across the image, and the sensor adds noise
     slope = rng.uniform(-0.35, 0.35, 2)
@@ -71,6 +69,11 @@ def draw(
     image = image * (rng.uniform(0.7, 1.1) + slope[0] * xx + slope[1] * yy)[..., None]
     image += rng.normal(0, rng.uniform(2, 8), image.shape)
     return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def tint(rng: np.random.Generator, level: float) -> np.ndarray:
+    """A colour of about the given brightness, 0 to 255."""
+    return level + rng.normal(0, 22, 3)
 
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
