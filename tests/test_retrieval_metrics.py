@@ -73,6 +73,11 @@ def test_junk_leaves_the_ranking(data, size):
     assert positions_without_junk(ranking, positives, junk).tolist() == expected
 
 
+def test_a_positive_that_is_also_junk_stays():
+    # as in the official evaluation, which counts the junk before a positive
+    assert positions_without_junk(np.array([3, 1, 2, 0]), [1, 2], [3, 1]).tolist() == [0, 0]
+
+
 def test_equal_similarities_keep_the_order_of_the_database():
     database = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     assert rank_images(database, np.array([[1.0, 0.0]])).tolist() == [[1, 3, 0, 2]]

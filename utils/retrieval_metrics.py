@@ -36,7 +36,7 @@ def rank_images(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
 def positions_without_junk(
     ranking: np.ndarray, positives: Sequence[int], junk: Sequence[int]
 ) -> np.ndarray:
-    """Places of the positives, from 0, in a ranking that the junk has been taken out of.
+    """Places of the positives, from 0, each less the junk before it.
 
     Args:
         ranking: (N,), numbers of images, the best first.
@@ -46,7 +46,9 @@ def positions_without_junk(
     Returns:
         (P,), rising.
     """
-    return np.flatnonzero(np.isin(ranking[~np.isin(ranking, junk)], positives))
+    is_junk = np.isin(ranking, junk)
+    places = np.arange(len(ranking)) - is_junk.cumsum() + is_junk
+    return places[np.isin(ranking, positives)]
 
 
 def trapezoid_average_precision(positions: np.ndarray, positives: int) -> float:
