@@ -1,0 +1,161 @@
+"""The files of the revisited Oxford and Paris benchmarks (arXiv 1803.11285)."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from data.dataset import to_tensor
+from data.image import read_rgb
+from utils.errors import UserError
+from utils.unpickle import load_plain_pickle
+
+DATASETS = ("roxford5k", "rparis6k")
+LABELS = ("easy", "hard", "junk")
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What ``gnd_<dataset>.pkl`` says.
+
+    Attributes:
+        folder: of the data set.
+        database: names of the images that are ranked.
+        queries: names of the queries.
+        labels: for each query the numbers of its ``easy``, ``hard`` and ``junk`` images.
+        boxes: for each query left, top, right and bottom of what it asks for, in pixels; None
+            where there is none.
+    """
+
+    folder: str
+    database: list[str]
+    queries: list[str]
+    labels: list[dict[str, np.ndarray]]
+    boxes: list[tuple[float, float, float, float] | None]
+
+    def path(self, name: str) -> str:
+        """Where an image lies."""
+        return os.path.join(self.folder, "jpg", f"{name}.jpg")
+
+
+def read_ground_truth(root: str, dataset: str) -> GroundTruth:
+    """Read ``<root>/<dataset>/gnd_<dataset>.pkl``; the pickle may hold plain data only.
+
+    Raises:
+        UserError: a file that is missing, damaged or hostile, or says what cannot be.
+    """
+    if not root:
+        raise UserError(f"no data set given: set --data-path to the folder that holds {dataset}/")
+    folder = os.path.join(root, dataset)
+    path = os.path.join(folder, f"gnd_{dataset}.pkl")
+    content = load_plain_pickle(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a dict, found a {type(content).__name__}")
+    database, queries = (_names(content, key, path) for key in ("imlist", "qimlist"))
+    truth = content.get("gnd")
+    if not isinstance(truth, list | tuple) or len(truth) != len(queries):
+        raise UserError(f"{path}: gnd must have an entry for each of {len(queries)} queries")
+    labels, boxes = [], []
+    for query, entry in zip(queries, truth, strict=True):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: the entry of query {query} is no dict")
+        where = f"{path}: query {query}"
+        labels.append({name: _indices(entry, name, len(database), where) for name in LABELS})
+        boxes.append(_box(entry.get("bbx"), where))
+    return GroundTruth(folder, database, queries, labels, boxes)
+
+
+def _names(content: dict, key: str, path: str) -> list[str]:
+    names = content.get(key)
+    if isinstance(names, np.ndarray):
+        names = names.tolist()
+    if not isinstance(names, list | tuple) or not names:
+        raise UserError(f"{path}: {key} must be a list of the names of images")
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise UserError(f"{path}: {key} holds {name!r}, which is not the name of an image")
+    return list(names)
+
+
+def _indices(entry: dict, name: str, count: int, where: str) -> np.ndarray:
+    try:
+        indices = np.array(entry[name])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{where}: {name} must be a list of numbers of images") from error
+    # an empty list becomes an array of floats
+    if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
+        raise UserError(f"{where}: {name} must be a list of numbers of images")
+    if len(indices) and not 0 <= indices.min() <= indices.max() < count:
+        raise UserError(f"{where}: {name} names an image that is not among the {count} of imlist")
+    return indices.astype(np.int64)
+
+
+def _box(value: Any, where: str) -> tuple[float, float, float, float] | None:
+    if value is None:
+        return None
+    try:
+        box = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        box = np.empty(0)
+    if box.shape != (4,) or not np.isfinite(box).all() or not (box[:2] < box[2:]).all():
+        raise UserError(f"{where}: bbx must be left, top, right and bottom with an area")
+    return tuple(box.tolist())
+
+
+class RetrievalImages(Dataset):
+    """The database or the queries, shrunk and not cropped, each with its number.
+
+    Args:
+        truth: names and boxes.
+        queries: the queries, else the database.
+        size: longest side in pixels; a smaller image stays as it is.
+        crop: of a query keep its box alone, the benchmark's official protocol.
+
+    Raises:
+        UserError: a missing image, or a query without a box that should be cropped.
+    """
+
+    def __init__(self, truth: GroundTruth, queries: bool, size: int, crop: bool = False) -> None:
+        self.names = truth.queries if queries else truth.database
+        self.paths = [truth.path(name) for name in self.names]
+        self.boxes = truth.boxes if queries and crop else [None] * len(self.names)
+        self.size = size
+        for path in self.paths:
+            if not os.path.exists(path):
+                raise UserError(f"{path}: the ground truth names this image, but it is missing")
+        if queries and crop and None in self.boxes:
+            raise UserError(f"query {self.names[self.boxes.index(None)]} has no bbx to crop to")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """A uint8 image of 3 x H x W, and its number."""
+        image = read_rgb(self.paths[index])
+        if box := self.boxes[index]:
+            image = crop_to_box(image, box, self.paths[index])
+        # DINO's, which never enlarges
+        image.thumbnail((self.size, self.size), Image.Resampling.LANCZOS)
+        return to_tensor(np.asarray(image)), index
+
+
+def crop_to_box(
+    image: Image.Image, box: tuple[float, float, float, float], name: str
+) -> Image.Image:
+    """The part of an image in a box of left, top, right, bottom, in pixels.
+
+    Raises:
+        UserError: the box lies beyond the image, which is called ``name``.
+    """
+    left, top, right, bottom = map(round, box)
+    inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise UserError(
+            f"{name}: the box of the query, {box}, does not fit its {image.width} x "
+            f"{image.height} pixels"
+        )
+    return image.crop(inside)

@@ -1,0 +1,152 @@
+"""The files of revisited Oxford and Paris: ground truth, images, and what is wrong with them."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.retrieval import RetrievalImages, crop_to_box, read_ground_truth
+from tools.make_tiny_retrieval import write_retrieval
+from utils.errors import UserError
+
+
+@pytest.fixture
+def revisited(tmp_path):
+    write_retrieval(str(tmp_path), "rparis6k", 3, 64)
+    return tmp_path
+
+
+def change(root, edit):
+    """Rewrite the ground truth as ``edit`` leaves it."""
+    path = root / "rparis6k" / "gnd_rparis6k.pkl"
+    truth = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(edit(truth) or truth))
+
+
+def test_the_ground_truth(revisited):
+    truth = read_ground_truth(str(revisited), "rparis6k")
+    assert len(truth.database) == 5 + 8 + 8
+    assert truth.queries == [f"landmark_{number:02}_query" for number in range(3)]
+    # the cases that the drawn set should hold
+    counts = [[len(labels[name]) for name in ("easy", "hard", "junk")] for labels in truth.labels]
+    assert counts == [[0, 0, 2], [3, 0, 2], [3, 2, 0]]
+    for labels in truth.labels:
+        for name, indices in labels.items():
+            assert all(name in truth.database[i] for i in indices)
+
+
+def test_arrays_instead_of_lists(revisited):
+    def edit(truth):
+        truth["imlist"] = np.array(truth["imlist"])
+        for entry in truth["gnd"]:
+            entry.update({name: np.array(value) for name, value in entry.items()})
+
+    before = read_ground_truth(str(revisited), "rparis6k")
+    change(revisited, edit)
+    after = read_ground_truth(str(revisited), "rparis6k")
+    assert after.database == before.database
+    assert after.boxes == before.boxes
+    for left, right in zip(after.labels, before.labels, strict=True):
+        assert all(np.array_equal(left[name], right[name]) for name in right)
+
+
+def entry(**values):
+    return lambda truth: truth["gnd"][1].update(values)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda truth: [truth], "expected a dict"),
+        (lambda truth: truth.pop("imlist") and None, "imlist must be a list"),
+        (lambda truth: truth.update(qimlist=[]), "qimlist must be a list"),
+        (lambda truth: truth.update(imlist=["../../x"]), "not the name of an image"),
+        (lambda truth: truth.update(imlist=[3]), "not the name of an image"),
+        (lambda truth: truth["gnd"].pop() and None, "an entry for each of 3 queries"),
+        (lambda truth: truth["gnd"].append(0), "an entry for each of 3 queries"),
+        (lambda truth: truth.update(gnd=[1, 2, 3]), "entry of query landmark_00_query"),
+        (lambda truth: truth["gnd"][1].pop("easy") and None, "landmark_01_query: easy must be"),
+        (entry(hard=[0.5]), "hard must be a list"),
+        (entry(hard=[[1]]), "hard must be a list"),
+        (entry(junk=[1, [2]]), "junk must be a list"),
+        (entry(easy=[21]), "names an image that is not among the 21"),
+        (entry(easy=[-1]), "names an image that is not among the 21"),
+        (entry(bbx=[1, 2, 3]), "bbx must be"),
+        (entry(bbx=[5, 5, 5, 9]), "with an area"),
+        (entry(bbx=[1, 2, float("nan"), 3]), "bbx must be"),
+        (entry(bbx="box"), "bbx must be"),
+    ],
+)
+def test_a_ground_truth_that_cannot_be(revisited, edit, message):
+    change(revisited, edit)
+    with pytest.raises(UserError, match=message) as caught:
+        read_ground_truth(str(revisited), "rparis6k")
+    assert "gnd_rparis6k.pkl" in str(caught.value)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_hostile_ground_truth_is_refused(revisited):
+    victim = revisited / "victim"
+    change(revisited, lambda truth: truth | {"more": Hostile(str(victim))})
+    with pytest.raises(UserError, match="not a pickle of plain data"):
+        read_ground_truth(str(revisited), "rparis6k")
+    assert not victim.exists()
+
+
+def test_images_shrink_to_their_longest_side(revisited):
+    truth = read_ground_truth(str(revisited), "rparis6k")
+    for index, name in enumerate(truth.database[:4]):
+        with Image.open(truth.path(name)) as image:
+            width, height = image.size
+        small, number = RetrievalImages(truth, False, 32)[index]
+        assert number == index
+        assert max(small.shape[1:]) == 32
+        assert small.shape[2] / small.shape[1] == pytest.approx(width / height, rel=0.05)
+        same, _ = RetrievalImages(truth, False, 999)[index]
+        assert same.shape == (3, height, width)
+
+
+def test_queries_are_cropped_on_request_only(revisited):
+    change(revisited, lambda truth: truth["gnd"][0].update(bbx=[4.4, 5.6, 20.0, 30.0]))
+    truth = read_ground_truth(str(revisited), "rparis6k")
+    whole, _ = RetrievalImages(truth, True, 999)[0]
+    cropped, _ = RetrievalImages(truth, True, 999, crop=True)[0]
+    assert np.array_equal(cropped, whole[:, 6:30, 4:20])
+    # the database has no boxes
+    assert RetrievalImages(truth, False, 999, crop=True)[0][0].shape[1:] != cropped.shape[1:]
+
+
+def test_a_box_across_the_edge_and_one_beyond():
+    image = Image.new("RGB", (20, 10))
+    assert crop_to_box(image, (-3.0, 2.0, 25.0, 9.0), "a").size == (20, 7)
+    with pytest.raises(UserError, match=r"a: the box of the query.*20 x 10"):
+        crop_to_box(image, (20.0, 0.0, 30.0, 9.0), "a")
+
+
+def test_images_that_do_not_fit(revisited):
+    truth = read_ground_truth(str(revisited), "rparis6k")
+    path = truth.path(truth.queries[1])
+    os.truncate(path, os.path.getsize(path) // 2)
+    with pytest.raises(UserError, match=r"landmark_01_query\.jpg: not a readable image"):
+        RetrievalImages(truth, True, 32)[1]
+    os.remove(path)
+    with pytest.raises(UserError, match=r"landmark_01_query\.jpg: the ground truth names"):
+        RetrievalImages(truth, True, 32)
+    truth.queries[1] = truth.queries[0]
+    truth.boxes[2] = None
+    with pytest.raises(UserError, match="landmark_02_query has no bbx"):
+        RetrievalImages(truth, True, 32, crop=True)
+
+
+def test_no_data_path():
+    with pytest.raises(UserError, match="set --data-path"):
+        read_ground_truth("", "roxford5k")
