@@ -25,6 +25,14 @@ def arguments(method: str, imagenet, output, *opts):
     ]
 
 
+def tiny(recipe: str, *opts) -> tuple:
+    """A configuration of small images, and what ``start`` would return for it."""
+    device = torch.device("cpu")
+    opts = ["MODEL.ENCODER", "vit_nano", "DATA.IMG_SIZE", "32", *opts]
+    run = SimpleNamespace(device=device, precision=Precision("O0", device))
+    return load_config(str(ROOT / recipe), opts), run
+
+
 def weights(folder, name="checkpoint.pth"):
     return torch.load(folder / "run" / "default" / name, weights_only=True)
 
@@ -116,26 +124,15 @@ def test_a_finished_run_is_left_alone(run_main, imagenet, tmp_path):
 
 @pytest.mark.parametrize("method", ["byol", "moby"])
 def test_accumulation_equals_a_large_batch(process_group, method):
-    """Three micro-batches of 4 against one batch of 12, without BatchNorm and drop path."""
-    opts = [
-        "MODEL.ENCODER",
-        "vit_nano",
-        "MODEL.ONLINE_DROP_PATH_RATE",
-        "0",
-        "MODEL.PROJ_NUM_LAYERS",
-        "1",
-    ]
-    opts += [
-        "MODEL.PRED_NUM_LAYERS",
-        "1",
-        "DATA.IMG_SIZE",
-        "32",
-        "MODEL.CONTRAST_NUM_NEGATIVE",
-        "18",
-    ]
-    config = load_config(str(ROOT / f"configs/{method}_vit_tiny.yaml"), opts)
-    run = SimpleNamespace(
-        device=torch.device("cpu"), precision=Precision("O0", torch.device("cpu"))
+    """Three micro-batches of 4 against one batch of 12, without BatchNorm and drop path.
+
+    By plain SGD: Adam would blow up the rounding of gradients that are zero in theory.
+    """
+    config, run = tiny(
+        f"configs/{method}_vit_tiny.yaml",
+        *("MODEL.ONLINE_DROP_PATH_RATE", "0", "MODEL.CONTRAST_NUM_NEGATIVE", "18"),
+        *("MODEL.PROJ_NUM_LAYERS", "1", "MODEL.PRED_NUM_LAYERS", "1"),
+        *("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.BASE_LR", "0.1"),
     )
     torch.manual_seed(0)
     views = torch.randint(0, 256, (2, 2, 12, 3, 32, 32), dtype=torch.uint8)
@@ -149,6 +146,8 @@ def test_accumulation_equals_a_large_batch(process_group, method):
             model.update_key_encoder(0.9)
             batch = list(zip(first.chunk(parts), second.chunk(parts), strict=True))
             statistics = main_pretrain.update(config, ddp, batch, optimizer, 0, run)
+        # among the keys of a smaller batch BYOL's accuracy is higher, of course
+        statistics[1] *= method != "byol"
         results.append(dict(model.state_dict(), statistics=statistics))
     for name, value in results[0].items():
         torch.testing.assert_close(
@@ -176,28 +175,18 @@ def test_gradient_norms_are_those_of_the_parts():
         for name in main_pretrain.COMPONENTS
     }
     for name, part in zip(main_pretrain.COMPONENTS, parts, strict=True):
-        expected = torch.cat([g.flatten() for g in gradients[name]]).norm()
+        expected = torch.cat([g.flatten() for g in gradients[name]]).double().norm()
         assert part == pytest.approx(float(expected), rel=1e-4)
     everything = torch.cat([g.flatten() for gs in gradients.values() for g in gs])
-    assert total == pytest.approx(float(everything.norm()), rel=1e-4)
+    assert total == pytest.approx(float(everything.double().norm()), rel=1e-4)
 
 
 def test_clipping_bounds_the_update(process_group):
     """Plain SGD without decay moves the weights by rate x clipped norm."""
-    opts = [
-        "DATA.IMG_SIZE",
-        "32",
-        "TRAIN.CLIP_GRAD",
-        "0.1",
-        "TRAIN.OPTIMIZER.NAME",
-        "sgd",
-        "TRAIN.BASE_LR",
-        "1.0",
-    ]
-    opts += ["TRAIN.OPTIMIZER.MOMENTUM", "0", "TRAIN.WEIGHT_DECAY", "0", "AMP_OPT_LEVEL", "O0"]
-    config = load_config(str(ROOT / "configs/demo.yaml"), opts)
-    run = SimpleNamespace(
-        device=torch.device("cpu"), precision=Precision("O0", torch.device("cpu"))
+    config, run = tiny(
+        "configs/demo.yaml",
+        *("TRAIN.CLIP_GRAD", "1.0", "TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.BASE_LR", "1.0"),
+        *("TRAIN.OPTIMIZER.MOMENTUM", "0", "TRAIN.WEIGHT_DECAY", "0"),
     )
     model = build_method(config)
     before = [p.clone() for p in model.parameters()]
@@ -205,8 +194,8 @@ def test_clipping_bounds_the_update(process_group):
     ddp = main_pretrain.data_parallel(model, run.device)
     statistics = main_pretrain.update(config, ddp, batch, build_optimizer(config, model), 0, run)
     moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
-    assert statistics[3] > 0.1  # the norm before clipping is what is reported
-    assert float(moved.norm()) == pytest.approx(0.1, rel=1e-3)
+    assert statistics[3] > 1  # the norm before clipping is what is reported
+    assert float(moved.detach().norm()) == pytest.approx(1.0, rel=1e-2)
 
 
 @pytest.mark.parametrize("flags", [["--amp-opt-level", "O1"], ["--use-checkpoint"]])
@@ -229,7 +218,7 @@ def test_throughput_and_eval_save_nothing(run_main, imagenet, tmp_path, monkeypa
 
 MISTAKES = {
     "no data path": ([], "set --data-path"),
-    "missing data path": (["DATA.DATA_PATH", "nowhere"], "nowhere: the data path does not exist"),
+    "missing data path": ([], "nowhere: the data path does not exist"),
     "batch larger than the data": (["DATA.BATCH_SIZE", "30", "MODEL.CONTRAST_NUM_NEGATIVE", "64"],
                                    "one update takes 30 images, but there are only 24"),
     "batch larger than the queue": (["DATA.BATCH_SIZE", "12", "MODEL.CONTRAST_NUM_NEGATIVE", "8"],
@@ -244,7 +233,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))
 def test_mistakes_are_named(run_main, imagenet, tmp_path, mistake):
     opts, message = MISTAKES[mistake]
-    given = arguments("moby", "" if "path" in mistake else imagenet, tmp_path, *opts)
+    path = {"no data path": "", "missing data path": "nowhere"}.get(mistake, imagenet)
+    given = arguments("moby", path, tmp_path, *opts)
     with pytest.raises(UserError) as error:
         run_main(main_pretrain, *given)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -295,3 +285,26 @@ def test_mistakes_on_the_command_line_end_in_one_line(flag):
     done = run_script("main_pretrain.py", *flag)
     assert done.returncode == 1
     assert done.stdout.startswith("main_pretrain.py: error: ") and done.stdout.count("\n") == 1
+
+
+def test_float16_scales_the_loss(process_group):
+    """What a GPU without bfloat16 does: a finite update, then one that overflows is skipped."""
+    config, run = tiny("configs/demo.yaml")
+    precision = run.precision = Precision("O1", run.device)
+    precision.dtype = torch.float16
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    model = build_method(config)
+    optimizer = build_optimizer(config, model)
+    ddp = main_pretrain.data_parallel(model, run.device)
+    batch = [torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)]
+    weight = model.projector.linear_out.weight
+
+    before = weight.clone()
+    statistics = main_pretrain.update(config, ddp, batch, optimizer, 0, run)
+    assert statistics.isfinite().all() and not weight.equal(before)
+
+    precision.scaler.update(2.0**60)
+    before = weight.clone()
+    main_pretrain.update(config, ddp, batch, optimizer, 0, run)
+    assert weight.equal(before)
+    assert precision.scaler.get_scale() == 2.0**59

@@ -1,28 +1,39 @@
 """Draw a small data set in ImageNet's layout: textured shapes whose colours mean nothing.
 
-A class is a pair of a shape and a texture. Colours, place, size, angle, scale of the texture,
-background and lighting are drawn anew for each image, alike for all classes.
+A class has a shape and a texture. Colours, place, size, angle, scale of the texture, background
+and lighting are drawn anew for each image, alike for all classes.
 """
 
 import argparse
-import itertools
 import os
 
 import cv2
 import numpy as np
 
-SHAPES = ("disc", "square", "triangle", "cross")
-TEXTURES = ("stripes", "checks", "dots", "rings")
+CLASSES = (
+    ("disc", "stripes"),
+    ("square", "checks"),
+    ("triangle", "dots"),
+    ("cross", "rings"),
+    ("star", "zigzag"),
+    ("ellipse", "grid"),
+    ("disc", "spokes"),
+    ("square", "blobs"),
+    ("triangle", "bricks"),
+    ("cross", "dartboard"),
+    ("star", "spiral"),
+    ("ellipse", "halves"),
+)
 
 
 def main() -> None:
     """Draw train/ and val/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="where train/ and val/ are written")
-    parser.add_argument("--train", type=int, default=200, help="training images a class")
-    parser.add_argument("--val", type=int, default=25, help="validation images a class")
+    parser.add_argument("--train", type=int, default=250, help="training images a class")
+    parser.add_argument("--val", type=int, default=40, help="validation images a class")
     parser.add_argument("--size", type=int, default=64, help="mean side of an image in pixels")
-    parser.add_argument("--classes", type=int, default=16, help="number of classes, up to 16")
+    parser.add_argument("--classes", type=int, default=12, help="number of classes, up to 12")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for split, count in (("train", args.train), ("val", args.val)):
@@ -31,8 +42,7 @@ def main() -> None:
 
 def write_split(folder: str, split: str, count: int, args: argparse.Namespace) -> None:
     """Write ``count`` JPEGs a class; image i of a class depends on the seed and on i alone."""
-    pairs = list(itertools.product(SHAPES, TEXTURES))[: args.classes]
-    for number, (shape, texture) in enumerate(pairs):
+    for number, (shape, texture) in enumerate(CLASSES[: args.classes]):
         path = os.path.join(folder, f"{shape}_{texture}")
         os.makedirs(path, exist_ok=True)
         for i in range(count):
@@ -87,22 +97,46 @@ def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "cross":
         a, b = np.abs(u), np.abs(v)
         return (np.minimum(a, b) < 0.34) & (np.maximum(a, b) < 1.0)
+    if shape == "star":
+        return np.hypot(u, v) < 0.72 + 0.24 * np.cos(5 * np.arctan2(v, u))
+    if shape == "ellipse":
+        return (u / 1.1) ** 2 + (v / 0.65) ** 2 < 1
     raise ValueError(f"unknown shape {shape!r}")
 
 
 def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The share of the first colour at each point (u, v), 0 or 1."""
     step = rng.uniform(0.36, 0.6)
-    a, b = (u / step + rng.uniform(0, 1)), (v / step + rng.uniform(0, 1))
+    a, b = u / step + rng.uniform(0, 1), v / step + rng.uniform(0, 1)
+    radius, turn = np.hypot(u, v) / step, np.arctan2(v, u) / (2 * np.pi)
     if texture == "stripes":
-        return (a % 1 < 0.5).astype(np.float32)
-    if texture == "checks":
-        return ((np.floor(a) + np.floor(b)) % 2).astype(np.float32)
-    if texture == "dots":
-        return ((a % 1 - 0.5) ** 2 + (b % 1 - 0.5) ** 2 < 0.3**2).astype(np.float32)
-    if texture == "rings":
-        return (np.hypot(u, v) / step % 1 < 0.5).astype(np.float32)
-    raise ValueError(f"unknown texture {texture!r}")
+        light = a % 1 < 0.5
+    elif texture == "checks":
+        light = (np.floor(2 * a) + np.floor(2 * b)) % 2
+    elif texture == "dots":
+        light = (a % 1 - 0.5) ** 2 + (b % 1 - 0.5) ** 2 < 0.3**2
+    elif texture == "rings":
+        light = radius % 1 < 0.5
+    elif texture == "zigzag":
+        light = (a + np.abs(b % 1 - 0.5)) % 1 < 0.5
+    elif texture == "grid":
+        light = np.minimum(a % 1, b % 1) < 0.25
+    elif texture == "spokes":
+        light = 7 * turn % 1 < 0.5
+    elif texture == "blobs":
+        noise = rng.normal(size=(9, 9)).astype(np.float32)
+        light = cv2.remap(noise, *(np.float32(2 * x % 8) for x in (a, b)), cv2.INTER_LINEAR) > 0
+    elif texture == "bricks":
+        light = np.minimum(2 * b % 1, (a + 0.5 * np.floor(2 * b)) % 1 / 0.8) < 0.25
+    elif texture == "dartboard":
+        light = (np.floor(2 * radius) + np.floor(8 * turn)) % 2
+    elif texture == "spiral":
+        light = (radius + turn) % 1 < 0.5
+    elif texture == "halves":
+        light = u > 0
+    else:
+        raise ValueError(f"unknown texture {texture!r}")
+    return light.astype(np.float32)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""Turn folders of images into train/ and val/: each folder becomes a class."""
+
+import argparse
+import os
+import shutil
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.image import read_rgb
+from utils.errors import UserError
+from utils.launch import run_script
+
+
+def main() -> None:
+    """Check every image, shuffle each class, and copy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="a folder of folders of images, of any depth")
+    parser.add_argument("folder", help="where train/ and val/ are written")
+    parser.add_argument("--val-share", type=float, default=0.1, help="share of a class in val/")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not os.path.isdir(args.source):
+        raise UserError(f"{args.source}: no such folder")
+    if not 0 < args.val_share < 1:
+        raise UserError(f"--val-share must lie between 0 and 1, got {args.val_share}")
+    counts = {"train": 0, "val": 0}
+    for name in sorted(os.listdir(args.source)):
+        top = os.path.join(args.source, name)
+        images = [path for path in find_images(top) if readable(path)]
+        if len(images) < 2:
+            continue
+        # by name, not by position: a class keeps its split when others come or go
+        seed = (args.seed, *name.encode())
+        order = np.random.default_rng(seed).permutation(len(images))
+        val = max(1, round(args.val_share * len(images)))
+        for position, index in enumerate(order):
+            split = "val" if position < val else "train"
+            target = os.path.join(args.folder, split, name)
+            os.makedirs(target, exist_ok=True)
+            flat = os.path.relpath(images[index], top).replace(os.sep, "__")
+            shutil.copyfile(images[index], os.path.join(target, flat))
+            counts[split] += 1
+    if not counts["train"]:
+        raise UserError(f"{args.source}: no folder with at least two readable images")
+    print(f"{counts['train']} training and {counts['val']} validation images in {args.folder}")
+
+
+def find_images(top: str) -> list[str]:
+    """Paths of the image files at any depth below ``top``, sorted."""
+    return sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(top)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    )
+
+
+def readable(path: str) -> bool:
+    """Whether the image can be decoded; says so if not."""
+    try:
+        read_rgb(path)
+    except UserError as error:
+        print(f"left out: {error}")
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    run_script(main)
