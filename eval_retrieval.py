@@ -1,0 +1,161 @@
+"""Judge an encoder by image retrieval on revisited Oxford and Paris."""
+
+import argparse
+import json
+import math
+import os
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from yacs.config import CfgNode
+
+from data.features import extract_features
+from data.loader import num_workers
+from data.retrieval import DATASETS, GroundTruth, RetrievalImages, read_ground_truth
+from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from utils.arguments import parse_arguments
+from utils.checkpoint import read_tensor, save_checkpoint
+from utils.distributed import rank
+from utils.errors import UserError
+from utils.launch import Run, run_script, start
+from utils.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
+
+FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
+SCALES = (1, 1 / math.sqrt(2), 1 / 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this script."""
+    add_pretrained_arguments(parser)
+    parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0])
+    parser.add_argument(
+        "--imsize", type=int, default=224, help="longest side of an image in pixels"
+    )
+    parser.add_argument(
+        "--multiscale", action="store_true", help="average the features of three sizes"
+    )
+    parser.add_argument(
+        "--crop-query", action="store_true", help="crop queries to their box, as is official"
+    )
+    parser.add_argument("--dump-features", metavar="DIR", help="write the features there")
+    parser.add_argument("--load-features", metavar="DIR", help="use the features there")
+
+
+def main() -> None:
+    """Features of the database and of the queries, ranking, figures."""
+    args, config = parse_arguments(__doc__, add_arguments)
+    if args.imsize < 1:
+        raise UserError(f"--imsize must be at least 1, got {args.imsize}")
+    run = start(config, os.path.join(config.OUTPUT, f"retrieval_{args.dataset}"))
+    truth = read_ground_truth(config.DATA.DATA_PATH, args.dataset)
+    if args.load_features:
+        features = [read_tensor(os.path.join(args.load_features, name)) for name in FILES]
+    else:
+        features = encode(args, config, truth, run)
+        if args.dump_features and rank() == 0:
+            os.makedirs(args.dump_features, exist_ok=True)
+            for name, tensor in zip(FILES, features, strict=True):
+                save_checkpoint(tensor, os.path.join(args.dump_features, name))
+    check(*features, truth)
+    if rank() == 0:
+        report(score(*features, truth), args.dataset, run)
+
+
+def encode(
+    args: argparse.Namespace, config: CfgNode, truth: GroundTruth, run: Run
+) -> list[torch.Tensor]:
+    """Features of the database (N, F) and of the queries (Q, F), L2-normalised."""
+    parts = [RetrievalImages(truth, q, args.imsize, args.crop_query) for q in (False, True)]
+    encoder = load_pretrained_encoder(args, config, run)
+    if args.multiscale:
+        encoder = MultiScale(encoder)
+    return [
+        # images of many sizes, so one at a time
+        extract_features(
+            encoder,
+            images,
+            run,
+            batch_size=1,
+            num_workers=num_workers(config),
+            label="queries" if number else "database",
+        )[0]
+        for number, images in enumerate(parts)
+    ]
+
+
+class MultiScale(nn.Module):
+    """The mean feature of an image at the sizes of ``SCALES``, as in DINO (arXiv 2104.14294).
+
+    Args:
+        encoder: images (B, 3, H, W) of any size -> features (B, F).
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, F)."""
+        features = []
+        for scale in SCALES:
+            scaled = images
+            if scale != 1:
+                scaled = F.interpolate(images, scale_factor=scale, mode="bilinear")
+            features.append(self.encoder(scaled).float())
+        return torch.stack(features).mean(0)
+
+
+def check(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> None:
+    """Refuse features that are not of these images."""
+    for name, features, images in (
+        (FILES[0], database, truth.database),
+        (FILES[1], queries, truth.queries),
+    ):
+        if features.ndim != 2 or len(features) != len(images):
+            raise UserError(
+                f"{name}: {tuple(features.shape)} features do not fit {len(images)} images"
+            )
+        finite = features.isfinite().all(1)
+        if not finite.all():
+            raise UserError(
+                f"{name}: the features of {images[int(finite.int().argmin())]} are not finite"
+            )
+    if database.shape[1] != queries.shape[1]:
+        raise UserError(
+            f"{FILES[0]} has features of {database.shape[1]} values, {FILES[1]} of "
+            f"{queries.shape[1]}"
+        )
+
+
+def score(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> dict:
+    """``mAP`` and ``mP@k`` by difficulty in per cent; None where no query has positives."""
+    rankings = rank_images(F.normalize(database).numpy(), F.normalize(queries).numpy())
+    results = {"mAP": {}, "mP@k": {}}
+    for difficulty in DIFFICULTIES:
+        scores = score_difficulty(rankings, truth.labels, difficulty)
+        results["mAP"][difficulty] = per_cent(scores["mAP"])
+        results["mP@k"][difficulty] = {str(k): per_cent(v) for k, v in scores["mP@k"].items()}
+    return results
+
+
+def per_cent(share: float) -> float | None:
+    """NaN is no JSON."""
+    return None if math.isnan(share) else 100 * share
+
+
+def report(results: dict, dataset: str, run: Run) -> None:
+    """Log the figures and write results.json."""
+    for difficulty, precision in results["mAP"].items():
+        if precision is None:
+            run.logger.warning("%s: no query has images to find", difficulty)
+            continue
+        at_k = results["mP@k"][difficulty].items()
+        listed = " ".join(f"mP@{k} {value:.2f}%" for k, value in at_k)
+        run.logger.info("%s: mAP %.2f%% %s", difficulty, precision, listed)
+    with open(os.path.join(run.folder, "results.json"), "w", encoding="utf-8") as file:
+        json.dump({"dataset": dataset} | results, file, indent=2)
+
+
+if __name__ == "__main__":
+    run_script(main)
