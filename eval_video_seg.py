@@ -1,0 +1,209 @@
+"""Judge an encoder by video object segmentation on DAVIS 2017."""
+
+import argparse
+import csv
+import json
+import os
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data.augmentation import normalize
+from data.dataset import to_tensor
+from data.davis import (
+    MULTIPLE,
+    Video,
+    draw_mask,
+    fit_frame,
+    read_frame,
+    read_mask,
+    read_videos,
+    write_mask,
+)
+from models.label_propagation import LabelPropagation
+from models.patch_features import STRIDE, patch_features
+from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from utils.arguments import parse_arguments
+from utils.distributed import rank, world_size
+from utils.errors import UserError
+from utils.launch import Run, run_script, start
+from utils.video_metrics import contour_accuracy, region_similarity, statistics
+
+METRICS = {"J": region_similarity, "F": contour_accuracy}
+STATISTICS = ("Mean", "Recall", "Decay")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this script."""
+    add_pretrained_arguments(parser)
+    parser.add_argument(
+        "--n-last-frames", type=int, default=7, help="frames of the context beside the first"
+    )
+    parser.add_argument(
+        "--size-mask-neighborhood",
+        type=int,
+        default=12,
+        help="patches that a label may move in each direction, 0 for any number",
+    )
+    parser.add_argument(
+        "--topk", type=int, default=5, help="patches that a patch takes its label from"
+    )
+    parser.add_argument("--short-side", type=int, default=480, help="of a frame in pixels")
+    parser.add_argument("--overlay", action="store_true", help="draw the masks over the frames")
+
+
+def main() -> None:
+    """Segment this process's videos, gather the scores, write the figures."""
+    args, config = parse_arguments(__doc__, add_arguments)
+    if min(args.n_last_frames, args.size_mask_neighborhood, args.topk - 1) < 0:
+        raise UserError(
+            "--n-last-frames and --size-mask-neighborhood must be at least 0, --topk at least 1"
+        )
+    if args.short_side < MULTIPLE or args.short_side % STRIDE:
+        raise UserError(f"--short-side must be a multiple of {STRIDE}, at least {MULTIPLE}")
+    run = start(config, os.path.join(config.OUTPUT, "video_segmentation_davis2017"))
+    videos = read_videos(config.DATA.DATA_PATH)
+    encoder = load_pretrained_encoder(args, config, run)
+
+    own = {}
+    shown = rank() == 0 and os.isatty(2)
+    for video in tqdm(videos[rank() :: world_size()], disable=not shown, leave=False):
+        own[video.name] = segment(video, encoder, run, args)
+        for name, scores in own[video.name].items():
+            run.logger.info("%s: J %.4f F %.4f", name, scores["J-Mean"], scores["F-Mean"])
+    gathered = [own] * world_size()
+    dist.all_gather_object(gathered, own)
+    if rank() == 0:
+        scored = {name: scores for part in gathered for name, scores in part.items()}
+        report({k: v for video in videos for k, v in scored[video.name].items()}, run)
+
+
+@torch.inference_mode()
+def segment(
+    video: Video, encoder: nn.Module, run: Run, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Carry the first mask through a video and write the masks of all frames.
+
+    Returns:
+        for each object of the first frame its J and F; none in a video of less than 3 frames.
+    """
+    frame = read_frame(video.frames[0])
+    shape = frame.shape[:2]
+    mask = read_mask(video.annotations[0], shape)
+    fitted = fit_frame(frame, args.short_side)
+    features = encode(encoder, fitted, run)
+    propagation = LabelPropagation(
+        features,
+        one_hot(mask, features.shape[:2]).to(run.device),
+        args.n_last_frames,
+        args.size_mask_neighborhood or None,
+        args.topk,
+    )
+    write(video, 0, frame, mask, run, args.overlay)
+    objects = range(1, int(mask.max()) + 1)
+    values = {number: {name: [] for name in METRICS} for number in objects}
+    for i in range(1, len(video.frames)):
+        frame = read_frame(video.frames[i])
+        if frame.shape[:2] != shape:
+            raise UserError(f"{video.frames[i]}: the frame has another size than the video's first")
+        truth = read_mask(video.annotations[i], shape)
+        labels = propagation.step(encode(encoder, fit_frame(frame, args.short_side), run))
+        mask = decide(labels, fitted.shape[:2], shape)
+        write(video, i, frame, mask, run, args.overlay)
+        if i == len(video.frames) - 1:
+            break  # neither the first nor the last frame counts
+        for number in objects:
+            for name, metric in METRICS.items():
+                values[number][name].append(metric(truth == number, mask == number))
+    if len(video.frames) < 3 or not objects:
+        run.logger.warning("%s: nothing to score (no third frame, or no object)", video.name)
+        return {}
+    return {
+        f"{video.name}_{number}": {
+            f"{name}-{statistic}": figure
+            for name in METRICS
+            for statistic, figure in zip(STATISTICS, statistics(values[number][name]), strict=True)
+        }
+        for number in objects
+    }
+
+
+def encode(encoder: nn.Module, frame: np.ndarray, run: Run) -> torch.Tensor:
+    """A frame, H x W x 3 of uint8 -> patch features, (h, w, C) in float32."""
+    with run.precision.autocast():
+        features = patch_features(encoder, normalize(to_tensor(frame)[None].to(run.device)))
+    return features[0].float()
+
+
+def one_hot(mask: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
+    """Objects by pixel -> labels of patches, (h, w, 1 + objects), the nearest pixel's."""
+    small = Image.fromarray(mask).resize(grid[::-1], Image.Resampling.NEAREST)
+    labels = torch.from_numpy(np.array(small)).long()
+    return F.one_hot(labels, int(mask.max()) + 1).float()
+
+
+def decide(labels: torch.Tensor, fitted: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """Soft labels of patches -> objects by pixel.
+
+    Args:
+        labels: (h, w, K).
+        fitted: height and width of the frame that was encoded, at which objects are decided.
+        shape: height and width of the result.
+
+    Returns:
+        H x W of uint8.
+    """
+    scores = F.interpolate(labels.permute(2, 0, 1)[None], fitted, mode="bilinear")[0]
+    # each object on its own scale, so that small ones can win; one that is everywhere or nowhere
+    # has no scale and stays
+    low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
+    scores = torch.where(high > low, (scores - low) / (high - low), scores)
+    objects = scores.argmax(0).to(torch.uint8).cpu().numpy()
+    return np.array(Image.fromarray(objects).resize(shape[::-1], Image.Resampling.NEAREST))
+
+
+def write(
+    video: Video, number: int, frame: np.ndarray, mask: np.ndarray, run: Run, overlay: bool
+) -> None:
+    """Write the mask of frame ``number`` as the official toolkit reads it, and the overlay."""
+    stem = os.path.splitext(os.path.basename(video.frames[number]))[0]
+    for part, suffix in (("masks", "png"), ("overlay", "jpg"))[: 1 + overlay]:
+        path = os.path.join(run.folder, part, video.name, f"{stem}.{suffix}")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if part == "masks":
+            write_mask(path, mask)
+        else:
+            cv2.imwrite(path, draw_mask(frame, mask)[..., ::-1])
+
+
+def report(per_object: dict[str, dict[str, float]], run: Run) -> None:
+    """Average over the objects; write results.json and per_object.csv."""
+    if not per_object:
+        raise UserError("nothing to score: no video has three frames and an object in the first")
+    columns = [f"{name}-{statistic}" for name in METRICS for statistic in STATISTICS]
+    means = {
+        column: float(np.mean([scores[column] for scores in per_object.values()]))
+        for column in columns
+    }
+    results = {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2} | means
+    run.logger.info(" ".join(f"{name} {value:.4f}" for name, value in results.items()))
+    results["per_object"] = {
+        name: {column: scores[column] for column in ("J-Mean", "F-Mean")}
+        for name, scores in per_object.items()
+    }
+    with open(os.path.join(run.folder, "results.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+    with open(os.path.join(run.folder, "per_object.csv"), "w", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["object", *columns])
+        writer.writerows([name, *scores.values()] for name, scores in per_object.items())
+
+
+if __name__ == "__main__":
+    run_script(main)
