@@ -1,7 +1,6 @@
 """Pre-train an encoder with MoBY, BYOL or SynCo."""
 
 import os
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -26,8 +25,8 @@ from utils.arguments import parse_arguments
 from utils.checkpoint import (
     LATEST,
     latest_checkpoint,
-    load_model,
     read_checkpoint,
+    restore_training,
     save_checkpoint,
 )
 from utils.distributed import (
@@ -39,6 +38,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError
 from utils.launch import Run, run_script, start
+from utils.measure import duration, measure_throughput, memory
 from utils.seed import seed_step
 
 COMPONENTS = ("encoder", "projector", "predictor")
@@ -69,7 +69,7 @@ def main() -> None:
     ddp = data_parallel(model, run.device)
 
     if config.THROUGHPUT_MODE:
-        return throughput(config, ddp, loader, optimizer, scheduler, run)
+        return throughput(config, ddp, loader, optimizer, run)
     if config.EVAL_MODE:
         return evaluate(config, model, loader, run)
 
@@ -275,15 +275,9 @@ def resume(
     if not path:
         return config.TRAIN.START_EPOCH * steps_per_epoch
     state = read_checkpoint(path, run.device)
-    absent = {"model", "optimizer", "scaler", "step", "rng_state"} - set(state)
-    if absent:
-        raise UserError(f"{path}: cannot resume, the checkpoint has no {', '.join(sorted(absent))}")
-    load_model(model, state["model"], path)
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: state of another optimizer ({error})") from error
-    run.precision.scaler.load_state_dict(state["scaler"])
+    restore_training(
+        state, path, model, optimizer, run.precision.scaler, also=("step", "rng_state")
+    )
     torch.set_rng_state(state["rng_state"].cpu())
     run.logger.info("resumed from %s at update %d", path, state["step"])
     return state["step"]
@@ -309,50 +303,17 @@ def throughput(
     ddp: DistributedDataParallel,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler,
     run: Run,
 ) -> None:
     """Log images a second of the loader alone and of the update alone; saves nothing."""
-    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    images = config.DATA.BATCH_SIZE * world_size()
-    batches = iter(loader)
-    batch = [next(batches) for _ in range(micro_batches)]
-    started, loaded = time.time(), 0
-    for loaded, _ in enumerate(batches, 1):
-        if loaded == THROUGHPUT_STEPS:
-            break
-    if loaded:
-        run.logger.info("loader: %.1f images/s", images * loaded / (time.time() - started))
-    ddp.train()
-    for step in range(-3, THROUGHPUT_STEPS):
-        if step == 0:  # warmed up
-            synchronize(run.device)
-            started = time.time()
+
+    def step(batch: list[list[torch.Tensor]]) -> None:
         ddp.module.update_key_encoder(config.MODEL.CONTRAST_MOMENTUM)
         update(config, ddp, batch, optimizer, config.MODEL.WARMUP_EPOCHS, run)
-    synchronize(run.device)
-    seconds = (time.time() - started) / THROUGHPUT_STEPS
-    run.logger.info(
-        "update: %.1f images/s, %.4f s an update", images * micro_batches / seconds, seconds
-    )
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def memory(device: torch.device) -> float:
-    """The most memory used so far in MB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+    ddp.train()
+    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
+    measure_throughput(loader, config.DATA.BATCH_SIZE, micro_batches, THROUGHPUT_STEPS, step, run)
 
 
 if __name__ == "__main__":

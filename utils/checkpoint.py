@@ -52,6 +52,36 @@ def load_model(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
         raise UserError(f"{path}: checkpoint of another model ({reason})") from error
 
 
+def restore_training(
+    state: dict[str, Any],
+    path: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    also: tuple[str, ...] = (),
+) -> None:
+    """Put model, optimizer and loss scaling back to where a checkpoint was written.
+
+    Args:
+        state: the checkpoint, read from ``path``.
+        path: what to call it in an error.
+        model, optimizer, scaler: what is restored.
+        also: further names that the checkpoint must have.
+
+    Raises:
+        UserError: something is missing, or belongs to another model or optimizer.
+    """
+    absent = {"model", "optimizer", "scaler", *also} - set(state)
+    if absent:
+        raise UserError(f"{path}: cannot resume, the checkpoint has no {', '.join(sorted(absent))}")
+    load_model(model, state["model"], path)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: state of another optimizer ({error})") from error
+    scaler.load_state_dict(state["scaler"])
+
+
 def latest_checkpoint(folder: str) -> str | None:
     """Path of the newest checkpoint of a run folder, None if it has none."""
     path = os.path.join(folder, LATEST)
