@@ -69,6 +69,7 @@ def parse_arguments(
     for node, key, value in (
         (config.DATA, "BATCH_SIZE", args.batch_size),
         (config.DATA, "DATA_PATH", args.data_path),
+        (config.DATA, "DATASET", getattr(args, "dataset", None)),  # a flag of the evaluations
         (config.DATA, "ZIP_MODE", args.zip or None),
         (config.DATA, "CACHE_MODE", args.cache_mode),
         (config.MODEL, "RESUME", args.resume),

@@ -1,10 +1,12 @@
 """How a script starts and ends."""
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +58,15 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
         to_json(config).rstrip(),
     )
     return Run(folder, device, Precision(config.AMP_OPT_LEVEL, device), logger)
+
+
+def write_results(run: Run, results: dict[str, Any]) -> None:
+    """Write ``results.json``, on the first process."""
+    if rank() == 0:
+        path = os.path.join(run.folder, "results.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2, allow_nan=False)
+        run.logger.info("%s written", path)
 
 
 def run_script(main: Callable[[], None]) -> None:
