@@ -1,5 +1,7 @@
 """The optimizer, and which parameters weight decay skips."""
 
+from typing import Any
+
 import torch
 from timm.optim import Lars, param_groups_weight_decay
 from torch import nn
@@ -8,17 +10,23 @@ from yacs.config import CfgNode
 from utils.errors import UserError
 
 
-def build_optimizer(config: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: CfgNode, model: nn.Module, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer that ``config.TRAIN.OPTIMIZER`` names, for the parameters that learn.
 
-    Weight decay skips one-dimensional parameters, biases and what ``model.no_weight_decay()``
-    names; LARS adapts no rate of theirs.
+    Args:
+        config: the configuration with its rates already scaled.
+        model: what learns.
+        groups: its parameters in groups of torch, in which timm's ``lr_scale`` multiplies the
+            scheduled rate. By default weight decay skips one-dimensional parameters, biases and
+            what ``model.no_weight_decay()`` names; LARS adapts no rate of theirs.
 
     Raises:
         UserError: unknown name.
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
-    groups = param_groups_weight_decay(
+    groups = groups or param_groups_weight_decay(
         model, train.WEIGHT_DECAY, no_weight_decay_list=model.no_weight_decay()
     )
     if options.NAME == "adamw":
