@@ -1,12 +1,18 @@
 """The data sets that the loaders read."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torch.utils.data import Dataset
 from torchvision import transforms
+from yacs.config import CfgNode
 
-from data.augmentation import Augmentation, apply_view, draw_view
+from data.augmentation import MEAN, STD, Augmentation, apply_view, draw_view
 from data.source import FolderSource, ZipSource
+from utils.seed import seed_libraries
 
 
 class TwoViews(Dataset):
@@ -47,6 +53,84 @@ class TwoViews(Dataset):
             drawn = draw_view(rng, *image.size, augmentation)
             views.append(to_tensor(apply_view(image, drawn, self.size)))
         return views[0], views[1]
+
+
+class TrainImages(Dataset):
+    """One random view of each image with its label, addressed by (epoch, index) as TwoViews.
+
+    Args:
+        source: the images.
+        augment: draws a view of an RGB image and returns it as a tensor; its draws follow from
+            the seed that comes with the image.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        source: FolderSource | ZipSource,
+        augment: Callable[[Image.Image, tuple[int, ...]], torch.Tensor],
+        seed: int,
+    ) -> None:
+        self.source = source
+        self.augment = augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source.names)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        """(epoch, index) -> an image of 3 x size x size, and its label."""
+        epoch, index = key
+        image = self.augment(self.source.read_image(index), (self.seed, epoch, index))
+        return image, self.source.labels[index]
+
+
+class CropAndFlip:
+    """Random resized crop and flip: the augmentation of a linear probe (MoBY, section 4).
+
+    Args:
+        size: side of the result in pixels.
+    """
+
+    DRAWS = Augmentation((0.08, 1.0), jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image, seed: tuple[int, ...]) -> torch.Tensor:
+        """An RGB image -> uint8 of 3 x size x size."""
+        drawn = draw_view(np.random.default_rng(seed), *image.size, self.DRAWS)
+        return to_tensor(apply_view(image, drawn, self.size))
+
+
+class RandAugmented:
+    """timm's random resized crop, flip, RandAugment and random erasing, for fine-tuning.
+
+    Args:
+        size: side of the result in pixels.
+        interpolation: bicubic, bilinear or nearest.
+        aug: the section AUG of the configuration, of which it takes COLOR_JITTER, AUTO_AUGMENT,
+            REPROB, REMODE and RECOUNT.
+    """
+
+    def __init__(self, size: int, interpolation: str, aug: CfgNode) -> None:
+        self.transform = create_transform(
+            size,
+            is_training=True,
+            interpolation=interpolation,
+            color_jitter=aug.COLOR_JITTER or None,
+            auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else None,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+            mean=MEAN,
+            std=STD,
+        )
+
+    def __call__(self, image: Image.Image, seed: tuple[int, ...]) -> torch.Tensor:
+        """An RGB image -> float32 of 3 x size x size, normalised."""
+        seed_libraries(*seed)
+        return self.transform(image)
 
 
 class TestImages(Dataset):

@@ -1,17 +1,19 @@
 """The loaders of the scripts."""
 
+import argparse
 import os
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from data.augmentation import view_augmentations
-from data.dataset import TestImages, TwoViews
+from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
 from data.sampler import EpochBatches
 from data.source import open_source
-from data.transfer import open_transfer_set
+from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
 
@@ -38,6 +40,46 @@ def build_source(config: CfgNode, split: str, download: bool = False):
     return open_transfer_set(data.DATASET, data.DATA_PATH, split)
 
 
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dataset`` and ``--download``."""
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        choices=list(TRANSFER_SETS),
+        help=f"data set of --data-path: {', '.join(TRANSFER_SETS)}",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the data set if it is missing"
+    )
+
+
+def build_labelled_sources(config: CfgNode, download: bool = False):
+    """The images of ``train`` and of ``val``, see ``build_source``, with classes numbered alike.
+
+    Raises:
+        UserError: a class of the validation images has no training image.
+    """
+    train, val = (build_source(config, split, download) for split in ("train", "val"))
+    if val.classes != train.classes:  # folders are numbered by what is there
+        numbers = {name: number for number, name in enumerate(train.classes)}
+        for name in val.classes:
+            if name not in numbers:
+                raise UserError(
+                    f"{config.DATA.DATA_PATH}: class {name} is among the validation images, but "
+                    "has no training image"
+                )
+        val.labels = [numbers[val.classes[label]] for label in val.labels]
+        val.classes = train.classes
+    if np.ndim(val.labels) == 1:
+        unknown = set(val.labels) - set(train.labels)
+        if unknown:
+            raise UserError(
+                f"{config.DATA.DATA_PATH}: class {train.classes[min(unknown)]} is among the "
+                "validation images, but has no training image"
+            )
+    return train, val
+
+
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoader:
     """Batches of two uint8 views, (B, 3, S, S) each, through an EpochBatches sampler.
 
@@ -47,11 +89,38 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
         UserError: no data, an unknown augmentation, or a batch larger than the data set.
     """
     source = build_source(config, split)
-    config.DATA.TRAINING_IMAGES = len(source.names)
     try:
         views = view_augmentations(config.AUG.SSL_AUG_TYPE, config.AUG.SSL_AUG_CROP)
+    except ValueError as error:
+        raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
+    return _training_loader(config, TwoViews(source, views, config.DATA.IMG_SIZE, config.SEED))
+
+
+def build_classification_loader(config: CfgNode, source) -> DataLoader:
+    """Batches of one view and its label, through an EpochBatches sampler.
+
+    A linear probe sees uint8 crops, fine-tuning normalised float32 ones under AUG; else as
+    ``build_pretraining_loader``.
+
+    Raises:
+        UserError: an augmentation that timm does not know, or a batch larger than the data set.
+    """
+    data = config.DATA
+    if config.LINEAR_EVAL.WEIGHTS == "freeze":
+        augment = CropAndFlip(data.IMG_SIZE)
+    else:
+        try:
+            augment = RandAugmented(data.IMG_SIZE, data.INTERPOLATION, config.AUG)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise UserError(f"AUG: timm refuses the augmentation ({error!r})") from error
+    return _training_loader(config, TrainImages(source, augment, config.SEED))
+
+
+def _training_loader(config: CfgNode, dataset: Dataset) -> DataLoader:
+    config.DATA.TRAINING_IMAGES = len(dataset)
+    try:
         sampler = EpochBatches(
-            len(source.names),
+            len(dataset),
             config.DATA.BATCH_SIZE,
             rank(),
             world_size(),
@@ -60,7 +129,6 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
         )
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
-    dataset = TwoViews(source, views, config.DATA.IMG_SIZE, config.SEED)
     workers = num_workers(config)
     return DataLoader(
         dataset,
