@@ -168,7 +168,7 @@ def update(
     scaler = run.precision.scaler
     statistics, keys = [], []
     for number, views in enumerate(batch, 1):
-        view1, view2 = (normalize(v.to(run.device, non_blocking=True)) for v in views)
+        view1, view2 = to_device(views, run.device)
         with nullcontext() if number == len(batch) else ddp.no_sync():
             with run.precision.autocast():
                 output = ddp(view1, view2, epoch)
@@ -189,6 +189,11 @@ def update(
     for keys1, keys2 in keys:
         model.enqueue(keys1, keys2)
     return torch.cat([torch.stack(statistics).mean(0), norms])
+
+
+def to_device(views: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """uint8 views, (B, S, S, 3) -> normalised (B, 3, S, S) on the device, channels last."""
+    return [normalize(v.to(device, non_blocking=True).permute(0, 3, 1, 2)) for v in views]
 
 
 def gradient_norms(model: nn.Module) -> torch.Tensor:
@@ -289,7 +294,7 @@ def evaluate(config: CfgNode, model: MomentumMethod, loader: DataLoader, run: Ru
     model.eval()
     sums = torch.zeros(3, device=run.device)
     for views in loader:
-        view1, view2 = (normalize(v.to(run.device, non_blocking=True)) for v in views)
+        view1, view2 = to_device(views, run.device)
         with run.precision.autocast():
             # no synthetic negatives, so that the losses of all epochs compare
             output = model(view1, view2, epoch=-1)

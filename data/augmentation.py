@@ -149,11 +149,14 @@ def apply_view(image: Image.Image, view: ViewParameters, size: int) -> np.ndarra
         image = image.filter(ImageFilter.GaussianBlur(view.sigma))
     if view.solarize:
         image = TF.solarize(image, 128)
-    return np.asarray(image)
+    return np.array(image)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images, (B, 3, H, W) -> float32 with ImageNet's mean and deviation, on their device."""
+    """uint8 images, (B, 3, H, W) -> float32 with ImageNet's mean and deviation, on their device.
+
+    The order of the values in memory stays as it is.
+    """
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
     std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
     return (images.float() - mean) / std

@@ -10,7 +10,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from yacs.config import CfgNode
 
+from data import opencv
 from data.augmentation import MEAN, STD, Augmentation, apply_view, draw_view
+from data.image import decode_rgb
 from data.source import FolderSource, ZipSource
 from utils.seed import seed_libraries
 
@@ -26,6 +28,7 @@ class TwoViews(Dataset):
         augmentations: distribution of the first and of the second view.
         size: side of a view in pixels.
         seed: the run's seed.
+        backend: ``opencv``, or ``pil``, slower, as the published code.
     """
 
     def __init__(
@@ -34,24 +37,32 @@ class TwoViews(Dataset):
         augmentations: tuple[Augmentation, Augmentation],
         size: int,
         seed: int,
+        backend: str = "opencv",
     ) -> None:
         self.source = source
         self.augmentations = augmentations
         self.size = size
         self.seed = seed
+        self.backend = backend
 
     def __len__(self) -> int:
         return len(self.source.names)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(epoch, index) -> two uint8 images of 3 x size x size."""
+        """(epoch, index) -> two uint8 images of size x size x 3."""
         epoch, index = key
-        image = self.source.read_image(index)
+        content, name = self.source.read(index), self.source.names[index]
+        if self.backend == "pil":
+            image, apply = decode_rgb(content, name), apply_view
+            size = image.size
+        else:
+            image, apply = opencv.decode_array(content, name), opencv.apply_view
+            size = image.shape[1::-1]
         views = []
         for number, augmentation in enumerate(self.augmentations):
             rng = np.random.default_rng((self.seed, epoch, index, number))
-            drawn = draw_view(rng, *image.size, augmentation)
-            views.append(to_tensor(apply_view(image, drawn, self.size)))
+            view = apply(image, draw_view(rng, *size, augmentation), self.size)
+            views.append(torch.from_numpy(np.ascontiguousarray(view)))
         return views[0], views[1]
 
 

@@ -35,17 +35,21 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
 
 
 def read_rgb(path: str) -> Image.Image:
-    """Read an image file, see ``decode_rgb``.
+    """Read an image file, see ``read_file`` and ``decode_rgb``."""
+    return decode_rgb(read_file(path), path)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of an image file.
 
     Raises:
-        UserError: a file that cannot be read, or is not a readable image.
+        UserError: a file that cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
-    return decode_rgb(content, path)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -81,7 +81,7 @@ def build_labelled_sources(config: CfgNode, download: bool = False):
 
 
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoader:
-    """Batches of two uint8 views, (B, 3, S, S) each, through an EpochBatches sampler.
+    """Batches of two uint8 views, (B, S, S, 3) each, through an EpochBatches sampler.
 
     Sets ``config.DATA.TRAINING_IMAGES`` to the number of images.
 

@@ -7,7 +7,7 @@ import zipfile
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from data.image import decode_rgb, read_rgb
+from data.image import decode_rgb, read_file
 from utils.errors import UserError
 
 SPLITS = ("train", "val")
@@ -42,9 +42,13 @@ class FolderSource:
         self.names = [path for path, _ in samples]
         self.labels = [label for _, label in samples]
 
+    def read(self, index: int) -> bytes:
+        """The file of image ``index``."""
+        return read_file(self.names[index])
+
     def read_image(self, index: int) -> Image.Image:
         """Image ``index`` in RGB."""
-        return read_rgb(self.names[index])
+        return decode_rgb(self.read(index), self.names[index])
 
 
 class ZipSource:
@@ -111,9 +115,10 @@ class ZipSource:
 
     def read_image(self, index: int) -> Image.Image:
         """Image ``index`` in RGB."""
-        return decode_rgb(self._read(index), f"{self.archive}: {self.names[index]}")
+        return decode_rgb(self.read(index), self.names[index])
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """The file of image ``index``."""
         if index in self.cache:
             return self.cache[index]
         try:
@@ -125,7 +130,7 @@ class ZipSource:
     def fill_cache(self, rank: int, world_size: int) -> None:
         """Read every ``world_size``-th image from ``rank`` on into memory."""
         for index in range(rank, len(self.names), world_size):
-            self.cache[index] = self._read(index)
+            self.cache[index] = self.read(index)
 
 
 def open_source(

@@ -105,6 +105,7 @@ def _check(config: CfgNode) -> None:
             raise UserError(f"{key} must be at least {least}, got {value}")
     for key, value, choices in (
         ("AMP_OPT_LEVEL", config.AMP_OPT_LEVEL, ("O0", "O1", "O2")),
+        ("DATA.BACKEND", config.DATA.BACKEND, ("opencv", "pil")),
         ("DATA.CACHE_MODE", config.DATA.CACHE_MODE, ("no", "full", "part")),
         ("DATA.INTERPOLATION", config.DATA.INTERPOLATION, ("bicubic", "bilinear", "nearest")),
         ("LINEAR_EVAL.WEIGHTS", config.LINEAR_EVAL.WEIGHTS, ("freeze", "finetune")),

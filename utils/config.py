@@ -20,6 +20,7 @@ DEFAULTS = CfgNode(
             "DATASET": "imagenet",
             "IMG_SIZE": 224,
             "INTERPOLATION": "bicubic",  # of the test-time resize
+            "BACKEND": "opencv",  # of the views of pre-training: opencv or pil
             "ZIP_MODE": False,
             "CACHE_MODE": "part",
             "PIN_MEMORY": True,
