@@ -1,7 +1,6 @@
 """Judge an encoder by image retrieval on revisited Oxford and Paris."""
 
 import argparse
-import json
 import math
 import os
 
@@ -18,7 +17,7 @@ from utils.arguments import parse_arguments
 from utils.checkpoint import read_tensor, save_checkpoint
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.launch import Run, run_script, start
+from utils.launch import Run, run_script, start, write_results
 from utils.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 
 FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
@@ -153,8 +152,7 @@ def report(results: dict, dataset: str, run: Run) -> None:
         at_k = results["mP@k"][difficulty].items()
         listed = " ".join(f"mP@{k} {value:.2f}%" for k, value in at_k)
         run.logger.info("%s: mAP %.2f%% %s", difficulty, precision, listed)
-    with open(os.path.join(run.folder, "results.json"), "w", encoding="utf-8") as file:
-        json.dump({"dataset": dataset} | results, file, indent=2)
+    write_results(run, {"dataset": dataset} | results)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 import argparse
 import csv
-import json
 import os
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,7 +30,7 @@ from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.launch import Run, run_script, start
+from utils.launch import Run, run_script, start, write_results
 from utils.video_metrics import contour_accuracy, region_similarity, statistics
 
 METRICS = {"J": region_similarity, "F": contour_accuracy}
@@ -179,7 +177,7 @@ def write(
         if part == "masks":
             write_mask(path, mask)
         else:
-            cv2.imwrite(path, draw_mask(frame, mask)[..., ::-1])
+            Image.fromarray(draw_mask(frame, mask)).save(path, quality=95)
 
 
 def report(per_object: dict[str, dict[str, float]], run: Run) -> None:
@@ -197,8 +195,7 @@ def report(per_object: dict[str, dict[str, float]], run: Run) -> None:
         name: {column: scores[column] for column in ("J-Mean", "F-Mean")}
         for name, scores in per_object.items()
     }
-    with open(os.path.join(run.folder, "results.json"), "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
+    write_results(run, results)
     with open(os.path.join(run.folder, "per_object.csv"), "w", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["object", *columns])
