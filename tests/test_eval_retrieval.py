@@ -22,11 +22,11 @@ def revisited(tmp_path_factory):
     return root
 
 
-def arguments(root, output, *more, encoder="vit_nano"):
+def arguments(root, output, *more, encoder="vit_nano", workers=0):
     return [
         *("--cfg", ROOT / "configs/moby_vit_tiny.yaml", "--data-path", root, "--output", output),
         *("--imsize", "48", *more, "--opts", "MODEL.ENCODER", encoder, "MODEL.NAME", "run"),
-        *("DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "1"),
+        *("DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", workers),
     ]
 
 
@@ -163,7 +163,8 @@ def test_mistakes(run_main, revisited, tmp_path):
 @pytest.mark.parametrize("encoder", ["vit_nano", "swin_tiny"])
 def test_two_processes_give_the_figures_of_one(revisited, tmp_path, encoder):
     for processes in (0, 2):
-        flags = arguments(revisited, tmp_path / str(processes), "--random-weights", encoder=encoder)
+        output = tmp_path / str(processes)
+        flags = arguments(revisited, output, "--random-weights", encoder=encoder, workers=1)
         done = run_script("eval_retrieval.py", *flags, processes=processes, launcher="launch")
         assert done.returncode == 0, done.stdout
     assert results(tmp_path / "0") == results(tmp_path / "2")
@@ -175,7 +176,9 @@ def test_a_truncated_image_ends_in_one_line(tmp_path):
     path = f"{root}/jpg/landmark_00_junk1.jpg"
     with open(path, "r+b") as file:
         file.truncate(500)
-    done = run_script("eval_retrieval.py", *arguments(tmp_path, tmp_path, "--random-weights"))
+    # read by a worker, whose traceback must not show
+    flags = arguments(tmp_path, tmp_path, "--random-weights", workers=1)
+    done = run_script("eval_retrieval.py", *flags)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout
     assert f"error: {path}: not a readable image" in done.stdout.splitlines()[-1]
