@@ -24,7 +24,7 @@ from optimizer import build_optimizer
 from utils.arguments import parse_arguments
 from utils.checkpoint import (
     LATEST,
-    latest_checkpoint,
+    checkpoint_to_resume,
     read_checkpoint,
     restore_training,
     save_checkpoint,
@@ -274,9 +274,7 @@ def resume(
     run: Run,
 ) -> int:
     """Load the checkpoint to continue from, if there is one; returns the next update's number."""
-    path = config.MODEL.RESUME
-    if not path and config.TRAIN.AUTO_RESUME:
-        path = latest_checkpoint(run.folder)
+    path = checkpoint_to_resume(config, run.folder)
     if not path:
         return config.TRAIN.START_EPOCH * steps_per_epoch
     state = read_checkpoint(path, run.device)
@@ -317,8 +315,7 @@ def throughput(
         update(config, ddp, batch, optimizer, config.MODEL.WARMUP_EPOCHS, run)
 
     ddp.train()
-    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    measure_throughput(loader, config.DATA.BATCH_SIZE, micro_batches, THROUGHPUT_STEPS, step, run)
+    measure_throughput(loader, config, THROUGHPUT_STEPS, step, run)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch.utils.data import DataLoader
+from yacs.config import CfgNode
 
 from utils.distributed import world_size
 from utils.launch import Run
@@ -14,8 +15,7 @@ from utils.launch import Run
 
 def measure_throughput(
     loader: DataLoader,
-    batch_size: int,
-    micro_batches: int,
+    config: CfgNode,
     steps: int,
     update: Callable[[list], object],
     run: Run,
@@ -24,13 +24,13 @@ def measure_throughput(
 
     Args:
         loader: the batches of one process.
-        batch_size: images a process and batch.
-        micro_batches: batches an update.
+        config: DATA.BATCH_SIZE and TRAIN.ACCUMULATION_STEPS.
         steps: how many batches, and how many updates, are timed.
-        update: one update from a list of ``micro_batches`` batches.
+        update: one update from a list of micro-batches.
         run: device and log.
     """
-    images = batch_size * world_size()
+    images = config.DATA.BATCH_SIZE * world_size()
+    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
     batches = iter(loader)
     batch = [next(batches) for _ in range(micro_batches)]
     started = time.time()
