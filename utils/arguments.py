@@ -89,6 +89,18 @@ def parse_arguments(
     return args, config
 
 
+def number_in(least: float, most: float) -> Callable[[str], float]:
+    """A ``type`` of argparse: numbers from ``least`` to ``most``, whole ones if ``least`` is."""
+
+    def number(text: str) -> float:
+        value = type(least)(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+
+    return number
+
+
 def _check(config: CfgNode) -> None:
     for key, value, least in (
         ("DATA.BATCH_SIZE", config.DATA.BATCH_SIZE, 1),

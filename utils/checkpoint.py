@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 from utils.errors import UserError
 
@@ -86,6 +87,12 @@ def latest_checkpoint(folder: str) -> str | None:
     """Path of the newest checkpoint of a run folder, None if it has none."""
     path = os.path.join(folder, LATEST)
     return path if os.path.exists(path) else None
+
+
+def checkpoint_to_resume(config: CfgNode, folder: str) -> str | None:
+    """MODEL.RESUME, or with TRAIN.AUTO_RESUME the newest of ``folder``; None if there is none."""
+    found = latest_checkpoint(folder) if config.TRAIN.AUTO_RESUME else None
+    return config.MODEL.RESUME or found
 
 
 def _read(path: str, kind: type, map_location: str | torch.device) -> Any:
