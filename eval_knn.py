@@ -1,22 +1,23 @@
 """Judge an encoder by weighted k-nearest neighbours of its features."""
 
 import argparse
-import json
 import os
 
 import torch
 import torch.distributed as dist
 from yacs.config import CfgNode
 
-from data.features import extract_features
-from data.loader import build_source, build_test_images, num_workers
+from data.features import check_features
+from data.loader import add_dataset_arguments, build_labelled_sources, encode_images
+from data.transfer import TRANSFER_SETS
 from models.knn import knn_classify
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_tensor, save_checkpoint
+from utils.classification_metrics import MAP
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.launch import Run, run_script, start
+from utils.launch import Run, run_script, start, write_results
 
 # features and labels of the training images, then of the test images
 FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
@@ -25,6 +26,7 @@ FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this script."""
     add_pretrained_arguments(parser)
+    add_dataset_arguments(parser)
     parser.add_argument("--nb-knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K")
     parser.add_argument("--temperature", type=float, default=0.07)
     parser.add_argument("--dump-features", metavar="DIR", help="write the features there")
@@ -51,30 +53,24 @@ def main() -> None:
 
     for k, figure in figures.items():
         run.logger.info("%s-NN: top-1 %.2f%% top-5 %.2f%%", k, figure["top1"], figure["top5"])
-    results = {
-        "dataset": config.DATA.DATASET,
-        "temperature": args.temperature,
-        "knn": figures,
-    }
-    if rank() == 0:
-        with open(os.path.join(run.folder, "results.json"), "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+    results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
+    write_results(run, results)
 
 
 def encode(args: argparse.Namespace, config: CfgNode, run: Run) -> list[torch.Tensor]:
     """Features and labels of the training images, then of the test images."""
-    sources = [build_source(config, split) for split in ("train", "val")]
-    encoder = load_pretrained_encoder(args, config, run)
-    parts = []
-    for source in sources:
-        parts += extract_features(
-            encoder,
-            build_test_images(config, source),
-            run,
-            batch_size=config.DATA.BATCH_SIZE,
-            num_workers=num_workers(config),
+    sources = build_labelled_sources(config, args.download)
+    if TRANSFER_SETS[config.DATA.DATASET].metric == MAP:
+        raise UserError(
+            f"k-NN needs one class an image, those of {config.DATA.DATASET} have several: "
+            "use eval_linear.py"
         )
-    return parts
+    encoder = load_pretrained_encoder(args, config, run)
+    return [
+        tensor
+        for source in sources
+        for tensor in encode_images(config, encoder, source, run, normalize=True)
+    ]
 
 
 def check(
@@ -84,18 +80,10 @@ def check(
     test_labels: torch.Tensor,
 ) -> None:
     """Refuse what would give figures that mean nothing."""
-    for name, features, labels in (
-        ("training", train_features, train_labels),
-        ("test", test_features, test_labels),
-    ):
-        if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
-            raise UserError(
-                f"{name} features {tuple(features.shape)} and labels {tuple(labels.shape)}: need "
-                "one row of features and one class for each image"
-            )
-        if not features.isfinite().all():
-            bad = int((~features.isfinite()).any(1).nonzero()[0])
-            raise UserError(f"the {name} features of image {bad} are not finite")
+    check_features(train_features, train_labels, "training")
+    check_features(test_features, test_labels, "test")
+    if train_labels.ndim > 1 or test_labels.ndim > 1:
+        raise UserError("k-NN needs one class an image; several labels are for eval_linear.py")
     unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
     if unknown:
         raise UserError(f"class {unknown[0]} is among the test images, but has no training image")

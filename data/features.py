@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data.augmentation import normalize as normalize_images
 from utils.distributed import rank, world_size
+from utils.errors import UserError
 from utils.launch import Run
 
 
@@ -68,6 +69,29 @@ def extract_features(
         labels[filled : filled + len(output)] = targets
         filled += len(output)
     return _interleave(features, total, run), _interleave(labels, total, run)
+
+
+def check_features(features: torch.Tensor, labels: torch.Tensor, name: str) -> None:
+    """Refuse features that would give figures that mean nothing.
+
+    Args:
+        features: what should be (N, F).
+        labels: what should be (N,), or (N, C) for several labels an image.
+        name: what to call them in an error.
+
+    Raises:
+        UserError: other sizes, or a value that is not finite.
+    """
+    if features.ndim != 2 or labels.ndim not in (1, 2) or len(features) != len(labels):
+        raise UserError(
+            f"{name} features {tuple(features.shape)} and labels {tuple(labels.shape)}: need "
+            "one row of features and of labels for each image"
+        )
+    if not len(features):
+        raise UserError(f"there are no {name} features")
+    bad = ~features.isfinite().all(1)
+    if bad.any():
+        raise UserError(f"the {name} features of image {int(bad.nonzero()[0])} are not finite")
 
 
 def _interleave(own: torch.Tensor, total: int, run: Run) -> torch.Tensor:

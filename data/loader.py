@@ -6,16 +6,19 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from data.augmentation import view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
+from data.features import extract_features
 from data.sampler import EpochBatches
 from data.source import open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
+from utils.launch import Run
 
 
 def build_source(config: CfgNode, split: str, download: bool = False):
@@ -143,6 +146,20 @@ def _training_loader(config: CfgNode, dataset: Dataset) -> DataLoader:
 def build_test_images(config: CfgNode, source) -> TestImages:
     """The images of ``source`` with the test-time transform of ``config``."""
     return TestImages(source, config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP)
+
+
+def encode_images(
+    config: CfgNode, encoder: nn.Module, source, run: Run, normalize: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and labels of all images of ``source``, see ``extract_features``."""
+    return extract_features(
+        encoder,
+        build_test_images(config, source),
+        run,
+        batch_size=config.DATA.BATCH_SIZE,
+        num_workers=num_workers(config),
+        normalize=normalize,
+    )
 
 
 def num_workers(config: CfgNode) -> int:

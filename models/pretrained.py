@@ -47,13 +47,15 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_pretrained_encoder(args: argparse.Namespace, config: CfgNode, run: Run) -> nn.Module:
+def load_pretrained_encoder(
+    args: argparse.Namespace, config: CfgNode, run: Run, drop_path_rate: float = 0.0
+) -> nn.Module:
     """The configured encoder with the weights that ``--pretrained`` names, frozen, in eval mode.
 
     Raises:
         UserError: no such file, or a weight of the encoder is missing from it.
     """
-    encoder = build_encoder(config, 0.0)
+    encoder = build_encoder(config, drop_path_rate)
     if args.random_weights:
         run.logger.info("%s with random weights, as asked", config.MODEL.ENCODER)
     else:
