@@ -1,0 +1,387 @@
+"""eval_linear.py: the probe, fine-tuning, logistic regression, resumption and mistakes."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import eval_linear
+from tools.make_tiny_transfer import write_tiny
+from utils.errors import UserError
+
+TINY = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "0"]
+TINY += ["MODEL.ENCODER", "vit_nano", "MODEL.NAME", "run", "PRINT_FREQ", "1"]
+EPOCHS = ["TRAIN.EPOCHS", "3", "TRAIN.WARMUP_EPOCHS", "1"]
+FINETUNE = ["LINEAR_EVAL.WEIGHTS", "finetune"]
+
+
+def arguments(data, output, *flags, opts=(), random=True):
+    weights = ["--random-weights"] if random else []
+    return [
+        *("--cfg", ROOT / "configs/moby_vit_tiny.yaml", "--data-path", data, "--output", output),
+        *(*weights, *flags, "--opts", *TINY, *EPOCHS, *opts),
+    ]
+
+
+def folder(output, kind="linprob", dataset="imagenet"):
+    return output / "run" / "default" / f"linear_{dataset}_{kind}"
+
+
+def results(output, *where):
+    return json.loads((folder(output, *where) / "results.json").read_text())
+
+
+def checkpoint(output, kind="linprob", name="checkpoint.pth"):
+    return torch.load(folder(output, kind) / name, weights_only=True)
+
+
+def heads(state):
+    """The weights of each head."""
+    weights = state["model"]
+    count = len(state["lr"])
+    return [[weights[f"heads.{i}.{n}"] for n in ("weight", "bias")] for i in range(count)]
+
+
+def encoder_weights(state):
+    return {k: v for k, v in state["model"].items() if k.startswith("encoder.")}
+
+
+def assert_same(one, other):
+    assert set(one["model"]) == set(other["model"])
+    for name, value in one["model"].items():
+        assert value.equal(other["model"][name]), name
+    for i, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            same = other["optimizer"]["state"][i][name]
+            assert value.equal(same) if torch.is_tensor(value) else value == same
+    assert one["best"] == other["best"] and one["figures"] == other["figures"]
+
+
+@pytest.fixture(scope="module")
+def tinted(tmp_path_factory):
+    """Four classes of plain colours: 48 images to train on and 12 to test."""
+    root = tmp_path_factory.mktemp("tinted")
+    rng = np.random.default_rng(0)
+    colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [210, 210, 210]])
+    for split, count in (("train", 12), ("val", 3)):
+        for label, colour in enumerate(colours):
+            path = root / split / f"class{label}"
+            path.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(-30, 30, (36, 40, 3))
+                cv2.imwrite(str(path / f"{i}.png"), (colour + noise).astype(np.uint8))
+    return root
+
+
+def test_separable_classes_are_told_apart(run_main, tinted, tmp_path):
+    opts = ["TRAIN.EPOCHS", "12"]
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--lr", "30", opts=opts))
+    found = results(tmp_path)
+    assert set(found) == {"dataset", "metric", "weights", "best", "last"}
+    assert (found["dataset"], found["metric"], found["weights"]) == ("imagenet", "top1", "freeze")
+    assert found["best"]["value"] == 100 and found["best"]["lr"] == 30
+    assert found["last"]["top1"] == found["last"]["top5"] == 100 and found["last"]["loss"] < 0.5
+    state = checkpoint(tmp_path)
+    assert state["epoch"] == 11
+    assert checkpoint(tmp_path, name="best.pth")["epoch"] == found["best"]["epoch"]
+
+
+def test_labels_that_mean_nothing_are_not_learned(run_main, tinted, tmp_path):
+    """Images of all colours in each class: no better than chance on 12 images, 3 sigma."""
+    rng = np.random.default_rng(1)
+    files = sorted(tinted.glob("*/*/*.png"))
+    for split in ("train", "val"):
+        own = [path for path in files if path.parts[-3] == split]
+        for place, path in zip(own, rng.permutation(len(own)), strict=True):
+            target = tmp_path / "data" / place.relative_to(tinted)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(own[path], target)
+    run_main(eval_linear, *arguments(tmp_path / "data", tmp_path, "--lr", "30"))
+    assert results(tmp_path)["last"]["top1"] <= 100 * (0.25 + 3 * (0.25 * 0.75 / 12) ** 0.5)
+
+
+def test_each_rate_learns_as_if_alone(run_main, tinted, tmp_path):
+    """Bit for bit, next to one that diverges; clipping does not join them either."""
+    opts = ["TRAIN.CLIP_GRAD", "0.05"]
+    rates = ["0.1", "3", "1e41"]
+    run_main(eval_linear, *arguments(tinted, tmp_path / "all", "--lr", *rates, opts=opts))
+    together = checkpoint(tmp_path / "all")
+    assert together["figures"][2] is None
+    for number, rate in enumerate(rates[:2]):
+        run_main(eval_linear, *arguments(tinted, tmp_path / rate, "--lr", rate, opts=opts))
+        alone = checkpoint(tmp_path / rate)
+        for one, other in zip(heads(alone)[0], heads(together)[number], strict=True):
+            assert one.equal(other)
+        assert alone["figures"] == together["figures"][number : number + 1]
+    assert not heads(together)[0][0].equal(heads(together)[1][0])
+    best = results(tmp_path / "all")["best"]
+    values = {rate: results(tmp_path / rate)["best"]["value"] for rate in rates[:2]}
+    assert best["value"] == max(values.values()) == values[f"{best['lr']:g}"]
+
+
+def test_probing_leaves_the_encoder_and_fine_tuning_changes_it(run_main, tinted, tmp_path):
+    run_main(eval_linear, *arguments(tinted, tmp_path))
+    run_main(eval_linear, *arguments(tinted, tmp_path, opts=FINETUNE))
+    probed, tuned = (encoder_weights(checkpoint(tmp_path, kind)) for kind in ("linprob", "ft"))
+    torch.manual_seed(0)  # what --random-weights draws
+    config = eval_linear.parse_arguments("", eval_linear.add_arguments, [
+        str(a) for a in arguments(tinted, tmp_path)
+    ])[1]  # fmt: skip
+    initial = eval_linear.build_encoder(config, 0.0).state_dict()
+    for name, value in initial.items():
+        assert probed[f"encoder.{name}"].equal(value), name
+        fixed = name == "pos_embed"
+        assert tuned[f"encoder.{name}"].equal(value) == fixed, name
+    assert results(tmp_path, "ft")["weights"] == "finetune"
+
+
+def test_a_frozen_encoder_keeps_no_activations(monkeypatch):
+    from models.encoder import create_encoder
+    from models.linear import LinearClassifiers
+
+    model = LinearClassifiers(create_encoder("vit_nano", 32, drop_path_rate=0.5), 4, 2, 0, True)
+    model.train()
+    assert not any(part.training for part in model.encoder.modules())
+    kept = []
+    keep = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.shape) or t, lambda t: t
+    )
+    with keep:
+        scores = model(torch.randn(3, 3, 32, 32))
+    assert scores.shape == (2, 3, 4) and scores.dtype == torch.float32
+    assert kept and set(kept) <= {(3, 128), (128, 4), (4, 128)}
+    scores.sum().backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+@pytest.mark.parametrize("opts", [[], FINETUNE], ids=["probe", "finetune"])
+def test_resuming_changes_nothing(run_main, tinted, tmp_path, opts):
+    kind = "ft" if opts else "linprob"
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    run_main(eval_linear, *arguments(tinted, straight, opts=opts))
+    saved = []
+    original = eval_linear.save_checkpoint
+
+    def stop_after_two(state, path):
+        original(state, path)
+        saved.append(path)
+        if path.endswith("checkpoint.pth") and state["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    eval_linear.save_checkpoint = stop_after_two
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
+    finally:
+        eval_linear.save_checkpoint = original
+    run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
+    assert "after epoch 1" in (folder(stopped, kind) / "log_rank0.txt").read_text()
+    assert_same(checkpoint(straight, kind), checkpoint(stopped, kind))
+    assert results(straight, kind) == results(stopped, kind)
+    # once finished it is left alone
+    before = (folder(stopped, kind) / "checkpoint.pth").read_bytes()
+    run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
+    assert (folder(stopped, kind) / "checkpoint.pth").read_bytes() == before
+
+
+def test_another_encoder_starts_anew(run_main, tinted, tmp_path):
+    run_main(eval_linear, *arguments(tinted, tmp_path))
+    path = folder(tmp_path) / "checkpoint.pth"
+    run_main(eval_linear, *arguments(tinted, tmp_path, opts=["SEED", "1"]))
+    assert "of another encoder: starting anew" in (folder(tmp_path) / "log_rank0.txt").read_text()
+    shutil.copy(path, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: checkpoint of another .*encoder"):
+        run_main(eval_linear, *arguments(tinted, tmp_path, "--resume", tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("opts", [[], FINETUNE], ids=["probe", "finetune"])
+def test_eval_repeats_the_figures_and_saves_nothing(run_main, tinted, tmp_path, opts):
+    kind = "ft" if opts else "linprob"
+    flags = [] if opts else ["--lr", "1", "30"]
+    run_main(eval_linear, *arguments(tinted, tmp_path, *flags, opts=opts))
+    names = ("results.json", "checkpoint.pth", "best.pth")
+    before = [(folder(tmp_path, kind) / name).read_bytes() for name in names]
+    log = folder(tmp_path, kind) / "log_rank0.txt"
+    trained = log.read_text()
+    # the weights come from the checkpoint, none are asked for
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", opts=opts, random=False))
+    assert [(folder(tmp_path, kind) / name).read_bytes() for name in names] == before
+    evaluated = log.read_text()[len(trained) :]
+    lines = [line.split("INFO ")[1] for line in evaluated.splitlines() if "INFO epoch" in line]
+    assert len(lines) == (2 if opts else 3)
+    assert all(line in trained for line in lines)
+
+
+def test_throughput_saves_nothing(run_main, tinted, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_linear, "THROUGHPUT_STEPS", 2)
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--throughput"))
+    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "loader: " in log and "update: " in log
+    assert not list(folder(tmp_path).glob("*.pth"))
+
+
+@pytest.mark.parametrize("flags", [["--accumulation-steps", "2"], ["--amp-opt-level", "O1"]])
+@pytest.mark.parametrize("opts", [[], FINETUNE], ids=["probe", "finetune"])
+def test_options_train(run_main, tinted, tmp_path, flags, opts):
+    run_main(eval_linear, *arguments(tinted, tmp_path, *flags, opts=[*opts, "TRAIN.EPOCHS", "1"]))
+    kind = "ft" if opts else "linprob"
+    assert all(v.isfinite().all() for v in checkpoint(tmp_path, kind)["model"].values())
+    log = (folder(tmp_path, kind) / "log_rank0.txt").read_text()
+    assert f"[0/1][{3 if flags[1] == '2' else 6}/" in log
+
+
+def test_accumulation_equals_a_large_batch(run_main, tinted, tmp_path):
+    flags = ["--accumulation-steps", "2"]  # of 8 images
+    run_main(eval_linear, *arguments(tinted, tmp_path / "a", *flags))
+    run_main(eval_linear, *arguments(tinted, tmp_path / "b", opts=["DATA.BATCH_SIZE", "16"]))
+    for one, other in zip(
+        heads(checkpoint(tmp_path / "a"))[0], heads(checkpoint(tmp_path / "b"))[0], strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_swin_is_fine_tuned(run_main, tinted, tmp_path):
+    opts = [*FINETUNE, "MODEL.ENCODER", "swin_tiny", "TRAIN.EPOCHS", "1", "DATA.BATCH_SIZE", "16"]
+    run_main(eval_linear, *arguments(tinted, tmp_path, opts=opts))
+    assert results(tmp_path, "ft")["last"]["loss"] < 2
+
+
+def test_the_protocol_holds_unless_it_is_overridden(tinted, tmp_path):
+    def train(*flags, opts=()):
+        given = [str(a) for a in arguments(tinted, tmp_path, *flags, opts=opts)]
+        args, config = eval_linear.parse_arguments("", eval_linear.add_arguments, given)
+        return eval_linear.apply_protocol(config, args.opts, args.lr), config.TRAIN
+
+    rates, probe = train()
+    assert rates == [1.0] and probe.BASE_LR == 1.0
+    assert (probe.OPTIMIZER.NAME, probe.OPTIMIZER.MOMENTUM, probe.WEIGHT_DECAY) == ("sgd", 0.9, 0)
+    assert probe.EPOCHS == 3  # of --opts; the configuration says 300
+    rates, tuned = train(opts=[*FINETUNE, "TRAIN.WEIGHT_DECAY", "0.3"])
+    assert (tuned.OPTIMIZER.NAME, tuned.WEIGHT_DECAY) == ("adamw", 0.3)
+    assert rates == [tuned.BASE_LR] == [2e-3]
+    assert train("--lr", "0.1", "10")[0] == [0.1, 10.0]
+    assert train(opts=["TRAIN.BASE_LR", "0.5"])[0] == [0.5]
+
+
+def test_lbfgs(run_main, tinted, tmp_path):
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--probe", "lbfgs", "--num-l2", "6"))
+    found = results(tmp_path)
+    assert found["probe"] == "lbfgs" and found["converged"] is True
+    assert 0 <= found["gradient_norm"] < 1e-3 and found["l2"] > 0
+    assert found["best"] == {"value": 100.0, "epoch": None, "lr": None}
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", random=False))
+    assert "top1 value 100.0000" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_several_labels_an_image(run_main, tmp_path, probe):
+    write_tiny("voc2007", str(tmp_path / "data"))
+    flags = ["--dataset", "voc2007", "--probe", probe, "--num-l2", "3", "--lr", "30"]
+    run_main(eval_linear, *arguments(tmp_path / "data", tmp_path, *flags))
+    found = results(tmp_path, "linprob", "voc2007")
+    assert found["metric"] == "mAP" and 0 < found["best"]["value"] <= 100
+    assert found["last"]["top1"] is None and found["last"]["loss"] > 0
+
+
+def test_several_labels_are_fine_tuned(run_main, tmp_path):
+    write_tiny("voc2007", str(tmp_path / "data"))
+    flags, opts = ["--dataset", "voc2007"], [*FINETUNE, "TRAIN.EPOCHS", "1"]
+    run_main(eval_linear, *arguments(tmp_path / "data", tmp_path, *flags, opts=opts))
+    assert results(tmp_path, "ft", "voc2007")["metric"] == "mAP"
+
+
+def test_classes_count_equally_where_the_protocol_says_so(run_main, tmp_path):
+    write_tiny("pets", str(tmp_path / "data"))
+    flags = ["--dataset", "pets", "--lr", "30"]
+    run_main(eval_linear, *arguments(tmp_path / "data", tmp_path, *flags))
+    assert results(tmp_path, "linprob", "pets")["metric"] == "mean_per_class"
+
+
+MISTAKES = {
+    "rates of fine-tuning": (["--lr", "1", "2"], FINETUNE, "fine-tuning takes one --lr"),
+    "negative rate": (["--lr", "-1"], [], "different positive rates"),
+    "same rates": (["--lr", "1", "1"], [], "different positive rates"),
+    "lbfgs fine-tuning": (["--probe", "lbfgs"], FINETUNE, "needs a frozen encoder"),
+    "layer decay": (["--layer-decay", "2"], FINETUNE, "--layer-decay: invalid"),
+    "data set": (["--dataset", "cifar11"], [], "invalid choice: 'cifar11'"),
+    "data set in --opts": ([], ["DATA.DATASET", "cifar11"], "unknown data set 'cifar11'"),
+    "missing files": (["--dataset", "pets"], [], "pets is not there"),
+    "large batch": ([], ["DATA.BATCH_SIZE", "64"], "there are only 48"),
+    "odd mixup": ([], [*FINETUNE, "DATA.BATCH_SIZE", "7"], "mixup pairs images"),
+    "augmentation": ([], [*FINETUNE, "AUG.AUTO_AUGMENT", "rand-x9"], "refuses the augmentation"),
+    "nothing to evaluate": (["--eval"], [], "no best.pth or checkpoint.pth to evaluate"),
+    "diverged": (["--lr", "1e41", "1e42"], [], "training diverged with all rates"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_mistakes_are_named(run_main, tinted, tmp_path, mistake):
+    flags, opts, message = MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        run_main(eval_linear, *arguments(tinted, tmp_path, *flags, opts=opts))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_without_training_images_is_named(run_main, tinted, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tinted, data)
+    shutil.rmtree(data / "train" / "class2")
+    with pytest.raises(UserError, match="class2 is among the validation images, but has no train"):
+        run_main(eval_linear, *arguments(data, tmp_path))
+
+
+def test_a_class_without_test_images_does_not_renumber_the_others(run_main, tinted, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tinted, data)
+    shutil.rmtree(data / "val" / "class1")
+    run_main(eval_linear, *arguments(data, tmp_path, "--probe", "lbfgs", "--num-l2", "6"))
+    assert results(tmp_path)["best"]["value"] == 100
+
+
+@pytest.mark.parametrize("wrong", ["of pre-training", "of other classes"])
+def test_a_wrong_checkpoint_is_named(run_main, tinted, imagenet, tmp_path, wrong):
+    path = tmp_path / "wrong.pth"
+    if wrong == "of pre-training":
+        torch.save({"model": {"encoder.cls_token": torch.zeros(1)}, "epoch": 0}, path)
+    else:
+        run_main(eval_linear, *arguments(imagenet, tmp_path, opts=["TRAIN.EPOCHS", "1"]))
+        shutil.copy(folder(tmp_path) / "best.pth", path)
+    with pytest.raises(UserError, match=r"wrong\.pth: (not a checkpoint of|of 2 classes)") as error:
+        run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", "--resume", path))
+    assert "\n" not in str(error.value)
+
+
+def test_features_that_are_not_finite_are_named(run_main, tinted, tmp_path, monkeypatch):
+    load = eval_linear.load_pretrained_encoder
+
+    def broken(*given):
+        encoder = load(*given)
+        encoder.norm.weight.data.fill_(float("nan"))
+        return encoder
+
+    monkeypatch.setattr(eval_linear, "load_pretrained_encoder", broken)
+    with pytest.raises(UserError, match="features of image 0 are not finite"):
+        run_main(eval_linear, *arguments(tinted, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linprob", "ft", "lbfgs"])
+def test_processes_agree(tinted, tmp_path, kind):
+    """Two processes of batch 8 against one of 16."""
+    opts = FINETUNE if kind == "ft" else []
+    # what each process draws for its own images is not compared
+    opts = [*opts, "AUG.MIXUP", "0", "AUG.CUTMIX", "0", "TRAIN.EPOCHS", "2"]
+    flags = ["--probe", "lbfgs", "--num-l2", "4"] if kind == "lbfgs" else ["--drop-path-rate", "0"]
+    found = []
+    for processes, batch in ((0, "16"), (2, "8")):
+        output = tmp_path / str(processes)
+        given = arguments(tinted, output, *flags, opts=[*opts, "DATA.BATCH_SIZE", batch])
+        done = run_script("eval_linear.py", *given, processes=processes)
+        assert done.returncode == 0, done.stdout
+        found.append(results(output, "ft" if kind == "ft" else "linprob"))
+    assert found[0]["last"]["loss"] == pytest.approx(found[1]["last"]["loss"], rel=2e-3)
+    assert found[0]["best"]["value"] == pytest.approx(found[1]["best"]["value"], abs=9)
