@@ -135,7 +135,7 @@ def test_accumulation_equals_a_large_batch(process_group, method):
         *("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.BASE_LR", "0.1"),
     )
     torch.manual_seed(0)
-    views = torch.randint(0, 256, (2, 2, 12, 3, 32, 32), dtype=torch.uint8)
+    views = torch.randint(0, 256, (2, 2, 12, 32, 32, 3), dtype=torch.uint8)
     results = []
     for parts in (1, 3):
         torch.manual_seed(1)
@@ -190,7 +190,7 @@ def test_clipping_bounds_the_update(process_group):
     )
     model = build_method(config)
     before = [p.clone() for p in model.parameters()]
-    batch = [torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)]
+    batch = [torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)]
     ddp = main_pretrain.data_parallel(model, run.device)
     statistics = main_pretrain.update(config, ddp, batch, build_optimizer(config, model), 0, run)
     moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
@@ -296,7 +296,7 @@ def test_float16_scales_the_loss(process_group):
     model = build_method(config)
     optimizer = build_optimizer(config, model)
     ddp = main_pretrain.data_parallel(model, run.device)
-    batch = [torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)]
+    batch = [torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)]
     weight = model.projector.linear_out.weight
 
     before = weight.clone()
