@@ -44,7 +44,9 @@ def extract_features(
         features (N, F) in float32 and labels (N, ...), on the CPU of every process.
     """
     total = len(dataset)
-    own = range(rank(), total, world_size())
+    # all processes encode as many, so that the rows can be gathered; repeats are dropped again
+    rows = -(-total // world_size())
+    own = [i % total for i in range(rank(), rows * world_size(), world_size())]
     loader = DataLoader(
         Subset(dataset, own),
         batch_size=batch_size,
@@ -61,8 +63,6 @@ def extract_features(
         if normalize:
             output = F.normalize(output, dim=1)
         if features is None:
-            # all processes hold as many rows, so that they can be gathered
-            rows = -(-total // world_size())
             features = torch.zeros(rows, output.shape[1])
             labels = torch.zeros(rows, *targets.shape[1:], dtype=targets.dtype)
         features[filled : filled + len(output)] = output.cpu()

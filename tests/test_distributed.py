@@ -1,17 +1,22 @@
 """Two gloo processes against one process with a batch of twice the size."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import spawn
 from torch import nn
 
+from data.augmentation import normalize
+from data.features import extract_features
 from models.batch_norm import SyncBatchNorm, synchronize_batch_norm
 from models.byol import BYOL
 from models.encoder import create_encoder
 from models.moby import MoBY
 from models.synco import SynCo
 from utils.distributed import all_gather_batch, data_parallel, mean_over_processes, rank
+from utils.precision import Precision
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +109,44 @@ def test_batch_norm_of_two_processes_is_that_of_one(tmp_path):
     for _, gradients, state in parts:
         torch.testing.assert_close(gradients[1:], [plain.weight.grad, plain.bias.grad], **close)
         torch.testing.assert_close(state, plain.state_dict(), **close)
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Images whose every value is their number."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int):
+        return torch.full((3, 2, 2), index, dtype=torch.uint8), 100 + index
+
+
+class Mean(nn.Module):
+    def forward(self, images):
+        return torch.stack([images.mean((1, 2, 3)), images.amax((1, 2, 3))], 1)
+
+
+def extract(_, folder: str) -> None:
+    device = torch.device("cpu")
+    run = SimpleNamespace(device=device, precision=Precision("O0", device))
+    results = []
+    for length in (1, 2, 7, 12):
+        options = {"batch_size": 2, "num_workers": 0, "normalize": False}
+        results.append(extract_features(Mean(), Numbered(length), run, **options))
+    torch.save(results, f"{folder}/features{rank()}.pth")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_image_is_encoded_in_order(tmp_path, processes):
+    """Also with fewer images than processes, and a part that no batch divides."""
+    spawn(extract, processes, str(tmp_path))
+    for r in range(processes):
+        for length, parts in zip(
+            (1, 2, 7, 12), torch.load(tmp_path / f"features{r}.pth"), strict=True
+        ):
+            images = torch.stack([Numbered(length)[i][0] for i in range(length)])
+            torch.testing.assert_close(parts[0], Mean()(normalize(images)))
+            assert parts[1].tolist() == list(range(100, 100 + length))
