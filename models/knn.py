@@ -49,7 +49,8 @@ def knn_classify(
         similarity = queries.to(keys.device) @ keys  # mxN
         best, index = similarity.topk(max(ks), dim=1)  # sorted: the first k serve a smaller k
         labels = train_labels[index]  # mxk
-        weights = (best / temperature).exp()
+        # relative to the nearest, which changes no order and overflows at no temperature
+        weights = ((best - best[:, :1]) / temperature).exp()
         for k in ks:
             votes = weights.new_zeros(len(queries), num_classes)
             votes.scatter_add_(1, labels[:, :k], weights[:, :k])
