@@ -1,0 +1,152 @@
+"""eval_knn.py: figures from images and from files, processes, and mistakes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, reference, run_script
+
+import eval_knn
+from tools.make_tiny_transfer import write_tiny
+from utils.errors import UserError
+
+TINY = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0"]
+TINY += ["MODEL.ENCODER", "vit_nano", "MODEL.NAME", "run"]
+
+
+def arguments(data, output, *flags, opts=()):
+    return [
+        *("--cfg", ROOT / "configs/moby_vit_tiny.yaml", "--output", output),
+        *(["--data-path", data] if data else []),
+        *(*flags, "--opts", *TINY, *opts),
+    ]
+
+
+def results(output, dataset="imagenet"):
+    return json.loads((output / f"run/default/knn_{dataset}/results.json").read_text())
+
+
+@pytest.fixture
+def features(tmp_path):
+    """A folder of the published features."""
+    folder = tmp_path / "features"
+    folder.mkdir()
+    arrays = reference("knn.npz")
+    for file, name in {
+        "trainfeat": "train_features",
+        "trainlabels": "train_labels",
+        "testfeat": "test_features",
+        "testlabels": "test_labels",
+    }.items():
+        torch.save(torch.from_numpy(arrays[name]), folder / f"{file}.pth")
+    return folder
+
+
+def test_published_features_give_the_published_figures(run_main, features, tmp_path):
+    """With neither a checkpoint nor images."""
+    expected = reference("knn.json")["top1_top5_percent_by_k"]
+    flags = ["--load-features", features, "--nb-knn", *expected, "--temperature", "0.07"]
+    run_main(eval_knn, *arguments(None, tmp_path, *flags))
+    found = results(tmp_path)
+    assert set(found) == {"dataset", "temperature", "knn"} and found["temperature"] == 0.07
+    assert {k: [v["top1"], v["top5"]] for k, v in found["knn"].items()} == expected
+
+
+def test_dumped_features_give_the_same_figures(run_main, imagenet, tmp_path):
+    flags = ["--nb-knn", "1", "5", "24"]
+    dump = ["--random-weights", "--dump-features", tmp_path / "dump"]
+    run_main(eval_knn, *arguments(imagenet, tmp_path / "a", *flags, *dump))
+    load = ["--load-features", tmp_path / "dump"]
+    run_main(eval_knn, *arguments(None, tmp_path / "b", *flags, *load))
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    shapes = {p.name: torch.load(p, weights_only=True).shape for p in (tmp_path / "dump").iterdir()}
+    assert shapes == {
+        "trainfeat.pth": (24, 128),
+        "trainlabels.pth": (24,),
+        "testfeat.pth": (7, 128),
+        "testlabels.pth": (7,),
+    }
+
+
+def test_classes_of_a_transfer_set_are_found(run_main, tmp_path):
+    write_tiny("pets", str(tmp_path / "data"))
+    flags = ["--dataset", "pets", "--random-weights", "--nb-knn", "1"]
+    run_main(eval_knn, *arguments(tmp_path / "data", tmp_path, *flags))
+    found = results(tmp_path, "pets")
+    assert found["dataset"] == "pets"
+    assert found["knn"]["1"]["top1"] > 50  # each class has a colour of its own
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same(imagenet, tmp_path):
+    """7 and 24 images, of which neither 2 nor 3 processes with batches of 4 make equal parts."""
+    root = tmp_path / "data"
+    shutil.copytree(imagenet, root)
+    (root / "train/class0/0.jpg").unlink()  # leaves 23
+    found = []
+    for processes in (0, 2, 3):
+        output = tmp_path / str(processes)
+        flags = ["--random-weights", "--nb-knn", "1", "5", "20"]
+        done = run_script("eval_knn.py", *arguments(root, output, *flags), processes=processes)
+        assert done.returncode == 0, done.stdout
+        found.append((output / "run/default/knn_imagenet/results.json").read_text())
+    assert found[0] == found[1] == found[2]
+
+
+def damage(features, name, change):
+    path = features / f"{name}.pth"
+    torch.save(change(torch.load(path, weights_only=True)), path)
+
+
+def with_nan(tensor):
+    tensor[3, 1] = float("nan")
+    return tensor
+
+
+MISTAKES = {
+    "k too large": (["--nb-knn", "701"], None, "k must be from 1 to the 700 training features"),
+    "temperature": (["--temperature", "0"], None, "the temperature must be positive"),
+    "NaN": ([], ("trainfeat", with_nan), "the training features of image 3 are not finite"),
+    "infinite": ([], ("testfeat", lambda t: t / 0), "the test features of image 0 are not finite"),
+    "dimension": ([], ("testfeat", lambda t: t[:, 1:]), "have 32 values, test 31"),
+    "lengths": ([], ("trainlabels", lambda t: t[1:]), "one row of features and of labels"),
+    "unknown class": ([], ("testlabels", lambda t: t + 5), "has no training image"),
+    "several labels": ([], ("trainlabels", lambda t: t[:, None]), "one class an image"),
+    "empty": ([], ("testfeat", lambda t: t[:0]), "one row of features and of labels"),
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_bad_features_are_named(run_main, features, tmp_path, mistake):
+    flags, change, message = MISTAKES[mistake]
+    if change:
+        damage(features, *change)
+    with pytest.raises(UserError) as error:
+        run_main(eval_knn, *arguments(None, tmp_path, "--load-features", features, *flags))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_features_are_named(run_main, features, tmp_path):
+    (features / "testfeat.pth").unlink()
+    with pytest.raises(UserError, match=r"testfeat\.pth: no such file"):
+        run_main(eval_knn, *arguments(None, tmp_path, "--load-features", features))
+
+
+def test_a_set_of_several_labels_is_refused(run_main, tmp_path):
+    write_tiny("voc2007", str(tmp_path / "data"))
+    flags = ["--dataset", "voc2007", "--random-weights"]
+    with pytest.raises(UserError, match=r"those of voc2007 have several: use eval_linear\.py"):
+        run_main(eval_knn, *arguments(tmp_path / "data", tmp_path, *flags))
+
+
+def test_a_missing_checkpoint_is_named(run_main, imagenet, tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint\.pth: no such file"):
+        run_main(eval_knn, *arguments(imagenet, tmp_path))
+
+
+def test_a_class_without_training_images_is_named(run_main, imagenet, tmp_path):
+    shutil.copytree(imagenet, tmp_path / "data")
+    (tmp_path / "data/train/class1").rename(tmp_path / "data/train/other")
+    with pytest.raises(UserError, match="class class1 is among the validation images"):
+        run_main(eval_knn, *arguments(tmp_path / "data", tmp_path, "--random-weights"))
