@@ -56,11 +56,7 @@ class LinearClassifiers(nn.Module):
         # without a gradient the encoder keeps no activations
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.encoder(images)  # BxF
-        return self.classify(features)
-
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, F) -> scores of each head (heads, B, classes) in float32."""
-        with torch.autocast(features.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             return torch.stack([head(features.float()) for head in self.heads])
 
     def head_groups(self, rates: list[float], weight_decay: float) -> list[dict]:
@@ -165,13 +161,14 @@ def read_classifiers(
         UserError: another kind of checkpoint, another encoder or number of classes.
     """
     state = read_checkpoint(path)
-    if not {"model", "lr", "epoch"} <= set(state) or "heads.0.bias" not in state["model"]:
+    weights = state.get("model")
+    if not {"lr", "epoch"} <= set(state) or "heads.0.bias" not in (weights or ()):
         raise UserError(f"{path}: not a checkpoint of linear classifiers")
-    found = len(state["model"]["heads.0.bias"])
+    found = len(weights["heads.0.bias"])
     if found != num_classes:
         raise UserError(f"{path}: of {found} classes, the data set has {num_classes}")
     model = LinearClassifiers(encoder, num_classes, len(state["lr"]), 0, frozen=True)
-    load_model(model, state["model"], path)
+    load_model(model, weights, path)
     return model.eval(), state
 
 
@@ -181,8 +178,9 @@ def score_heads(
 ) -> list[dict[str, float | None] | None]:
     """The figures of each head on features (N, F), see ``score_classifier``."""
     device = model.heads[0].weight.device
-    scores = model.classify(features.to(device))
-    return [score_classifier(s, targets.to(device), metric) for s in scores]
+    features, targets = features.to(device), targets.to(device)
+    # one after the other: N x C scores a head can fill a GPU
+    return [score_classifier(head(features), targets, metric) for head in model.heads]
 
 
 def describe(figure: dict[str, float | None] | None) -> str:

@@ -69,7 +69,8 @@ class LogisticRegression:
     def fit(self, l2: float, start: Fit | None = None, max_iterations: int = 5000) -> Fit:
         """The minimum for the strength ``l2`` > 0, found from ``start`` or from zero."""
         # the loss's curvature for equally likely classes, a fair guess for others
-        curvature = (1 - 1 / self.num_classes) / self.num_classes
+        choices = self.num_classes if self.targets.ndim == 1 and self.num_classes > 1 else 2
+        curvature = (1 - 1 / choices) / choices
         scale = (curvature * self.variances + l2).rsqrt()  # F
         bias_scale = (curvature * self.num_images) ** -0.5
         to_plain, to_scaled = self.axes * scale, self.axes / scale  # FxF, inverse but for a .T

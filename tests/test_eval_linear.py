@@ -63,15 +63,15 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def tinted(tmp_path_factory):
-    """Four classes of plain colours: 48 images to train on and 12 to test."""
+    """Four classes of plain colours: 48 images to train on and 48 to test."""
     root = tmp_path_factory.mktemp("tinted")
     rng = np.random.default_rng(0)
     colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [210, 210, 210]])
-    for split, count in (("train", 12), ("val", 3)):
+    for split in ("train", "val"):
         for label, colour in enumerate(colours):
             path = root / split / f"class{label}"
             path.mkdir(parents=True)
-            for i in range(count):
+            for i in range(12):
                 noise = rng.integers(-30, 30, (36, 40, 3))
                 cv2.imwrite(str(path / f"{i}.png"), (colour + noise).astype(np.uint8))
     return root
@@ -91,7 +91,7 @@ def test_separable_classes_are_told_apart(run_main, tinted, tmp_path):
 
 
 def test_labels_that_mean_nothing_are_not_learned(run_main, tinted, tmp_path):
-    """Images of all colours in each class: no better than chance on 12 images, 3 sigma."""
+    """Images of all colours in each class: no better than chance on 48 images, 3 sigma."""
     rng = np.random.default_rng(1)
     files = sorted(tinted.glob("*/*/*.png"))
     for split in ("train", "val"):
@@ -101,7 +101,7 @@ def test_labels_that_mean_nothing_are_not_learned(run_main, tinted, tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(own[path], target)
     run_main(eval_linear, *arguments(tmp_path / "data", tmp_path, "--lr", "30"))
-    assert results(tmp_path)["last"]["top1"] <= 100 * (0.25 + 3 * (0.25 * 0.75 / 12) ** 0.5)
+    assert results(tmp_path)["last"]["top1"] <= 100 * (0.25 + 3 * (0.25 * 0.75 / 48) ** 0.5)
 
 
 def test_each_rate_learns_as_if_alone(run_main, tinted, tmp_path):
