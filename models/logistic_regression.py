@@ -46,8 +46,8 @@ class LogisticRegression:
     The objective is that of Kornblith et al. 2019 (arXiv 1805.08974), the sum over the images of
     the losses and l2 / 2 times the squared norm of the weights without the biases; scikit-learn's
     ``C`` is 1 / l2. It is minimised in float64 and in coordinates in which the features are
-    centred and the Hessian at zero is about the identity, which moves no minimum and needs tens
-    of steps where the plain coordinates need thousands. Every process sums over its part of the
+    centred and the Hessian at zero is about the identity, which moves no minimum and needs
+    far fewer steps where the features' scales differ. Every process sums over its part of the
     images.
 
     Args:
