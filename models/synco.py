@@ -19,6 +19,7 @@ type 4 the noise, the only one of them that needs a vector for each negative.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.moby import MoBY
@@ -131,19 +132,24 @@ class SynCo(MoBY):
             norm = (of_q**2 + of_n**2 + 2 * of_q * of_n * fixed.gather(1, columns)).sqrt()
             return (of_q * qq + of_n * qn(1, columns)) / norm
 
-        keys = queue.T  # KxD
-        n3n3 = torch.einsum("bnd,bnd->bn", keys[c3], keys[c3_other])
-        noise = self.sigma * draws.normal  # BxN4xD
-        n4z = torch.einsum("bnd,bnd->bn", keys[c4], noise)
+        keys = queue.T.contiguous()  # KxD, whose rows are read one after the other
+        n3n3 = _row_products(F.embedding(c3, keys), F.embedding(c3_other, keys))
+        z = draws.normal  # BxN4xD
+        n4z = _row_products(F.embedding(c4, keys), z)
         sign_n = (sign @ queue).gather(1, c6)
         return [
             along_q(c1, a, 1 - a),
             along_q(c2, 1 - b, b),
             (g * qn(1, c3) + (1 - g) * qn(1, c3_other))
             / (g**2 + (1 - g) ** 2 + 2 * g * (1 - g) * n3n3).sqrt(),
-            (qn(1, c4) + torch.einsum("bd,bnd->bn", q, noise))
-            / (1 + 2 * n4z + noise.square().sum(2)).sqrt(),
+            (qn(1, c4) + self.sigma * torch.einsum("bd,bnd->bn", q, z))
+            / (1 + 2 * self.sigma * n4z + self.sigma**2 * _row_products(z, z)).sqrt(),
             along_q(c5, self.delta, 1.0),
             (qn(1, c6) + self.eta * (q * sign).sum(1, keepdim=True))
             / (1 + 2 * self.eta * sign_n + self.eta**2 * sign.square().sum(1, keepdim=True)).sqrt(),
         ]
+
+
+def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The dot product of each row of ``a`` with that of ``b``: (B, N, D) twice -> (B, N)."""
+    return (a.flatten(0, 1)[:, None] @ b.flatten(0, 1)[..., None]).view(a.shape[:2])
