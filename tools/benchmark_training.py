@@ -1,0 +1,257 @@
+"""The parts of tools/benchmark.py about training."""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.encoder import create_encoder, use_fused_attention
+from models.synco import SynCo
+from tools.plain import PlainSynCo, momentum_loop
+from tools.timing import compare
+from utils.distributed import data_parallel
+from utils.precision import Precision
+
+
+class Nothing(torch.nn.Module):
+    """An encoder for measuring the heads alone."""
+
+    num_features = 8
+
+
+def synco(kind: type[SynCo], args: argparse.Namespace, encoder: str | None = None) -> SynCo:
+    """A SynCo of ``kind`` that makes synthetic negatives in every epoch."""
+    torch.manual_seed(0)
+    encoders = [
+        create_encoder(encoder, args.size, drop_path_rate=rate) if encoder else Nothing()
+        for rate in (0.2, 0.0)
+    ]
+    counts = (args.negatives,) * 6
+    method = kind(*encoders, num_negatives=args.queue, n_hard=args.hard, counts=counts)
+    method.warmup_epochs, method.cooldown_epochs = 0, 0
+    return method.to(args.device)
+
+
+def head_pass(method: SynCo, q: torch.Tensor, k: torch.Tensor) -> None:
+    """The loss of one direction, and its gradient."""
+    q = q.detach().requires_grad_()
+    method._contrast(q, k, method.queue1, 0)[0].backward()
+
+
+def extra_memory(kind: type[SynCo], args: argparse.Namespace, results) -> None:
+    """Put the bytes that a pass takes on top of its inputs into a queue of results."""
+    method = synco(kind, args)
+    q, k = F.normalize(torch.randn(2, args.head_batch, 256, device=args.device), dim=2)
+    head_pass(method, q[:2], k[:2])  # the libraries load
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        head_pass(method, q, k)
+        results.put(torch.cuda.max_memory_allocated() - before)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = peak_memory()
+    head_pass(method, q, k)
+    results.put(peak_memory() - before)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def in_new_process(function: Callable, *arguments):
+    """What ``function(*arguments, results)`` puts into its queue, from a process of its own."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=function, args=(*arguments, results))
+    process.start()
+    result = results.get()
+    process.join()
+    return result
+
+
+def head(args: argparse.Namespace) -> dict:
+    """Loss and gradient of one direction with synthetic negatives, closed form and built."""
+    closed, plain = synco(SynCo, args), synco(PlainSynCo, args)
+    q, k = F.normalize(torch.randn(2, args.head_batch, 256, device=args.device), dim=2)
+    times = compare(
+        args.rounds, closed=lambda: head_pass(closed, q, k), plain=lambda: head_pass(plain, q, k)
+    )
+    memory = {kind: in_new_process(extra_memory, kind, args) for kind in (SynCo, PlainSynCo)}
+    small = synco(SynCo, args, "vit_small")
+    without = synco(SynCo, args)
+    without.counts = (0,) * 6
+    q, k = q[: args.batch], k[: args.batch]
+    views = torch.randn(2, args.batch, 3, args.size, args.size, device=args.device)
+    parts = compare(
+        max(2, args.rounds // 2),
+        head=lambda: head_pass(small, q, k),
+        without=lambda: head_pass(without, q, k),
+        step=training_step(small, views, Precision("O0", torch.device(args.device))),
+    )
+    return {
+        "closed_ms": 1e3 * times["closed"],
+        "plain_ms": 1e3 * times["plain"],
+        "speedup": times["plain"] / times["closed"],
+        "extra_memory_mb": memory[SynCo] / 2**20,
+        "plain_extra_memory_mb": memory[PlainSynCo] / 2**20,
+        "extra_memory_ratio": memory[SynCo] / max(1, memory[PlainSynCo]),
+        # both directions of what the synthetic negatives add
+        "share_of_step": 2 * (parts["head"] - parts["without"]) / parts["step"],
+    }
+
+
+def training_step(method: SynCo, views: torch.Tensor, precision: Precision) -> Callable:
+    """An update as main_pretrain.py does it, without its data and its logging."""
+    optimizer = torch.optim.AdamW(
+        [p for p in method.parameters() if p.requires_grad], 1e-4, fused=True
+    )
+    method.train()
+
+    def step() -> None:
+        method.update_key_encoder(0.99)
+        with precision.autocast():
+            output = method(*views, epoch=0)
+        precision.scaler.scale(output.loss).backward()
+        torch.nn.utils.clip_grad_norm_(method.parameters(), 5.0, foreach=True)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        method.enqueue(*output.keys)
+
+    return step
+
+
+def plain_step(method: PlainSynCo, views: torch.Tensor) -> Callable:
+    """The update with everything one parameter at a time."""
+    learned = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, 1e-4, foreach=False, fused=False)
+    method.train()
+
+    def step() -> None:
+        method.update_key_encoder(0.99)
+        output = method(*views, epoch=0)
+        optimizer.zero_grad(set_to_none=False)
+        output.loss.backward()
+        norm = sum(p.grad.norm().item() ** 2 for p in learned) ** 0.5
+        for p in learned:
+            p.grad.mul_(min(1.0, 5.0 / norm))
+        optimizer.step()
+        method.enqueue(*output.keys)
+
+    return step
+
+
+def matmul_rate(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> float:
+    """The best floating-point operations a second of a matrix product over a few shapes."""
+    best = 0.0
+    for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (6304, 384, 1536), (6304, 1536, 384)):
+        a = torch.randn(m, k, device=args.device, dtype=dtype)
+        b = torch.randn(k, n, device=args.device, dtype=dtype)
+        seconds = compare(5, product=lambda a=a, b=b: a @ b)["product"]
+        best = max(best, 2 * m * k * n / seconds)
+    return best
+
+
+def step(args: argparse.Namespace) -> dict:
+    """An update of SynCo: plain, float32 and autocast, and its share of the product rate."""
+    results = {}
+    device = torch.device(args.device)
+    for encoder in args.encoders:
+        views = torch.randn(2, args.batch, 3, args.size, args.size, device=device)
+        views = views.contiguous(memory_format=torch.preserve_format)
+        plain = synco(PlainSynCo, args, encoder)
+        steps = {"plain": plain_step(plain, views)}
+        for level in ("O0", "O1"):
+            method = synco(SynCo, args, encoder)
+            use_fused_attention(method, not (level == "O1" and args.device == "cpu"))
+            steps[level] = training_step(method, views, Precision(level, device))
+        with FlopCounterMode(display=False) as counter:
+            steps["O0"]()
+        limits = []
+        times = compare(
+            args.rounds, **steps, limit=lambda limits=limits: limits.append(matmul_rate(args))
+        )
+        rate = counter.get_total_flops() / times["O0"]
+        limit = statistics.median(limits)
+        results[encoder] = {
+            "plain_s": times["plain"],
+            "O0": {
+                "s": times["O0"],
+                "ratio": times["O0"] / times["plain"],
+                "gflops": rate / 1e9,
+                "limit_gflops": limit / 1e9,
+                "share_of_limit": rate / limit,
+            },
+            "O1": {"s": times["O1"], "ratio": times["O1"] / times["plain"]},
+        }
+    return results
+
+
+def momentum(args: argparse.Namespace) -> dict:
+    """The key encoder's update for ViT-S: one call, a loop, and the memory's bandwidth."""
+    method = synco(SynCo, args, "vit_small")
+    values = sum(p.numel() for p in method.encoder_k.parameters())
+    values += sum(p.numel() for p in method.projector_k.parameters())
+    source, target = torch.randn(2, values, device=args.device)
+
+    def loop() -> None:
+        momentum_loop(method.encoder, method.encoder_k, 0.99)
+        momentum_loop(method.projector, method.projector_k, 0.99)
+
+    times = compare(
+        5 * args.rounds,
+        one_call=lambda: method.update_key_encoder(0.99),
+        loop=loop,
+        add=lambda: target.add_(source),  # reads two values and writes one, as the update does
+    )
+    return {
+        "one_call_ms": 1e3 * times["one_call"],
+        "loop_ms": 1e3 * times["loop"],
+        "speedup": times["loop"] / times["one_call"],
+        "share_of_bandwidth": times["add"] / times["one_call"],
+    }
+
+
+def worker(rank: int, processes: int, address: str, args: argparse.Namespace, results) -> None:
+    """Time the updates of one process of a group that computes on the CPU, a core each."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
+    method = synco(SynCo, args, args.encoders[0])
+    parallel = data_parallel(method, torch.device("cpu"))
+    views = torch.randn(2, args.batch, 3, args.size, args.size)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], fused=True)
+
+    def update() -> None:
+        method.update_key_encoder(0.99)
+        parallel(*views, epoch=0).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = compare(args.rounds, update=update)["update"]
+    if rank == 0:
+        results.put(seconds)
+    torch.distributed.destroy_process_group()
+
+
+def group(processes: int, args: argparse.Namespace, results) -> None:
+    """Run ``worker`` in a group of processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (processes, f"file://{folder}/store", args, results)
+        mp.spawn(worker, arguments, processes)
+
+
+def scaling(args: argparse.Namespace) -> dict:
+    """Images a second of two processes on a core each, over those of one on one core."""
+    if args.device == "cuda":
+        return {}
+    one, two = (in_new_process(group, processes, args) for processes in (1, 2))
+    return {"one_s": one, "two_s": two, "two_processes": 2 * one / two}
