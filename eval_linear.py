@@ -50,6 +50,7 @@ from utils.checkpoint import (
     read_checkpoint,
     restore_training,
     save_checkpoint,
+    training_state,
 )
 from utils.classification_metrics import MAP
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
@@ -249,14 +250,8 @@ def save(
     """Write checkpoint.pth, and best.pth, which has the best head alone, if this epoch is best."""
     if rank() > 0:
         return
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": run.precision.scaler.state_dict(),
-        "config": config.dump(),
-        **identity,
-        **done,
-    }
+    scaler = run.precision.scaler
+    state = training_state(config, model, optimizer, scaler, **identity, **done)
     save_checkpoint(state, os.path.join(run.folder, LATEST))
     if done["best"]["epoch"] == done["epoch"]:
         rate = done["best"]["lr"]

@@ -28,6 +28,7 @@ from utils.checkpoint import (
     read_checkpoint,
     restore_training,
     save_checkpoint,
+    training_state,
 )
 from utils.distributed import (
     all_gather_batch,
@@ -247,16 +248,16 @@ def save(
     """Write checkpoint.pth, and every SAVE_FREQ epochs and at the end ckpt_epoch_N.pth."""
     if rank() > 0:
         return
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": scheduler.state_dict(),
-        "scaler": run.precision.scaler.state_dict(),
-        "epoch": epoch,
-        "step": step,
-        "rng_state": torch.get_rng_state(),
-        "config": config.dump(),
-    }
+    state = training_state(
+        config,
+        model,
+        optimizer,
+        run.precision.scaler,
+        lr_scheduler=scheduler.state_dict(),
+        epoch=epoch,
+        step=step,
+        rng_state=torch.get_rng_state(),
+    )
     names = [LATEST]
     if (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
         names.append(f"ckpt_epoch_{epoch}.pth")

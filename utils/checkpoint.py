@@ -53,6 +53,23 @@ def load_model(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
         raise UserError(f"{path}: checkpoint of another model ({reason})") from error
 
 
+def training_state(
+    config: CfgNode,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    **also: Any,
+) -> dict[str, Any]:
+    """What ``restore_training`` needs, the configuration as text, and ``also``."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "config": config.dump(),
+        **also,
+    }
+
+
 def restore_training(
     state: dict[str, Any],
     path: str,
