@@ -70,7 +70,8 @@ def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -
     crop = torch.from_numpy(image[top : top + height, left : left + width])
     planes = crop.permute(2, 0, 1)[None]
     resized = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    # torch keeps the planes apart, OpenCV the colours of a pixel together
+    return cv2.merge(list(resized[0].contiguous().numpy()))
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
