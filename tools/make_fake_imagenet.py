@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="where train/ and val/ are written")
     parser.add_argument("--train", type=int, default=250, help="training images a class")
-    parser.add_argument("--val", type=int, default=40, help="validation images a class")
+    parser.add_argument("--val", type=int, default=100, help="validation images a class")
     parser.add_argument("--size", type=int, default=64, help="mean side of an image in pixels")
     parser.add_argument("--classes", type=int, default=12, help="number of classes, up to 12")
     parser.add_argument("--seed", type=int, default=0)
