@@ -60,6 +60,9 @@ def main() -> None:
     model = synchronize_batch_norm(build_method(config), run.device)
     # on the CPU, the fused kernel's backward pass in bfloat16 is slower than plain products
     use_fused_attention(model, not (run.precision.enabled and run.device.type == "cpu"))
+    if config.COMPILE:
+        model.encoder.compile()  # in place: the names in a checkpoint stay
+        model.encoder_k.compile()
     check_batch(config, micro_batches)
     scale_learning_rates(config, world_size())
     optimizer = build_optimizer(config, model)

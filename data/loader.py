@@ -96,7 +96,10 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
         views = view_augmentations(config.AUG.SSL_AUG_TYPE, config.AUG.SSL_AUG_CROP)
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
-    return _training_loader(config, TwoViews(source, views, config.DATA.IMG_SIZE, config.SEED))
+    data = config.DATA
+    return _training_loader(
+        config, TwoViews(source, views, data.IMG_SIZE, config.SEED, data.BACKEND)
+    )
 
 
 def build_classification_loader(config: CfgNode, source) -> DataLoader:

@@ -52,6 +52,9 @@ def parse_arguments(
         choices=["O0", "O1", "O2"],
         help="O0: float32; O1 and O2: autocast to bfloat16, or float16 with loss scaling",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the encoders of pre-training: slow start"
+    )
     parser.add_argument("--zip", action="store_true", help="read train.zip and val.zip")
     parser.add_argument(
         "--cache-mode",
@@ -76,6 +79,7 @@ def parse_arguments(
         (config.TRAIN, "ACCUMULATION_STEPS", args.accumulation_steps),
         (config.TRAIN, "USE_CHECKPOINT", args.use_checkpoint or None),
         (config, "AMP_OPT_LEVEL", args.amp_opt_level),
+        (config, "COMPILE", args.compile or None),
         (config, "OUTPUT", args.output),
         (config, "TAG", args.tag),
         (config, "EVAL_MODE", args.eval or None),

@@ -96,6 +96,7 @@ DEFAULTS = CfgNode(
         },
         "TEST": {"CROP": True},
         "AMP_OPT_LEVEL": "O0",
+        "COMPILE": False,  # the encoders by torch.compile
         "OUTPUT": "output",
         "TAG": "default",
         "SAVE_FREQ": 100,  # epochs between the checkpoints that are kept
