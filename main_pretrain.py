@@ -196,8 +196,8 @@ def update(
 
 
 def to_device(views: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """uint8 views, (B, S, S, 3) -> normalised (B, 3, S, S) on the device, channels last."""
-    return [normalize(v.to(device, non_blocking=True).permute(0, 3, 1, 2)) for v in views]
+    """Two uint8 views, (B, S, S, 3) -> normalised (B, 3, S, S) on the device, channels last."""
+    return [normalize(v.to(device, non_blocking=True).permute(0, 3, 1, 2)) for v in views[:2]]
 
 
 def gradient_norms(model: nn.Module) -> torch.Tensor:

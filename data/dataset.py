@@ -1,6 +1,6 @@
 """The data sets that the loaders read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from data import opencv
 from data.augmentation import MEAN, STD, Augmentation, apply_view, draw_view
 from data.image import decode_rgb
 from data.source import FolderSource, ZipSource
+from utils.errors import UserError
 from utils.seed import seed_libraries
 
 
@@ -21,7 +22,7 @@ class TwoViews(Dataset):
     """Two random views of each image, from one decode.
 
     Items are addressed by (epoch, index), because what is drawn depends on both and workers
-    outlive an epoch.
+    outlive an epoch. A bad image gives way to another, which depends on these and the seed alone.
 
     Args:
         source: the images.
@@ -29,6 +30,7 @@ class TwoViews(Dataset):
         size: side of a view in pixels.
         seed: the run's seed.
         backend: ``opencv``, or ``pil``, slower, as the published code.
+        replacements: how many images are tried in place of a bad one; with 0 it is an error.
     """
 
     def __init__(
@@ -38,32 +40,59 @@ class TwoViews(Dataset):
         size: int,
         seed: int,
         backend: str = "opencv",
+        replacements: int = 8,
     ) -> None:
         self.source = source
         self.augmentations = augmentations
         self.size = size
         self.seed = seed
         self.backend = backend
+        self.replacements = replacements
 
     def __len__(self) -> int:
         return len(self.source.names)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(epoch, index) -> two uint8 images of size x size x 3."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(epoch, index) -> two uint8 images of size x size x 3, and -1 or the bad image's index.
+
+        Raises:
+            UserError: neither the image nor those drawn in its place can be read.
+        """
         epoch, index = key
-        content, name = self.source.read(index), self.source.names[index]
+        image, replaced = self._decode_or_replace(epoch, index)
         if self.backend == "pil":
-            image, apply = decode_rgb(content, name), apply_view
-            size = image.size
+            apply, size = apply_view, image.size
         else:
-            image, apply = opencv.decode_array(content, name), opencv.apply_view
-            size = image.shape[1::-1]
+            apply, size = opencv.apply_view, image.shape[1::-1]
         views = []
         for number, augmentation in enumerate(self.augmentations):
             rng = np.random.default_rng((self.seed, epoch, index, number))
             view = apply(image, draw_view(rng, *size, augmentation), self.size)
             views.append(torch.from_numpy(np.ascontiguousarray(view)))
-        return views[0], views[1]
+        return views[0], views[1], replaced
+
+    def _decode_or_replace(self, epoch: int, index: int) -> tuple[Image.Image | np.ndarray, int]:
+        errors: list[UserError] = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                return self._decode(candidate), index if errors else -1
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == 1:
+            raise errors[0]
+        raise UserError(
+            f"{errors[0]}; nor can the {len(errors) - 1} images be read that were drawn in its "
+            "place: see whether the data set is still there"
+        )
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        rng = np.random.default_rng((self.seed, epoch, index, len(self.augmentations)))
+        yield from rng.integers(len(self), size=self.replacements).tolist()
+
+    def _decode(self, index: int) -> Image.Image | np.ndarray:
+        decode = decode_rgb if self.backend == "pil" else opencv.decode_array
+        return decode(self.source.read(index), self.source.names[index])
 
 
 class TrainImages(Dataset):

@@ -1,16 +1,42 @@
-"""Decoding an image file to RGB."""
+"""Decoding an image file to RGB, and refusing what is none."""
 
 import io
+import os
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 
+# by content, whatever a file's name says; for some of its other formats PIL runs programs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+MAX_ASPECT = 100  # long side over short side
+MAX_BYTES = 2**30  # of a file
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Read the head of an image file, not yet its pixels.
+
+    Args:
+        content: the file.
+
+    Raises:
+        ValueError: a side is over ``MAX_ASPECT`` times the other: a view would show one colour, and
+            a resize of the short side would fill the memory.
+        Image.DecompressionBombWarning: more pixels than ``Image.MAX_IMAGE_PIXELS``, 89 million.
+        Exception: any other, from a file that is no image of ``FORMATS``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
+    return image
+
 
 def decode_rgb(content: bytes, name: str) -> Image.Image:
-    """Decode the bytes of an image file of any mode that PIL reads.
+    """Decode the bytes of an image file of any mode and of ``FORMATS``.
 
     Grey, palette and CMYK images are converted; 16-bit and float ones are scaled to 8 bits;
     transparency is laid over white.
@@ -20,17 +46,19 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
         name: what to call it in an error.
 
     Raises:
-        UserError: not a readable image.
+        UserError: not a readable image, or one that ``open_image`` refuses.
     """
     try:
         with warnings.catch_warnings():
             # PIL warns of what is handled here (palettes with transparent bytes)
             warnings.simplefilter("ignore", UserWarning)
-            image = Image.open(io.BytesIO(content))
+            image = open_image(content)
             image.load()
             return _to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a damaged file can raise any
+        # PIL names a buffer by its address
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no known format" if unknown else " ".join(str(error).split())
         raise UserError(f"{name}: not a readable image ({reason})") from error
 
 
@@ -43,10 +71,12 @@ def read_file(path: str) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file that cannot be read, or of more than ``MAX_BYTES``.
     """
     try:
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise UserError(f"{path}: not a readable image (the file is too large)")
             return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the image ({error.strerror})") from error

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 
 import numpy as np
 import torch
@@ -84,9 +85,11 @@ def build_labelled_sources(config: CfgNode, download: bool = False):
 
 
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoader:
-    """Batches of two uint8 views, (B, S, S, 3) each, through an EpochBatches sampler.
+    """Batches of ``TwoViews`` through an EpochBatches sampler.
 
-    Sets ``config.DATA.TRAINING_IMAGES`` to the number of images.
+    These are two uint8 views, (B, S, S, 3) each, and the indices of bad training images that
+    were replaced, (B,), -1 where none was; a bad image of another split is an error. Sets
+    ``config.DATA.TRAINING_IMAGES`` to the number of images.
 
     Raises:
         UserError: no data, an unknown augmentation, or a batch larger than the data set.
@@ -97,9 +100,10 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     data = config.DATA
-    return _training_loader(
-        config, TwoViews(source, views, data.IMG_SIZE, config.SEED, data.BACKEND)
-    )
+    images = TwoViews(source, views, data.IMG_SIZE, config.SEED, data.BACKEND)
+    if split != "train":
+        images.replacements = 0
+    return _training_loader(config, images)
 
 
 def build_classification_loader(config: CfgNode, source) -> DataLoader:
@@ -143,7 +147,15 @@ def _training_loader(config: CfgNode, dataset: Dataset) -> DataLoader:
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        worker_init_fn=quiet_worker,
     )
+
+
+def quiet_worker(worker: int) -> None:
+    """Keep what libjpeg says about damaged images off the terminal, but not what Python says."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
 
 
 def build_test_images(config: CfgNode, source) -> TestImages:

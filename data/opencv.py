@@ -4,16 +4,13 @@ Brightness, contrast and solarisation are tables of 256 values, saturation is a 
 operation stays within 2/255 of torchvision's on photographs, in the mean over the pixels.
 """
 
-import io
-
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from data.augmentation import ViewParameters
-from data.image import decode_rgb
+from data.image import decode_rgb, open_image
 
 # its threads would compete with the other workers and processes
 cv2.setNumThreads(0)
@@ -39,7 +36,7 @@ def decode_array(content: bytes, name: str) -> np.ndarray:
 
 def _plain_jpeg(content: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             return image.format == "JPEG" and image.mode in ("RGB", "L")
     except Exception:  # decode_rgb will name it
         return False

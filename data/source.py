@@ -1,16 +1,19 @@
 """Where images lie: class folders, or a zip with a list of its members."""
 
+import contextlib
 import os
+import re
 import threading
 import zipfile
 
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from data.image import decode_rgb, read_file
+from data.image import MAX_BYTES, decode_rgb, read_file
 from utils.errors import UserError
 
 SPLITS = ("train", "val")
+_ENTRY = re.compile(r"([^\t]+)\t *(\d{1,5}) *", re.ASCII)  # a number of any length is no class
 
 
 class FolderSource:
@@ -22,7 +25,7 @@ class FolderSource:
         classes: names of the classes.
 
     Raises:
-        UserError: a missing folder, or a class without images.
+        UserError: a folder that is missing or cannot be read, or a class without images.
     """
 
     def __init__(self, root: str, split: str) -> None:
@@ -36,7 +39,7 @@ class FolderSource:
         try:
             self.classes, class_to_idx = find_classes(folder)
             samples = make_dataset(folder, class_to_idx, extensions=IMG_EXTENSIONS)
-        except FileNotFoundError as error:
+        except OSError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: {reason}") from error
         self.names = [path for path, _ in samples]
@@ -54,7 +57,8 @@ class FolderSource:
 class ZipSource:
     """``<root>/<split>.zip`` with ``<split>_map.txt``: a path in the zip, a tab, a class number.
 
-    The layout of Swin's repository. Each process opens the archive for itself, once.
+    The layout of Swin's repository. Each process opens the archive for itself, once, and nothing
+    is unpacked to the disk.
 
     Attributes:
         names, labels, classes: as in FolderSource; classes are named by their numbers.
@@ -72,11 +76,13 @@ class ZipSource:
                 for number, line in enumerate(file, 1):
                     if not line.strip():
                         continue
-                    name, tab, label = line.rstrip("\r\n").partition("\t")
-                    if not tab or not label.strip().isdigit():
+                    if not (entry := _ENTRY.fullmatch(line.rstrip("\r\n"))):
                         raise UserError(
                             f"{listing}:{number}: expected a path, a tab and a class number"
                         )
+                    name, label = entry.groups()
+                    if name.startswith("/") or ".." in name.split("/"):
+                        raise UserError(f"{listing}:{number}: {name} lies outside of the archive")
                     self.names.append(name)
                     self.labels.append(int(label))
         except OSError as error:
@@ -101,7 +107,7 @@ class ZipSource:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.archive))
-            except (OSError, zipfile.BadZipFile) as error:
+            except Exception as error:  # a damaged archive can raise any
                 raise UserError(f"{self.archive}: not a readable zip ({error})") from error
         return self._opened[1]
 
@@ -118,19 +124,28 @@ class ZipSource:
         return decode_rgb(self.read(index), self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The file of image ``index``."""
+        """The file of image ``index``.
+
+        Raises:
+            UserError: a damaged member, or one of more than ``MAX_BYTES``.
+        """
         if index in self.cache:
             return self.cache[index]
+        member = self._members[index]
         try:
             with self._lock:
-                return self._zip().read(self._members[index])
-        except (OSError, zipfile.BadZipFile, KeyError) as error:
+                archive = self._zip()
+                if archive.getinfo(member).file_size > MAX_BYTES:
+                    raise ValueError("the file is too large")
+                return archive.read(member)
+        except Exception as error:  # a damaged archive can raise any
             raise UserError(f"{self.archive}: cannot read {self.names[index]} ({error})") from error
 
     def fill_cache(self, rank: int, world_size: int) -> None:
         """Read every ``world_size``-th image from ``rank`` on into memory."""
         for index in range(rank, len(self.names), world_size):
-            self.cache[index] = self.read(index)
+            with contextlib.suppress(UserError):  # whoever needs a damaged one decides
+                self.cache[index] = self.read(index)
 
 
 def open_source(

@@ -23,6 +23,7 @@ DEFAULTS = CfgNode(
             "BACKEND": "opencv",  # of the views of pre-training: opencv or pil
             "ZIP_MODE": False,
             "CACHE_MODE": "part",
+            "MAX_BAD_FRACTION": 0.001,  # share of bad images at which pre-training stops
             "PIN_MEMORY": True,
             "NUM_WORKERS": 8,  # per process, at most its share of the cores
             "TRAINING_IMAGES": 0,  # set at start
