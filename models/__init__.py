@@ -1,5 +1,8 @@
 """Backbones and pre-training methods."""
 
+import inspect
+
+from torch import nn
 from yacs.config import CfgNode
 
 from models.byol import BYOL
@@ -10,47 +13,57 @@ from models.synco import SynCo
 from utils.errors import UserError
 
 METHODS: dict[str, type[MomentumMethod]] = {"byol": BYOL, "moby": MoBY, "synco": SynCo}
+# arguments of the methods whose key is not their own name
+KEYS = {
+    "temperature": "CONTRAST_TEMPERATURE",
+    "num_negatives": "CONTRAST_NUM_NEGATIVE",
+    "counts": ("N1", "N2", "N3", "N4", "N5", "N6"),
+}
 
 
 def build_method(config: CfgNode) -> MomentumMethod:
     """The pre-training method that ``config.MODEL`` describes.
 
+    Each argument of the method's constructor has the value of the key with its name in capitals;
+    one that no key is named after keeps its default, or is set by ``MODEL.OPTIONS.<argument>``.
+
     Raises:
-        UserError: an unknown method or encoder, or values that a method refuses.
+        UserError: an unknown method, option or encoder, or values that a method refuses.
     """
     model = config.MODEL
     if model.TYPE not in METHODS:
         raise UserError(f"MODEL.TYPE {model.TYPE!r} is unknown, choose from {', '.join(METHODS)}")
-    options = {"proj_num_layers": model.PROJ_NUM_LAYERS, "pred_num_layers": model.PRED_NUM_LAYERS}
-    if model.TYPE != "byol":
-        options |= {
-            "temperature": model.CONTRAST_TEMPERATURE,
-            "num_negatives": model.CONTRAST_NUM_NEGATIVE,
-        }
-    if model.TYPE == "synco":
-        options |= {
-            "n_hard": model.N_HARD,
-            "counts": (model.N1, model.N2, model.N3, model.N4, model.N5, model.N6),
-            "warmup_epochs": model.WARMUP_EPOCHS,
-            "cooldown_epochs": model.COOLDOWN_EPOCHS,
-            "alpha": model.ALPHA,
-            "beta": model.BETA,
-            "gamma": model.GAMMA,
-            "sigma": model.SIGMA,
-            "delta": model.DELTA,
-            "eta": model.ETA,
-        }
+    method = METHODS[model.TYPE]
     try:
-        return METHODS[model.TYPE](
+        return method(
             build_encoder(config, model.ONLINE_DROP_PATH_RATE),
             build_encoder(config, model.TARGET_DROP_PATH_RATE),
-            **options,
+            **_options(method, model),
         )
     except ValueError as error:
         raise UserError(f"MODEL.TYPE {model.TYPE}: {error}") from error
 
 
-def build_encoder(config: CfgNode, drop_path_rate: float):
+def _options(method: type[MomentumMethod], model: CfgNode) -> dict:
+    options, own = {}, {}
+    parameters = list(inspect.signature(method).parameters.values())
+    for parameter in parameters[2:]:  # after the encoders
+        key = KEYS.get(parameter.name, parameter.name.upper())
+        if isinstance(key, tuple):
+            options[parameter.name] = tuple(model[part] for part in key)
+        elif key in model:
+            options[parameter.name] = model[key]
+        else:
+            own[parameter.name] = type(parameter.default)
+    for name, value in model.OPTIONS.items():
+        if name not in own:
+            known = ", ".join(own) or "none"
+            raise UserError(f"MODEL.OPTIONS.{name}: the options of {model.TYPE} are: {known}")
+        options[name] = own[name](value)
+    return options
+
+
+def build_encoder(config: CfgNode, drop_path_rate: float) -> nn.Module:
     """The backbone that ``config`` describes, see ``create_encoder``."""
     model = config.MODEL
     return create_encoder(

@@ -61,6 +61,7 @@ DEFAULTS = CfgNode(
             "SIGMA": 0.1,  # standard deviation of the noise
             "DELTA": 0.01,  # step along the gradient
             "ETA": 0.01,  # step along the gradient's sign
+            "OPTIONS": {},  # what else the constructor of a method takes, by its own names
         },
         "TRAIN": {
             "START_EPOCH": 0,
@@ -108,6 +109,7 @@ DEFAULTS = CfgNode(
         "LOCAL_RANK": 0,
     }
 )
+DEFAULTS.MODEL.OPTIONS.set_new_allowed(True)
 
 
 def load_config(path: str, opts: list[str] | None = None) -> CfgNode:
@@ -175,22 +177,22 @@ def _merge_file(config: CfgNode, path: Path, including: tuple[Path, ...]) -> Non
 def _merge_value(
     parent: Any, name: Any, value: Any, key: str, where: str, text: str | None = None
 ) -> None:
-    if not isinstance(parent, CfgNode) or name not in parent:
+    if not isinstance(parent, CfgNode) or not (name in parent or parent.is_new_allowed()):
         known = list(_leaves(DEFAULTS))
         close = difflib.get_close_matches(key, known, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         raise UserError(f"{where}: unknown configuration key {key}{hint}")
-    if isinstance(parent[name], CfgNode):
+    if isinstance(parent.get(name), CfgNode):
         if not isinstance(value, dict):
             raise UserError(f"{where}: {key} is a section of keys, not a value ({value!r})")
         for child, child_value in value.items():
             _merge_value(parent[name], child, child_value, f"{key}.{child}", where)
         return
-    if text is not None and isinstance(parent[name], str):
+    if text is not None and isinstance(parent.get(name), str):
         value = text
     default = DEFAULTS
     for part in key.split("."):
-        default = default[part]
+        default = default.get(part)
     try:
         parent[name] = _coerce(value, default)
     except ValueError:
