@@ -1,7 +1,9 @@
-"""Batch normalisation over channels-last features, synchronised across processes."""
+"""Batch normalisation synchronised across processes, on GPUs and on the CPU."""
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.distributed import mean_over_processes, world_size
 
@@ -25,24 +27,44 @@ class SyncBatchNorm(nn.BatchNorm1d):
     torch's SyncBatchNorm, which runs on GPUs alone, in its place there.
     """
 
+    channels = -1  # the dimension
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., C), in the type of ``x``."""
-        rows = x.reshape(-1, x.shape[-1])  # NxC
+        rows = x.movedim(self.channels, -1)
         if self.training and world_size() > 1:
-            return self._forward_gloo(rows.float()).to(x.dtype).view_as(x)
-        return super().forward(rows).view_as(x)
+            y = self._forward_gloo(rows.float()).to(x.dtype)
+        else:
+            y = super().forward(rows.reshape(-1, self.num_features)).view_as(rows)
+        return y.movedim(-1, self.channels)
 
     def _forward_gloo(self, rows: torch.Tensor) -> torch.Tensor:
+        dims = tuple(range(rows.ndim - 1))
         # two reductions, not one of the sum of squares: that difference cancels in float32
-        mean = _MeanOverProcesses.apply(rows.mean(0))
+        mean = _MeanOverProcesses.apply(rows.mean(dims))
         centered = rows - mean
-        var = _MeanOverProcesses.apply(centered.square().mean(0))
+        var = _MeanOverProcesses.apply(centered.square().mean(dims))
         with torch.no_grad():
-            n = rows.shape[0] * world_size()
+            n = rows.numel() // self.num_features * world_size()
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
-        return centered * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
+        scaled = centered * torch.rsqrt(var + self.eps)
+        return scaled * self.weight + self.bias if self.affine else scaled
+
+
+class _SyncBatchNormAct(SyncBatchNorm):
+    """The same of images, (B, C, ...), with what timm does after its BatchNorm."""
+
+    channels = 1
+
+    def __init__(self, plain: _BatchNorm) -> None:
+        super().__init__(plain.num_features, plain.eps, plain.momentum, plain.affine)
+        self.drop = getattr(plain, "drop", nn.Identity())
+        self.act = getattr(plain, "act", nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
 
 
 class _CudaSyncBatchNorm(nn.SyncBatchNorm):
@@ -52,17 +74,29 @@ class _CudaSyncBatchNorm(nn.SyncBatchNorm):
 
 def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Move ``module`` to ``device``, its BatchNorms to the kind that synchronises there."""
-    if device.type == "cuda":
-        for parent in list(module.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, SyncBatchNorm):
-                    on_gpu = _CudaSyncBatchNorm(child.num_features, child.eps, child.momentum)
-                    on_gpu.load_state_dict(child.state_dict())
-                    on_gpu.requires_grad_(child.weight.requires_grad)
-                    setattr(parent, name, on_gpu)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(parent, name, _synchronized(child, device))
     return module.to(device)
+
+
+def _synchronized(layer: _BatchNorm, device: torch.device) -> _BatchNorm:
+    own = isinstance(layer, SyncBatchNorm)
+    if device.type == "cuda":
+        if not own:
+            return convert_sync_batchnorm(layer)
+        new = _CudaSyncBatchNorm(layer.num_features, layer.eps, layer.momentum)
+    elif own or world_size() == 1:
+        return layer
+    else:
+        new = _SyncBatchNormAct(layer)
+    new.load_state_dict(layer.state_dict())
+    for name, parameter in layer.named_parameters(recurse=False):
+        getattr(new, name).requires_grad_(parameter.requires_grad)
+    return new.train(layer.training)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether the outputs of ``module`` for one image depend on the other images of its batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+    return any(isinstance(m, _BatchNorm) for m in module.modules())

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
 from models.batch_norm import SyncBatchNorm
 from models.swin import SwinTransformer
+from models.timm_backbone import PREFIX, create_timm_backbone
 from models.vit import VisionTransformer
 from utils.errors import UserError
 
@@ -39,31 +41,55 @@ def create_encoder(
     """A backbone without a classifier: images (B, 3, H, W) -> features (B, ``num_features``).
 
     Args:
-        name: a key of ``ENCODERS``.
+        name: a key of ``ENCODERS``, or ``timm/`` and the name of a model of timm.
         img_size: side of the training images in pixels.
         drop_rate: dropout rate.
-        drop_path_rate: stochastic depth rate.
-        stop_grad_conv1: keep a ViT's patch projection as initialised.
+        drop_path_rate: stochastic depth rate, of a model of timm if it has that.
+        stop_grad_conv1: keep a ViT's patch projection as initialised (MoCo v3, section 4).
         replace_ln_with_bn: BatchNorm in place of the LayerNorm before each MLP.
         use_checkpoint: recompute activations in the backward pass.
 
     Raises:
         UserError: unknown name, or an option that the backbone does not have.
     """
-    if name not in ENCODERS:
-        raise UserError(f"MODEL.ENCODER {name!r} is unknown, choose from {', '.join(ENCODERS)}")
-    options = {"stop_grad_conv1": True} if stop_grad_conv1 else {}
-    if stop_grad_conv1 and not name.startswith("vit"):
-        raise UserError(f"MODEL.STOP_GRAD_CONV1 is for ViT, {name} has no patch projection")
-    encoder = ENCODERS[name](
-        img_size=img_size, drop_rate=drop_rate, drop_path_rate=drop_path_rate, **options
-    )
+    options = {"img_size": img_size, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    if name.startswith(PREFIX):
+        encoder, _ = create_timm_backbone(name, **options)
+    elif name in ENCODERS:
+        encoder = ENCODERS[name](**options)
+    else:
+        raise UserError(
+            f"MODEL.ENCODER {name!r} is unknown, choose from {', '.join(ENCODERS)} or "
+            f"{PREFIX}<name of a model of timm>"
+        )
+    if stop_grad_conv1:
+        if not isinstance(encoder, TimmVisionTransformer):
+            raise UserError(f"MODEL.STOP_GRAD_CONV1 is for ViT, {name} has no patch projection")
+        encoder.patch_embed.requires_grad_(False)
     if replace_ln_with_bn:
-        for block in encoder.modules():
-            if hasattr(block, "norm2") and hasattr(block, "mlp"):
-                block.norm2 = SyncBatchNorm(block.norm2.normalized_shape[0])
-    encoder.set_grad_checkpointing(use_checkpoint)
+        _replace_norms(encoder, name)
+    try:
+        encoder.set_grad_checkpointing(use_checkpoint)
+    except (AssertionError, AttributeError) as error:
+        if use_checkpoint:
+            raise UserError(
+                f"TRAIN.USE_CHECKPOINT: {name} has no activation checkpointing, leave it out"
+            ) from error
     return encoder
+
+
+def _replace_norms(encoder: nn.Module, name: str) -> None:
+    blocks = [
+        block
+        for block in encoder.modules()
+        if isinstance(getattr(block, "norm2", None), nn.LayerNorm) and hasattr(block, "mlp")
+    ]
+    if not blocks:
+        raise UserError(
+            f"MODEL.REPLACE_LN_WITH_BN: {name} has no blocks with a LayerNorm before their MLP"
+        )
+    for block in blocks:
+        block.norm2 = SyncBatchNorm(block.norm2.normalized_shape[0])
 
 
 def use_fused_attention(model: nn.Module, fused: bool) -> None:

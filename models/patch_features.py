@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from utils.errors import UserError
+
 STRIDE = 16  # pixels
 
 
@@ -12,10 +14,10 @@ def patch_stride(encoder: nn.Module) -> int:
 
 
 def patch_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The patch features that DINO's video protocol compares, of any encoder of this project.
+    """The patch features that DINO's video protocol compares.
 
-    A ViT's are its patch tokens after the last LayerNorm; a Swin's those of the stage of stride
-    16, because its last has a patch for 32 pixels.
+    A ViT's are its patch tokens after the last LayerNorm; those of a Swin or of a network of
+    convolutions are the map of stride 16, because its last has a patch for 32 pixels.
 
     Args:
         encoder: from ``models.encoder``.
@@ -23,14 +25,30 @@ def patch_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (B, h, w, C), a patch every ``patch_stride`` pixels.
+
+    Raises:
+        UserError: a backbone of timm that gives no such map, or none of images of this size.
     """
-    (features,) = encoder.forward_intermediates(
-        images, indices=[_depth(encoder)], norm=True, stop_early=True, intermediates_only=True
-    )
+    depth = _depth(encoder)
+    try:
+        (features,) = encoder.forward_intermediates(
+            images, indices=[depth], norm=True, stop_early=True, intermediates_only=True
+        )
+    except AssertionError as error:  # how timm's backbones refuse
+        raise UserError(
+            f"{type(encoder).__name__} gives no patch features of images of "
+            f"{images.shape[2]} x {images.shape[3]} pixels ({error})"
+        ) from error
     return features.permute(0, 2, 3, 1)
 
 
 def _depth(encoder: nn.Module) -> int:
     """The deepest block or stage whose patches lie no further apart than ``STRIDE``."""
-    strides = [info["reduction"] for info in encoder.feature_info]
-    return max(i for i, stride in enumerate(strides) if stride <= STRIDE)
+    infos = getattr(encoder, "feature_info", None) or []
+    fitting = [i for i, info in enumerate(infos) if info["reduction"] <= STRIDE]
+    if not fitting or not hasattr(encoder, "forward_intermediates"):
+        raise UserError(
+            f"{type(encoder).__name__} has no features of patches of {STRIDE} pixels or less: "
+            "take another backbone for pictures and video"
+        )
+    return max(fitting)

@@ -5,6 +5,8 @@ import os
 import re
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from yacs.config import CfgNode
 
@@ -50,19 +52,35 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
 def load_pretrained_encoder(
     args: argparse.Namespace, config: CfgNode, run: Run, drop_path_rate: float = 0.0
 ) -> nn.Module:
+    """The encoder of ``build_pretrained_encoder``, logged, on the device of ``run``."""
+    encoder, said = build_pretrained_encoder(args, config, drop_path_rate)
+    run.logger.info(said)
+    return encoder.to(run.device)
+
+
+def build_pretrained_encoder(
+    args: argparse.Namespace, config: CfgNode, drop_path_rate: float = 0.0
+) -> tuple[nn.Module, str]:
     """The configured encoder with the weights that ``--pretrained`` names, frozen, in eval mode.
+
+    Returns:
+        the encoder, and a line that says where its weights are from.
 
     Raises:
         UserError: no such file, or a weight of the encoder is missing from it.
     """
     encoder = build_encoder(config, drop_path_rate)
     if args.random_weights:
-        run.logger.info("%s with random weights, as asked", config.MODEL.ENCODER)
+        said = f"{config.MODEL.ENCODER} with random weights, as asked"
     else:
-        path = args.pretrained or config.LINEAR_EVAL.PRETRAINED
-        path = path or os.path.join(config.OUTPUT, LATEST)
-        run.logger.info(load_encoder_weights(encoder, path, args.key))
-    return encoder.requires_grad_(False).eval().to(run.device)
+        said = load_encoder_weights(encoder, pretrained_path(args, config), args.key)
+    return encoder.requires_grad_(False).eval(), said
+
+
+def pretrained_path(args: argparse.Namespace, config: CfgNode) -> str:
+    """The checkpoint that ``--pretrained`` names, or the run's latest."""
+    path = args.pretrained or config.LINEAR_EVAL.PRETRAINED
+    return path or os.path.join(config.OUTPUT, LATEST)
 
 
 def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") -> str:
@@ -70,7 +88,7 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
 
     Args:
         encoder: the backbone; all its weights must be in the file.
-        path: the checkpoint.
+        path: the checkpoint, or the .safetensors of its weights.
         key: ``encoder`` or ``encoder_k``, of a pre-training checkpoint.
 
     Returns:
@@ -79,18 +97,22 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
     Raises:
         UserError: not a checkpoint, or one of another encoder.
     """
-    state = read_checkpoint(path)
+    state = _read(path)
     inside = []
     for name in CONTAINERS:
         if isinstance(state.get(name), dict):
             state = state[name]
             inside.append(name)
     weights = {name: value for name, value in state.items() if torch.is_tensor(value)}
-    family, prefix = _find_family(weights, key, path)
+    expected = encoder.state_dict()
+    # a backbone of timm may name its first convolution otherwise
+    stem = next((name for name, value in expected.items() if value.ndim == 4), STEM[0])
+    family, prefix = _find_family(weights, (stem, *STEM), key, path)
     own = {name[len(prefix) :]: v for name, v in weights.items() if name.startswith(prefix)}
-    own = {name: value for name, value in own.items() if not LEFT_OUT.search(name)}
+    # and have a head.norm of its own
+    own = {n: value for n, value in own.items() if n in expected or not LEFT_OUT.search(n)}
     load_model(encoder, own, path)
-    count = len(encoder.state_dict())
+    count = len(expected)
     where = "/".join(inside) or "the file itself"
     return (
         f"{path}: weights of {family} (in {where}, prefix {prefix or 'none'!r}), "
@@ -98,11 +120,22 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
     )
 
 
-def _find_family(weights: dict[str, torch.Tensor], key: str, path: str) -> tuple[str, str]:
+def _read(path: str) -> dict:
+    if not path.endswith(".safetensors"):
+        return read_checkpoint(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot read the weights ({error})") from error
+
+
+def _find_family(
+    weights: dict[str, torch.Tensor], stems: tuple[str, ...], key: str, path: str
+) -> tuple[str, str]:
     moco = "base_encoder" if key == "encoder" else "momentum_encoder"
     for family, pattern in FAMILIES:
         prefix = pattern.format(key=key, moco=moco)
-        if any(prefix + stem in weights for stem in STEM):
+        if any(prefix + stem in weights for stem in stems):
             return family, prefix
     example = next(iter(weights), None)
     raise UserError(

@@ -22,7 +22,6 @@ class VisionTransformer(TimmVisionTransformer):
         num_heads: attention heads a block.
         drop_rate: dropout rate.
         drop_path_rate: stochastic depth rate of the last block, rising linearly from 0.
-        stop_grad_conv1: keep the patch projection as it was initialised (MoCo v3, section 4).
 
     Source: MoCo v3, sections 4 and 5; parameter names and shapes as published.
     """
@@ -36,7 +35,6 @@ class VisionTransformer(TimmVisionTransformer):
         num_heads: int = 12,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        stop_grad_conv1: bool = False,
     ) -> None:
         super().__init__(
             img_size=img_size,
@@ -58,7 +56,6 @@ class VisionTransformer(TimmVisionTransformer):
         limit = math.sqrt(6 / (projection.in_channels * patch_size**2 + embed_dim))
         nn.init.uniform_(projection.weight, -limit, limit)
         nn.init.zeros_(projection.bias)
-        projection.requires_grad_(not stop_grad_conv1)
         self.fixed_positions = True  # until a checkpoint brings learned ones
         self.register_load_state_dict_pre_hook(_fit_positions)
 
