@@ -1,0 +1,195 @@
+"""Write a checkpoint's backbone for other programs: timm, those that read .pth, and ONNX.
+
+Run as ``python -m tools.export_backbone ...`` from the root of the repository.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from yacs.config import CfgNode
+
+from data.augmentation import MEAN, STD
+from models import build_encoder
+from models.encoder import ENCODERS
+from models.pretrained import (
+    add_pretrained_arguments,
+    build_pretrained_encoder,
+    load_encoder_weights,
+    pretrained_path,
+)
+from models.swin import WINDOW
+from models.timm_backbone import PREFIX, create_timm_backbone
+from utils.arguments import parse_arguments
+from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.errors import UserError
+from utils.launch import run_script
+
+# the model of timm with the same layers, and what to tell its constructor
+TIMM_MODELS = {
+    "vit_nano": (
+        "vit_tiny_patch16_224",
+        {"patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4},
+    ),
+    "vit_tiny": ("vit_tiny_patch16_224", {}),
+    "vit_small": ("vit_small_patch16_224", {"num_heads": 12}),
+    "vit_base": ("vit_base_patch16_224", {}),
+    "swin_tiny": ("swin_tiny_patch4_window7_224", {"strict_img_size": False}),
+    "swin_small": ("swin_small_patch4_window7_224", {"strict_img_size": False}),
+    "swin_base": ("swin_base_patch4_window7_224", {"strict_img_size": False}),
+}
+LARGEST_DIFFERENCE = 1e-4  # of features, relative to the largest
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this tool."""
+    add_pretrained_arguments(parser)
+    parser.add_argument("--format", choices=list(WRITERS), required=True)
+    parser.add_argument("--out", metavar="PATH", required=True, help="the file to write")
+    parser.add_argument("--size", type=int, help="side of the images (default: DATA.IMG_SIZE)")
+
+
+def main() -> None:
+    """Load, write, and compare the features of what was written."""
+    args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
+    config.DATA.IMG_SIZE = args.size or config.DATA.IMG_SIZE
+    encoder, said = build_pretrained_encoder(args, config)
+    print(said)
+    suffix = {"timm": ".safetensors", "pth": ".pth", "onnx": ".onnx"}[args.format]
+    if not args.out.endswith(suffix):
+        raise UserError(f"--out {args.out}: the name of a file of {args.format} ends in {suffix}")
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        written = WRITERS[args.format](encoder, config, args.out, describe(args, config))
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot write ({error})") from error
+    if written is not None:
+        difference = compare(encoder, written, config.DATA.IMG_SIZE)
+        print(f"{args.out} written, its features differ by {difference:.1e} at most")
+
+
+def describe(args: argparse.Namespace, config: CfgNode) -> dict[str, str]:
+    """What a reader of the file must know, as text."""
+    method = "none"
+    if not args.random_weights:
+        path = pretrained_path(args, config)
+        text = None if path.endswith(".safetensors") else read_checkpoint(path).get("config")
+        method = yaml.safe_load(text)["MODEL"]["TYPE"] if isinstance(text, str) else "unknown"
+    return {
+        "method": method,
+        "encoder": config.MODEL.ENCODER,
+        "key": args.key,
+        "image_size": str(config.DATA.IMG_SIZE),
+        "image_mean": json.dumps(MEAN),
+        "image_std": json.dumps(STD),
+    }
+
+
+def timm_call(config: CfgNode) -> tuple[str, dict]:
+    """The name and arguments of ``timm.create_model`` for the configured encoder.
+
+    Raises:
+        UserError: timm has no such layers, or none for images of this size.
+    """
+    name, size = config.MODEL.ENCODER, config.DATA.IMG_SIZE
+    if config.MODEL.REPLACE_LN_WITH_BN:
+        raise UserError("MODEL.REPLACE_LN_WITH_BN: timm has no such model, take pth or onnx")
+    if name.startswith(PREFIX):
+        with torch.device("meta"):
+            _, options = create_timm_backbone(name, img_size=size)
+        return name.removeprefix(PREFIX), {"num_classes": 0, **options}
+    name, options = TIMM_MODELS[name]
+    patch = ENCODERS[config.MODEL.ENCODER].keywords.get("patch_size", 16)
+    if name.startswith("swin"):
+        # as models/swin.py: the windows keep their size, smaller images are padded
+        patch, size = 4, max(size, WINDOW * 32)
+    if config.DATA.IMG_SIZE % patch:
+        raise UserError(f"--size must be a multiple of {patch}, the patches of {name}")
+    sized = {} if size == 224 else {"img_size": size}
+    return name, {"num_classes": 0, **options, **sized}
+
+
+def write_timm(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -> Features:
+    """Write safetensors under timm's names and print the call that reads them."""
+    name, options = timm_call(config)
+    metadata = metadata | {"timm_model": name, "timm_options": json.dumps(options)}
+    weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
+    save_file(weights, path, metadata | {"format": "pt"})
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    print(f"timm.create_model({name!r}{arguments}, checkpoint_path={path!r})")
+    return timm.create_model(name, **options, checkpoint_path=path).eval()
+
+
+def write_pth(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -> Features:
+    """Write ``{"model": weights}`` under the names of Microsoft's Swin or of DeiT."""
+    weights = encoder.state_dict()
+    if config.MODEL.ENCODER in TIMM_MODELS:
+        weights = {published_name(key): value for key, value in weights.items()}
+    save_checkpoint({"model": weights, "metadata": metadata}, path)
+    copy = build_encoder(config, 0.0)
+    load_encoder_weights(copy, path)
+    return copy.eval()
+
+
+def published_name(name: str) -> str:
+    """timm's name of a weight -> Microsoft's, where a downsampling ends the stage before."""
+    parts = name.split(".")
+    if parts[0] == "layers" and parts[2] == "downsample":
+        parts[1] = str(int(parts[1]) - 1)
+    return ".".join(parts)
+
+
+def write_onnx(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -> Features | None:
+    """Write an ONNX graph, ``images`` (B, 3, S, S) -> ``features`` (B, F), of any batch size."""
+    try:
+        import onnxscript  # noqa: F401 what torch needs for it
+    except ImportError as error:
+        raise UserError("--format onnx needs a package: pip install onnxscript") from error
+    example = torch.zeros(2, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+    program = torch.onnx.export(
+        encoder,
+        (example,),
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+    try:
+        import onnxruntime
+    except ImportError:
+        print(f"{path} written, not compared: onnxruntime is not installed")
+        return None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@torch.no_grad()
+def compare(encoder: nn.Module, written: Features, size: int) -> float:
+    """The largest difference of both features of three random images, in parts of the largest.
+
+    Raises:
+        RuntimeError: more than rounding explains.
+    """
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected = encoder(images)
+    difference = float((written(images) - expected).abs().max() / expected.abs().max())
+    if not difference < LARGEST_DIFFERENCE:
+        raise RuntimeError(f"the features of what was written differ by {difference:.1e}")
+    return difference
+
+
+WRITERS = {"timm": write_timm, "pth": write_pth, "onnx": write_onnx}
+
+if __name__ == "__main__":
+    run_script(main)
