@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data.image import read_rgb
+from data.image import open_image, read_rgb
 from utils.errors import UserError
 
 RESOLUTION = "480p"
@@ -105,10 +105,11 @@ def read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
         UserError: missing, damaged, of another size or not indexed.
     """
     try:
-        with Image.open(path) as image:
-            mode, mask = image.mode, np.array(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        with open(path, "rb") as file:
+            image = open_image(file.read())
+        mode, mask = image.mode, np.array(image)
+    except Exception as error:  # a damaged file can raise any
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read the annotation ({reason})") from error
     if mode not in ("P", "L"):
         raise UserError(f"{path}: an annotation must be indexed or grey, this is {mode}")

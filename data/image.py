@@ -1,8 +1,10 @@
 """Decoding an image file to RGB, and refusing what is none."""
 
+import contextlib
 import io
 import os
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -30,7 +32,7 @@ def open_image(content: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if max(image.size) > MAX_ASPECT * min(image.size):
+    if not 0 < max(image.size) <= MAX_ASPECT * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
     return image
 
@@ -48,17 +50,33 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
     Raises:
         UserError: not a readable image, or one that ``open_image`` refuses.
     """
+    with _unreadable(name):
+        image = open_image(content)
+        image.load()
+        return _to_rgb(image)
+
+
+def check_head(content: bytes, name: str) -> None:
+    """Decode the head of an image file alone, see ``open_image``.
+
+    Raises:
+        UserError: as ``decode_rgb``, but damaged pixels go unnoticed.
+    """
+    with _unreadable(name):
+        open_image(content)
+
+
+@contextlib.contextmanager
+def _unreadable(name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # PIL warns of what is handled here (palettes with transparent bytes)
             warnings.simplefilter("ignore", UserWarning)
-            image = open_image(content)
-            image.load()
-            return _to_rgb(image)
+            yield
     except Exception as error:  # a damaged file can raise any
         # PIL names a buffer by its address
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "of no known format" if unknown else " ".join(str(error).split())
+        reason = "of no known format" if unknown else str(error) or type(error).__name__
         raise UserError(f"{name}: not a readable image ({reason})") from error
 
 

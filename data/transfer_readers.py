@@ -15,7 +15,7 @@ from torchvision.datasets import VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
-from data.image import read_rgb
+from data.image import decode_rgb, read_file
 from data.source import FolderSource
 from utils.classification_metrics import DIFFICULT
 from utils.unpickle import load_plain_pickle
@@ -47,9 +47,13 @@ class ImageFiles:
         if self.names:
             os.stat(self.names[0])
 
+    def read(self, index: int) -> bytes:
+        """The file of image ``index``."""
+        return read_file(self.names[index])
+
     def read_image(self, index: int) -> Image.Image:
         """Image ``index`` in RGB."""
-        return read_rgb(self.names[index])
+        return decode_rgb(self.read(index), self.names[index])
 
 
 @dataclass

@@ -2,4 +2,12 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line saying what was wrong, where, and what to do."""
+    """A mistake that the user can mend: one line saying what was wrong, where, and what to do.
+
+    Names and reasons from outside may hold line breaks and a terminal's control codes: lines are
+    joined, and codes shown escaped.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -1,0 +1,199 @@
+"""Check a data set before a long run: what is missing, which images are bad, how many there are.
+
+Prints a line for each problem (missing, bad) and oddity (warning), and a summary of each split.
+The exit code is 1 if there is a problem. Run as ``python -m tools.check_data DATASET DATA_PATH``
+from the root of the repository.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import davis, retrieval
+from data.image import check_head, read_file, read_rgb
+from data.loader import quiet_worker
+from data.source import open_source
+from data.transfer import TRANSFER_SETS, open_transfer_set
+from utils.errors import UserError
+from utils.launch import run_script
+
+TRAIN_AND_TEST = ("train", "test")
+SPLITS = {
+    "imagenet": ("train", "val"),
+    "davis": ("val",),
+    **dict.fromkeys(retrieval.DATASETS, ("database", "queries")),
+}
+# images of each split, as published
+OFFICIAL = {
+    "imagenet": (1_281_167, 50_000),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "stl10": (5_000, 8_000),
+    "flowers102": (2_040, 6_149),
+    "pets": (3_680, 3_669),
+    "food101": (75_750, 25_250),
+    "cars": (8_144, 8_041),
+    "caltech101": (3_060, 6_084),
+    "dtd": (3_760, 1_880),
+    "aircraft": (6_667, 3_333),
+    "sun397": (19_850, 19_850),
+    "voc2007": (5_011, 4_952),
+    "places365": (1_803_460, 36_500),
+    "roxford5k": (4_993, 70),
+    "rparis6k": (6_322, 70),
+    "davis": (1_999,),
+}
+
+
+def main() -> None:
+    """Open each split, read its images in parallel, and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", choices=list(OFFICIAL), metavar="dataset", help=str([*OFFICIAL]))
+    parser.add_argument("data_path", help="what --data-path of the scripts will be")
+    parser.add_argument("--zip", action="store_true", help="of imagenet: read train.zip, val.zip")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="0 for none")
+    parser.add_argument(
+        "--fast", action="store_true", help="decode heads alone, which misses truncated images"
+    )
+    args = parser.parse_args()
+    if args.zip and args.dataset != "imagenet":
+        raise UserError(f"--zip is for imagenet, not for {args.dataset}")
+    sources, missing, bad = {}, 0, 0
+    for split in SPLITS.get(args.dataset, TRAIN_AND_TEST):
+        try:
+            sources[split] = open_split(args, split)
+        except UserError as error:
+            print(f"missing: {split}: {error}")
+            missing += 1
+    for split, source in sources.items():
+        found = check_images(source, split, args)
+        bad += found
+        summarize(args.dataset, split, source, found)
+    missing += untrained_classes(sources)
+    if missing or bad:
+        raise UserError(f"{args.data_path}: {missing} missing, {bad} bad, see above")
+    print(f"{args.data_path}: ready")
+
+
+@dataclass
+class Images:
+    """Image files without labels, of which ``names`` are the paths."""
+
+    names: list[str]
+    labels: list[int] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+    def read(self, index: int) -> bytes:
+        """The file of image ``index``."""
+        return read_file(self.names[index])
+
+    def read_image(self, index: int) -> object:
+        """Decode image ``index``."""
+        return read_rgb(self.names[index])
+
+
+class Frames(Images):
+    """The frames of DAVIS, each read together with its annotation."""
+
+    def __init__(self, videos: list[davis.Video]) -> None:
+        super().__init__([path for video in videos for path in video.frames])
+        self.annotations = [path for video in videos for path in video.annotations]
+
+    def read_image(self, index: int) -> object:
+        """Decode frame ``index``, and its annotation, which must be of the same size."""
+        frame = davis.read_frame(self.names[index])
+        return davis.read_mask(self.annotations[index], frame.shape[:2])
+
+
+class Problems(Dataset):
+    """What is wrong with each image of ``source``: one line, or None."""
+
+    def __init__(self, source, fast: bool) -> None:
+        self.source, self.fast = source, fast
+
+    def __len__(self) -> int:
+        return len(self.source.names)
+
+    def __getitem__(self, index: int) -> str | None:
+        """Read image ``index``."""
+        try:
+            if not self.fast:
+                self.source.read_image(index)
+            elif hasattr(self.source, "read"):  # else it lies in an array, which was read
+                check_head(self.source.read(index), self.source.names[index])
+        except UserError as error:
+            return str(error)
+        return None
+
+
+def open_split(args: argparse.Namespace, split: str):
+    """The images of a split, with ``names``, ``labels``, ``classes`` and ``read_image(index)``.
+
+    Raises:
+        UserError: what is missing or damaged.
+    """
+    if args.dataset == "imagenet":
+        return open_source(args.data_path, split, args.zip)
+    if args.dataset == "davis":
+        return Frames(davis.read_videos(args.data_path, split))
+    if args.dataset in retrieval.DATASETS:
+        truth = retrieval.read_ground_truth(args.data_path, args.dataset)
+        names = truth.database if split == "database" else truth.queries
+        return Images([truth.path(name) for name in names])
+    return open_transfer_set(args.dataset, args.data_path, split)
+
+
+def check_images(source, split: str, args: argparse.Namespace) -> int:
+    """Read every image, print a line for each bad one, and return how many there are."""
+    loader = DataLoader(
+        Problems(source, args.fast),
+        batch_size=64,
+        num_workers=args.workers,
+        collate_fn=list,
+        worker_init_fn=quiet_worker,
+    )
+    bad = 0
+    with tqdm(total=len(source.names), desc=split, disable=not sys.stderr.isatty()) as bar:
+        try:
+            for problems in loader:
+                for problem in filter(None, problems):
+                    bar.write(f"bad: {split}: {problem}", file=sys.stdout)
+                    bad += 1
+                bar.update(len(problems))
+        except RuntimeError as error:  # torch's, when the system ends a worker
+            raise UserError(
+                f"{args.data_path}: a worker died, try --workers 1 ({error})"
+            ) from error
+    return bad
+
+
+def summarize(dataset: str, split: str, source, bad: int) -> None:
+    """Print what a split holds, and where it differs from the official one."""
+    images, classes = len(source.names), len(source.classes)
+    kinds = f" of {classes} classes" if classes else ""
+    print(f"{split}: {images} images{kinds}, {bad} bad")
+    official = dict(zip(SPLITS.get(dataset, TRAIN_AND_TEST), OFFICIAL[dataset], strict=True))[split]
+    if images != official:
+        print(f"warning: {split}: the official {dataset} has {official} images, here are {images}")
+    known = TRANSFER_SETS[dataset].classes if dataset in TRANSFER_SETS else classes
+    if classes != known:
+        print(f"warning: {split}: the official {dataset} has {known} classes, here are {classes}")
+
+
+def untrained_classes(sources: dict) -> int:
+    """Print the classes of validation images without training images; returns their number."""
+    if set(sources) != {"train", "val"}:
+        return 0
+    train, val = ({s.classes[label] for label in np.unique(s.labels)} for s in sources.values())
+    for name in sorted(val - train):
+        print(f"missing: train: class {name} is among the validation images alone")
+    return len(val - train)
+
+
+if __name__ == "__main__":
+    run_script(main)
