@@ -270,7 +270,7 @@ def resume(
 
     One that is found, not named, is left aside if it belongs to other weights, rates or classes.
     """
-    path = checkpoint_to_resume(config, run.folder)
+    path = checkpoint_to_resume(config, run.folder, run.logger)
     if path:
         state = read_checkpoint(path, run.device)
         other = [name for name, value in identity.items() if state.get(name) != value]

@@ -1,9 +1,9 @@
 """Pre-train an encoder with MoBY, BYOL or SynCo."""
 
-import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data.augmentation import normalize
+from data.bad_images import BadImages
 from data.loader import build_pretraining_loader
 from lr_scheduler import build_scheduler, scale_learning_rates
 from models import build_method
@@ -21,15 +22,10 @@ from models.batch_norm import synchronize_batch_norm
 from models.encoder import use_fused_attention
 from models.momentum import MomentumMethod, key_momentum
 from optimizer import build_optimizer
+from utils.agreement import check_agreement, digest
 from utils.arguments import parse_arguments
-from utils.checkpoint import (
-    LATEST,
-    checkpoint_to_resume,
-    read_checkpoint,
-    restore_training,
-    save_checkpoint,
-    training_state,
-)
+from utils.checkpoint import training_state
+from utils.collapse import similarity_figures
 from utils.distributed import (
     all_gather_batch,
     data_parallel,
@@ -38,15 +34,59 @@ from utils.distributed import (
     world_size,
 )
 from utils.errors import UserError
-from utils.launch import Run, run_script, start
-from utils.measure import duration, measure_throughput, memory
+from utils.finite import (
+    SkippedInARow,
+    copy_buffers,
+    gradient_norms,
+    poisoned_with,
+    restore_buffers,
+    step_if_finite,
+)
+from utils.launch import Run, run_script, start, write_config
+from utils.measure import duration, measure_throughput
+from utils.metrics import Averages
+from utils.progress import images_per_update, resume
+from utils.saving import Checkpoints
 from utils.seed import seed_step
+from utils.signals import RESUMABLE, StopSignals, shield_workers
+from utils.training_log import TrainingLog
 
 COMPONENTS = ("encoder", "projector", "predictor")
 THROUGHPUT_STEPS = 30
 
 
+@dataclass
+class Training:
+    """What a run consists of, and the update with which it continues."""
+
+    config: CfgNode
+    run: Run
+    loader: DataLoader
+    ddp: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    bad_images: BadImages
+    checkpoints: Checkpoints
+    log: TrainingLog
+    skipped: SkippedInARow
+    signals: StopSignals
+    step: int
+    shift: int  # images by which the batches of the epoch start early, see ``locate``
+
+    def __post_init__(self) -> None:
+        self.micro_batches = max(1, self.config.TRAIN.ACCUMULATION_STEPS)
+        self.steps_per_epoch = len(self.loader) // self.micro_batches
+        self.per_update = images_per_update(self.config)
+        self.queues = queues_of(self.ddp.module)
+
+
 def main() -> None:
+    """Pre-train; a signal stops the run so that it can be resumed."""
+    with StopSignals() as signals:
+        pretrain(signals)
+
+
+def pretrain(signals: StopSignals) -> None:
     """Data, model, optimizer, resume, loop."""
     _, config = parse_arguments(__doc__)
     if not config.AUG.SSL_AUG:
@@ -54,8 +94,8 @@ def main() -> None:
     run = start(config)
 
     loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
-    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    steps_per_epoch = len(loader) // micro_batches
+    shield_workers(loader)
+    steps_per_epoch = len(loader) // max(1, config.TRAIN.ACCUMULATION_STEPS)
 
     model = synchronize_batch_norm(build_method(config), run.device)
     # on the CPU, the fused kernel's backward pass in bfloat16 is slower than plain products
@@ -63,13 +103,23 @@ def main() -> None:
     if config.COMPILE:
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()
-    check_batch(config, micro_batches)
+    check_batch(config)
+    source = loader.dataset.source
+    bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
+    check_agreement(
+        {
+            "the number of images": len(source.names),
+            "the images": digest(n.removeprefix(config.DATA.DATA_PATH) for n in source.names),
+            "the number of weights": sum(p.numel() for p in model.parameters()),
+        }
+    )
     scale_learning_rates(config, world_size())
+    write_config(config, run.folder)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, steps_per_epoch)
     describe(config, model, steps_per_epoch, run)
 
-    step = resume(config, model, optimizer, steps_per_epoch, run)
+    resumed_from, step, shift = resume(config, model, optimizer, steps_per_epoch, run)
     ddp = data_parallel(model, run.device)
 
     if config.THROUGHPUT_MODE:
@@ -77,38 +127,37 @@ def main() -> None:
     if config.EVAL_MODE:
         return evaluate(config, model, loader, run)
 
+    checkpoints = Checkpoints(config, run, resumed_from)
+    log = TrainingLog(config, run, optimizer, model.dim, steps_per_epoch, step)
+    training = Training(
+        *(config, run, loader, ddp, optimizer, scheduler, bad_images, checkpoints, log),
+        *(SkippedInARow(run.device), signals, step, shift),
+    )
+    signals.training(config.DIST_TIMEOUT)
     started = time.time()
     for epoch in range(step // steps_per_epoch, config.TRAIN.EPOCHS):
-        step = train_one_epoch(config, ddp, loader, optimizer, scheduler, epoch, step, run)
-        save(config, model, optimizer, scheduler, epoch, step, run)
+        train_one_epoch(training, epoch)
     run.logger.info("training took %s", duration(time.time() - started))
 
 
-def train_one_epoch(
-    config: CfgNode,
-    ddp: DistributedDataParallel,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler,
-    epoch: int,
-    step: int,
-    run: Run,
-) -> int:
-    """Train from update ``step`` to the end of ``epoch``; returns the next update's number.
+def train_one_epoch(training: Training, epoch: int) -> None:
+    """Train from update ``training.step`` to the end of ``epoch``, saving whenever that is due.
 
     Everything that depends on time (rate, momentum, random draws, the window of synthetic
-    negatives) follows from ``step`` and ``epoch``, so a resumed run needs no more than these.
+    negatives) follows from the update's number and ``epoch``, so a resumed run needs no more
+    than these and the place in the epoch's order of images.
+
+    Raises:
+        SystemExit: RESUMABLE, after a checkpoint, if a process got a signal to stop.
     """
-    model: MomentumMethod = ddp.module
-    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    steps_per_epoch = len(loader) // micro_batches
+    config, run, model = training.config, training.run, training.ddp.module
+    steps_per_epoch, micro_batches = training.steps_per_epoch, training.micro_batches
     total_steps = config.TRAIN.EPOCHS * steps_per_epoch
-    first = step - epoch * steps_per_epoch
-    ddp.train()
-    loader.batch_sampler.set_position(epoch, first * micro_batches)
-    batches = iter(loader)
-    # sums stay on the device; reading them is a synchronisation, done at PRINT_FREQ only
-    sums, count = torch.zeros(len(COMPONENTS) + 4, device=run.device), 0
+    first = training.step - epoch * steps_per_epoch
+    training.ddp.train()
+    training.loader.batch_sampler.set_position(epoch, first * micro_batches, training.shift)
+    batches = iter(training.loader)
+    averages = Averages()
     epoch_started = interval_started = time.time()
     bar = tqdm(
         range(first, steps_per_epoch),
@@ -117,42 +166,33 @@ def train_one_epoch(
         leave=False,
     )
     for index in bar:
-        scheduler.step_update(step)
-        momentum = key_momentum(config.MODEL.CONTRAST_MOMENTUM, step, total_steps)
-        seed_step(config.SEED, rank(), step)
+        training.scheduler.step_update(training.step)
+        momentum = key_momentum(config.MODEL.CONTRAST_MOMENTUM, training.step, total_steps)
+        seed_step(config.SEED, rank(), training.step)
         model.update_key_encoder(momentum)
         batch = [next(batches) for _ in range(micro_batches)]
-        sums += update(config, ddp, batch, optimizer, epoch, run)
-        count += 1
-        step += 1
+        for *_, replaced in batch:
+            training.bad_images.note(replaced)
+        figures, finite = update(config, training.ddp, batch, training.optimizer, epoch, run)
+        averages.add(figures, finite)
+        training.skipped.add(finite)
+        training.step += 1
+        stop, time_is_up = training.signals.agree(training.checkpoints.time_is_up())
 
-        if (index + 1) % config.PRINT_FREQ == 0 or index + 1 == steps_per_epoch:
-            loss, accuracy, positive, norm, *norms = mean_over_processes(sums / count).tolist()
-            seconds = (time.time() - interval_started) / count
-            run.logger.info(
-                "Train: [%d/%d][%d/%d] eta %s lr %.6f momentum %.6f time %.4f loss %.4f "
-                "accuracy %.4f positive %.4f grad_norm %.4f (%s) images/s %.1f mem %.0fMB",
-                epoch,
-                config.TRAIN.EPOCHS,
-                index + 1,
-                steps_per_epoch,
-                duration(seconds * (total_steps - step)),
-                optimizer.param_groups[0]["lr"],
-                momentum,
-                seconds,
-                loss,
-                accuracy,
-                positive,
-                norm,
-                " ".join(f"{n} {v:.4f}" for n, v in zip(COMPONENTS, norms, strict=True)),
-                config.DATA.BATCH_SIZE * world_size() * micro_batches / seconds,
-                memory(run.device),
-            )
-            sums.zero_()
-            count = 0
+        last = index + 1 == steps_per_epoch
+        if last or stop or (index + 1) % config.PRINT_FREQ == 0:
+            seconds = (time.time() - interval_started) / averages.updates
+            means = averages.read() | {"momentum": momentum}
+            training.log.line(epoch, training.step, means, seconds, training.queues)
+            check_health(training)
             interval_started = time.time()
-    run.logger.info("EPOCH %d training takes %s", epoch, duration(time.time() - epoch_started))
-    return step
+        if last or stop or time_is_up or training.checkpoints.due(training.step):
+            save(training, epoch, index + 1)
+        if stop:
+            run.logger.info("stopped by a signal after update %d: start again", training.step)
+            raise SystemExit(RESUMABLE)
+    training.shift = 0
+    training.log.epoch(epoch, training.step, time.time() - epoch_started)
 
 
 def update(
@@ -162,37 +202,45 @@ def update(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     run: Run,
-) -> torch.Tensor:
-    """One update from a list of micro-batches; returns its statistics on the device.
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One update from a list of micro-batches: two views of each image, and what else comes.
 
-    These are loss, accuracy, positive similarity, the gradient's norm, and that of each of
-    COMPONENTS.
+    Returns:
+        its figures, scalars on the device, and whether loss and gradient were finite: if not, the
+        optimizer made no step and queues and BatchNorm are as before, on all processes.
     """
     model: MomentumMethod = ddp.module
     scaler = run.precision.scaler
-    statistics, keys = [], []
+    buffers = copy_buffers(model)
+    queues = queues_of(model)
+    parts, keys = [], []
     for number, views in enumerate(batch, 1):
         view1, view2 = to_device(views, run.device)
         with nullcontext() if number == len(batch) else ddp.no_sync():
             with run.precision.autocast():
                 output = ddp(view1, view2, epoch)
-            scaler.scale(output.loss / len(batch)).backward()
-        statistics.append(torch.stack([output.loss.detach(), output.accuracy, output.positive]))
+            scaler.scale(poisoned_with(output.loss) / len(batch)).backward()
+        figures = {"loss": output.loss.detach(), "accuracy": output.accuracy}
+        figures |= {"positive": output.positive}
+        parts.append(figures | similarity_figures(output.queries, output.keys, queues))
         keys.append([all_gather_batch(k) for k in output.keys])
 
     scaler.unscale_(optimizer)
-    norms = gradient_norms(model)
+    norms = gradient_norms({name: getattr(model, name) for name in COMPONENTS})
+    finite = norms["grad_norm"].isfinite()
     if config.TRAIN.CLIP_GRAD:
         torch.nn.utils.clip_grads_with_norm_(
-            model.parameters(), config.TRAIN.CLIP_GRAD, norms[0], foreach=True
+            model.parameters(), config.TRAIN.CLIP_GRAD, norms["grad_norm"], foreach=True
         )
-    scaler.step(optimizer)
+    step_if_finite(optimizer, finite)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     # only now: the micro-batches of one update see the same negatives
     for keys1, keys2 in keys:
         model.enqueue(keys1, keys2)
-    return torch.cat([torch.stack(statistics).mean(0), norms])
+    restore_buffers(model, buffers, finite)
+    means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+    return means | norms, finite
 
 
 def to_device(views: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -200,27 +248,19 @@ def to_device(views: list[torch.Tensor], device: torch.device) -> list[torch.Ten
     return [normalize(v.to(device, non_blocking=True).permute(0, 3, 1, 2)) for v in views[:2]]
 
 
-def gradient_norms(model: nn.Module) -> torch.Tensor:
-    """L2 norm of all gradients, then of each of COMPONENTS, without a synchronisation."""
-    norms = [
-        torch.nn.utils.get_total_norm(
-            [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
-        )
-        for name in COMPONENTS
-    ]
-    parts = torch.stack([n.to(next(model.parameters()).device) for n in norms])
-    return torch.cat([parts.norm()[None], parts])
+def queues_of(model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """queue1 and queue2, nothing if the method has none."""
+    return (model.queue1, model.queue2) if hasattr(model, "queue1") else ()
 
 
-def check_batch(config: CfgNode, micro_batches: int) -> None:
+def check_batch(config: CfgNode) -> None:
     """BatchNorm needs two images, and an update must not write the queue more than once over."""
-    images = config.DATA.BATCH_SIZE * world_size()
-    length = config.MODEL.CONTRAST_NUM_NEGATIVE
-    if images < 2:
+    images, length = images_per_update(config), config.MODEL.CONTRAST_NUM_NEGATIVE
+    if config.DATA.BATCH_SIZE * world_size() < 2:
         raise UserError("BatchNorm needs a total batch of at least 2 images: raise --batch-size")
-    if config.MODEL.TYPE != "byol" and images * micro_batches > length:
+    if config.MODEL.TYPE != "byol" and images > length:
         raise UserError(
-            f"an update of {images * micro_batches} images does not fit into "
+            f"an update of {images} images does not fit into "
             f"MODEL.CONTRAST_NUM_NEGATIVE {length}: lower --batch-size or lengthen the queue"
         )
 
@@ -239,55 +279,42 @@ def describe(config: CfgNode, model: nn.Module, steps_per_epoch: int, run: Run) 
     )
 
 
-def save(
-    config: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler,
-    epoch: int,
-    step: int,
-    run: Run,
-) -> None:
-    """Write checkpoint.pth, and every SAVE_FREQ epochs and at the end ckpt_epoch_N.pth."""
-    if rank() > 0:
-        return
-    state = training_state(
-        config,
-        model,
-        optimizer,
-        run.precision.scaler,
-        lr_scheduler=scheduler.state_dict(),
-        epoch=epoch,
-        step=step,
-        rng_state=torch.get_rng_state(),
-    )
-    names = [LATEST]
-    if (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
-        names.append(f"ckpt_epoch_{epoch}.pth")
-    for name in names:
-        path = os.path.join(run.folder, name)
-        save_checkpoint(state, path)
-        run.logger.info("%s saved", path)
+def check_health(training: Training) -> None:
+    """Stop when the images or the numbers are bad for long; every process has to call it."""
+    training.bad_images.check()
+    row, most = training.skipped.most(), training.config.TRAIN.MAX_SKIPPED_UPDATES
+    if row >= most:
+        good = training.checkpoints.last_good or "none so far"
+        raise UserError(
+            f"{row} updates in a row had a loss or gradient that is not finite (at most "
+            f"TRAIN.MAX_SKIPPED_UPDATES {most}): lower TRAIN.BASE_LR and continue from the last "
+            f"good checkpoint, {good}"
+        )
 
 
-def resume(
-    config: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps_per_epoch: int,
-    run: Run,
-) -> int:
-    """Load the checkpoint to continue from, if there is one; returns the next update's number."""
-    path = checkpoint_to_resume(config, run.folder)
-    if not path:
-        return config.TRAIN.START_EPOCH * steps_per_epoch
-    state = read_checkpoint(path, run.device)
-    restore_training(
-        state, path, model, optimizer, run.precision.scaler, also=("step", "rng_state")
-    )
-    torch.set_rng_state(state["rng_state"].cpu())
-    run.logger.info("resumed from %s at update %d", path, state["step"])
-    return state["step"]
+def save(training: Training, epoch: int, done: int) -> None:
+    """Write a checkpoint after ``done`` updates of ``epoch``; every process has to call it."""
+    config, run = training.config, training.run
+    ended = done == training.steps_per_epoch
+    # an epoch is complete without the images that fill no update
+    seen = config.DATA.TRAINING_IMAGES if ended else done * training.per_update - training.shift
+
+    def state() -> dict:
+        return training_state(
+            config,
+            training.ddp.module,
+            training.optimizer,
+            run.precision.scaler,
+            lr_scheduler=training.scheduler.state_dict(),
+            epoch=epoch,
+            step=training.step,
+            images=seen,
+            images_per_update=training.per_update,
+            training_images=config.DATA.TRAINING_IMAGES,
+            rng_state=torch.get_rng_state(),
+        )
+
+    training.checkpoints.save(state, epoch if ended else None)
 
 
 @torch.no_grad()

@@ -43,11 +43,15 @@ class EpochBatches(Sampler):
             )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.first = 0, 0
+        self.epoch, self.first, self.shift = 0, 0, 0
 
-    def set_position(self, epoch: int, first: int = 0) -> None:
-        """Let the next iteration be of ``epoch``, from batch ``first`` on."""
-        self.epoch, self.first = epoch, first
+    def set_position(self, epoch: int, first: int = 0, shift: int = 0) -> None:
+        """Let the next iteration be of ``epoch``, from batch ``first`` on.
+
+        All batches start ``shift`` images earlier: what was read with global batches of another
+        size need not end where a batch ends.
+        """
+        self.epoch, self.first, self.shift = epoch, first, shift
 
     def __len__(self) -> int:
         return self.batches
@@ -56,5 +60,5 @@ class EpochBatches(Sampler):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch) >> 1)
         order = torch.randperm(self.num_images, generator=generator).tolist()
         for batch in range(self.first, self.batches):
-            start = (batch * self.world_size + self.rank) * self.batch_size
+            start = (batch * self.world_size + self.rank) * self.batch_size - self.shift
             yield [(self.epoch, index) for index in order[start : start + self.batch_size]]

@@ -21,12 +21,14 @@ class Output:
         accuracy: share of the queries, 0 to 1, whose own key is the most similar of all keys.
         positive: mean cosine similarity of a query and its own key.
         keys: k1 and k2, (B, dim), without gradient.
+        queries: q1 and q2, (B, dim), without gradient; set by ``forward``.
     """
 
     loss: torch.Tensor
     accuracy: torch.Tensor
     positive: torch.Tensor
     keys: tuple[torch.Tensor, torch.Tensor]
+    queries: tuple[torch.Tensor, ...] = ()
 
 
 class MomentumMethod(nn.Module):
@@ -81,7 +83,9 @@ class MomentumMethod(nn.Module):
             key1, key2 = self._encode(self.encoder_k, view1, view2)
             k1 = self._normalize(self.projector_k(key1))
             k2 = self._normalize(self.projector_k(key2))
-        return self.loss(q1, q2, k1, k2, epoch)
+        output = self.loss(q1, q2, k1, k2, epoch)
+        output.queries = (q1.detach(), q2.detach())
+        return output
 
     def loss(
         self,

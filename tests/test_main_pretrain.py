@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.precision import Precision
 
 ENCODERS = ["vit_nano", "swin_tiny"]
+RATES = {"byol": 2e-4, "moby": 1e-3, "synco": 1e-3}  # BASE_LR of the recipes
 
 
 def arguments(method: str, imagenet, output, *opts):
@@ -54,10 +55,15 @@ def test_one_process_trains(run_main, imagenet, tmp_path, method, encoder):
     run_main(main_pretrain, *arguments(method, imagenet, tmp_path, "MODEL.ENCODER", encoder))
     folder = tmp_path / "run" / "default"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"checkpoint.pth", "ckpt_epoch_1.pth", "config.json", "log_rank0.txt"}
+    assert names == {
+        *("checkpoint.pth", "checkpoint_previous.pth", "ckpt_epoch_1.pth"),
+        *("config.json", "log_rank0.txt", "metrics.jsonl"),
+    }
     log = (folder / "log_rank0.txt").read_text()
     assert log.count("Train: [") == 12 and "Train: [1/2][6/6]" in log
-    assert json.loads((folder / "config.json").read_text())["MODEL"]["ENCODER"] == encoder
+    config = json.loads((folder / "config.json").read_text())
+    assert config["MODEL"]["ENCODER"] == encoder and config["DATA"]["TRAINING_IMAGES"] == 24
+    assert config["TRAIN"]["BASE_LR"] == pytest.approx(RATES[method] * 4 / 512)
     state = weights(tmp_path)
     assert set(state) >= {
         *("model", "optimizer", "lr_scheduler", "scaler", "epoch", "step", "rng_state", "config")
@@ -145,10 +151,10 @@ def test_accumulation_equals_a_large_batch(process_group, method):
         for first, second in views:
             model.update_key_encoder(0.9)
             batch = list(zip(first.chunk(parts), second.chunk(parts), strict=True))
-            statistics = main_pretrain.update(config, ddp, batch, optimizer, 0, run)
-        # among the keys of a smaller batch BYOL's accuracy is higher, of course
-        statistics[1] *= method != "byol"
-        results.append(dict(model.state_dict(), statistics=statistics))
+            figures, _ = main_pretrain.update(config, ddp, batch, optimizer, 0, run)
+        for name in ("feature_std", *(("accuracy", "negative") if method == "byol" else ())):
+            del figures[name]  # among the images of a smaller batch it is another, of course
+        results.append(dict(model.state_dict(), **figures))
     for name, value in results[0].items():
         torch.testing.assert_close(
             results[1][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -169,7 +175,8 @@ def test_gradient_norms_are_those_of_the_parts():
     config = load_config(str(ROOT / "configs/demo.yaml"), ["DATA.IMG_SIZE", "32"])
     model = build_method(config)
     model(torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), 0).loss.backward()
-    total, *parts = main_pretrain.gradient_norms(model).tolist()
+    modules = {name: getattr(model, name) for name in main_pretrain.COMPONENTS}
+    total, *parts = map(float, main_pretrain.gradient_norms(modules).values())
     gradients = {
         name: [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
         for name in main_pretrain.COMPONENTS
@@ -192,9 +199,9 @@ def test_clipping_bounds_the_update(process_group):
     before = [p.clone() for p in model.parameters()]
     batch = [torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)]
     ddp = main_pretrain.data_parallel(model, run.device)
-    statistics = main_pretrain.update(config, ddp, batch, build_optimizer(config, model), 0, run)
+    figures, _ = main_pretrain.update(config, ddp, batch, build_optimizer(config, model), 0, run)
     moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
-    assert statistics[3] > 1  # the norm before clipping is what is reported
+    assert figures["grad_norm"] > 1  # the norm before clipping is what is reported
     assert float(moved.detach().norm()) == pytest.approx(1.0, rel=1e-2)
 
 
@@ -300,8 +307,9 @@ def test_float16_scales_the_loss(process_group):
     weight = model.projector.linear_out.weight
 
     before = weight.clone()
-    statistics = main_pretrain.update(config, ddp, batch, optimizer, 0, run)
-    assert statistics.isfinite().all() and not weight.equal(before)
+    figures, finite = main_pretrain.update(config, ddp, batch, optimizer, 0, run)
+    assert finite and not weight.equal(before)
+    assert all(value.isfinite() for value in figures.values())
 
     precision.scaler.update(2.0**60)
     before = weight.clone()

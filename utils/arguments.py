@@ -113,6 +113,11 @@ def _check(config: CfgNode) -> None:
         ("TRAIN.EPOCHS", config.TRAIN.EPOCHS, 1),
         ("TRAIN.WARMUP_EPOCHS", config.TRAIN.WARMUP_EPOCHS, 0),
         ("TRAIN.ACCUMULATION_STEPS", config.TRAIN.ACCUMULATION_STEPS, 0),
+        ("TRAIN.KEEP_CHECKPOINTS", config.TRAIN.KEEP_CHECKPOINTS, 0),
+        ("TRAIN.SAVE_MINUTES", config.TRAIN.SAVE_MINUTES, 0),
+        ("TRAIN.SAVE_STEPS", config.TRAIN.SAVE_STEPS, 0),
+        ("TRAIN.MAX_SKIPPED_UPDATES", config.TRAIN.MAX_SKIPPED_UPDATES, 1),
+        ("DIST_TIMEOUT", config.DIST_TIMEOUT, 1),
         ("SAVE_FREQ", config.SAVE_FREQ, 1),
         ("PRINT_FREQ", config.PRINT_FREQ, 1),
         ("SEED", config.SEED, 0),
@@ -124,6 +129,7 @@ def _check(config: CfgNode) -> None:
         ("DATA.BACKEND", config.DATA.BACKEND, ("opencv", "pil")),
         ("DATA.CACHE_MODE", config.DATA.CACHE_MODE, ("no", "full", "part")),
         ("DATA.INTERPOLATION", config.DATA.INTERPOLATION, ("bicubic", "bilinear", "nearest")),
+        ("TRAIN.ON_SAVE_ERROR", config.TRAIN.ON_SAVE_ERROR, ("continue", "stop")),
         ("LINEAR_EVAL.WEIGHTS", config.LINEAR_EVAL.WEIGHTS, ("freeze", "finetune")),
     ):
         if value not in choices:

@@ -1,27 +1,81 @@
 """Checkpoints: written whole or not at all, read without running what they hold."""
 
+import contextlib
+import logging
 import os
 import pickle
+import re
+import shutil
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from utils.distributed import on_first_process
 from utils.errors import UserError
 
 LATEST = "checkpoint.pth"
+PREVIOUS = "checkpoint_previous.pth"
+EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 
-def save_checkpoint(state: dict[str, Any], path: str) -> None:
-    """Write ``state`` to ``path``: to a temporary file first, which then takes its place."""
+def save_checkpoint(
+    state: dict[str, Any], path: str, previous: str | None = None, also: str | None = None
+) -> None:
+    """Write ``state`` to ``path``: on return it is on the disk, on failure nothing has changed.
+
+    It goes to a temporary file first, which then takes the place of ``path``, so that at every
+    instant a whole file has that name.
+
+    Args:
+        state: what ``torch.save`` takes.
+        path: the file.
+        previous: the name that what ``path`` was until now gets, if that is to be kept.
+        also: a second name for the new file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     temporary = path + ".tmp"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            _write(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if also:  # first: who finds the new ``path`` shall find this one too
+            link_file(temporary, also)
+        if previous and os.path.exists(path):
+            link_file(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    _sync_folder(path)
+
+
+def link_file(path: str, name: str) -> None:
+    """Give the file at ``path`` a second ``name``, which stays its own when ``path`` is replaced.
+
+    A copy where the file system has no links.
+    """
+    if os.path.exists(name) and os.path.samefile(path, name):
+        return  # to rename one name of a file to another would do nothing
+    temporary = name + ".tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        with open(path, "rb") as source, open(temporary, "wb") as target:
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+    os.replace(temporary, name)
+    _sync_folder(name)
 
 
 def read_checkpoint(path: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -106,14 +160,88 @@ def latest_checkpoint(folder: str) -> str | None:
     return path if os.path.exists(path) else None
 
 
-def checkpoint_to_resume(config: CfgNode, folder: str) -> str | None:
-    """MODEL.RESUME, or with TRAIN.AUTO_RESUME the newest of ``folder``; None if there is none."""
-    found = latest_checkpoint(folder) if config.TRAIN.AUTO_RESUME else None
-    return config.MODEL.RESUME or found
+def checkpoint_to_resume(config: CfgNode, folder: str, logger: logging.Logger) -> str | None:
+    """MODEL.RESUME, or with TRAIN.AUTO_RESUME the newest readable checkpoint of ``folder``.
+
+    Every process has to call it; all get what the first finds. When the launcher has restarted
+    the processes, what they have written goes before MODEL.RESUME.
+
+    Returns:
+        its path, None if there is none.
+
+    Raises:
+        UserError: the folder has checkpoints, but none can be read.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if config.MODEL.RESUME and not restarted:
+        return config.MODEL.RESUME
+    found = None
+    if config.TRAIN.AUTO_RESUME:
+        found = on_first_process(lambda: _newest_readable(folder, logger))
+    return found or config.MODEL.RESUME or None
+
+
+def epoch_checkpoints(folder: str) -> dict[int, str]:
+    """The paths of the files ``ckpt_epoch_N.pth`` of a run folder by N, the last epoch first."""
+    found = {m: p for p in Path(folder).glob("*") if (m := EPOCH.fullmatch(p.name))}
+    return {int(m[1]): str(p) for m, p in sorted(found.items(), key=lambda x: -int(x[0][1]))}
+
+
+def _newest_readable(folder: str, logger: logging.Logger) -> str | None:
+    names = [os.path.join(folder, name) for name in (LATEST, PREVIOUS)]
+    paths = [p for p in [*names, *epoch_checkpoints(folder).values()] if os.path.exists(p)]
+    errors = []
+    for path in paths:
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            logger.warning("%s: continuing from %s instead", error, path)
+        return path
+    if errors:
+        raise errors[0]
+    return None
+
+
+def _write(state: dict[str, Any], file: Any) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # torch trips over its own end of the file, and hides why a write has failed
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _sync_folder(path: str) -> None:
+    """Make a new name last: a rename is on the disk only when its folder is."""
+    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # not every network file system can
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _check_sums(path: str) -> None:
+    """Compare each record with its CRC-32, which torch writes but does not look at.
+
+    That makes a digest of its own needless, which could not be replaced in the same instant as
+    the checkpoint. Files in the format before torch 1.6 have none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
 def _read(path: str, kind: type, map_location: str | torch.device) -> Any:
     try:
+        _check_sums(path)
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -122,7 +250,7 @@ def _read(path: str, kind: type, map_location: str | torch.device) -> Any:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: damaged, or holds more than weights ({reason})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can raise any
         reason = (str(error).splitlines() or ["empty"])[0]
         raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, kind):

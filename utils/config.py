@@ -73,6 +73,11 @@ DEFAULTS = CfgNode(
             "MIN_LR": 5e-6,
             "CLIP_GRAD": 5.0,  # 0 turns clipping off
             "AUTO_RESUME": True,
+            "KEEP_CHECKPOINTS": 0,  # how many ckpt_epoch_N.pth stay, 0: all
+            "SAVE_MINUTES": 30.0,  # between checkpoints within an epoch, 0: none
+            "SAVE_STEPS": 0,  # updates between checkpoints within an epoch, 0: none
+            "ON_SAVE_ERROR": "continue",  # or stop, when a checkpoint cannot be written
+            "MAX_SKIPPED_UPDATES": 20,  # in a row, for a loss or gradient that is not finite
             "ACCUMULATION_STEPS": 0,  # micro-batches an update; 0 and 1 mean none
             "USE_CHECKPOINT": False,
             "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
@@ -107,6 +112,7 @@ DEFAULTS = CfgNode(
         "EVAL_MODE": False,
         "THROUGHPUT_MODE": False,
         "LOCAL_RANK": 0,
+        "DIST_TIMEOUT": 600.0,  # seconds until waiting for another process is an error
     }
 )
 DEFAULTS.MODEL.OPTIONS.set_new_allowed(True)

@@ -1,23 +1,37 @@
 """The process group: nccl on GPUs, gloo on the CPU, one process without a launcher."""
 
+import datetime
 import inspect
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.errors import UserError
 
-def init_process_group(local_rank: int) -> torch.device:
-    """Join the launcher's process group, or make one of a single process; returns the device."""
+T = TypeVar("T")
+
+
+def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
+    """Join the launcher's process group, or make one of a single process; returns the device.
+
+    Args:
+        local_rank: number of the GPU.
+        timeout: seconds until waiting for another process is an error.
+    """
+    # nccl: end the process when a peer is gone, rather than wait for ever
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -36,6 +50,44 @@ def world_size() -> int:
 def local_world_size() -> int:
     """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """``value`` of each process in the order of ranks; it must be one that pickle takes."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_first_process(function: Callable[[], T]) -> T:
+    """What ``function`` returns on the first process, where alone it is called, on every process.
+
+    Raises:
+        UserError: on every process, if ``function`` raises it.
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as raised:
+            error = str(raised)
+    if world_size() > 1:
+        box = [result, error]
+        dist.broadcast_object_list(box)
+        result, error = box
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` says that another process of the group died or does not answer."""
+    text = str(error).lower()
+    known = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out")
+    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or (
+        world_size() > 1 and isinstance(error, RuntimeError) and any(k in text for k in known)
+    )
 
 
 def all_gather_batch(tensor: torch.Tensor) -> torch.Tensor:

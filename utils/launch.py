@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from yacs.config import CfgNode
 
 from logger import create_logger
+from utils.agreement import check_agreement, code_facts, configuration_facts
 from utils.config import to_json
-from utils.distributed import init_process_group, rank, world_size
+from utils.distributed import init_process_group, lost_peer, rank, world_size
 from utils.errors import UserError
 from utils.precision import Precision
 
@@ -37,16 +39,15 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
         folder: where this script writes, by default the run folder.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the processes differ in configuration or code.
     """
-    device = init_process_group(config.LOCAL_RANK)
+    device = init_process_group(config.LOCAL_RANK, config.DIST_TIMEOUT)
+    check_agreement(configuration_facts(config) | code_facts())
     folder = folder or config.OUTPUT
     try:
         os.makedirs(folder, exist_ok=True)
         logger = create_logger(folder, rank())
-        if rank() == 0:
-            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-                file.write(to_json(config))
+        write_config(config, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the run folder ({error.strerror})") from error
     torch.manual_seed(config.SEED)  # the same weights and queues on every process
@@ -60,6 +61,19 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
     return Run(folder, device, Precision(config.AMP_OPT_LEVEL, device), logger)
 
 
+def write_config(config: CfgNode, folder: str) -> None:
+    """Write ``config.json``, on the first process.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if rank() == 0:
+        path = os.path.join(folder, "config.json")
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(to_json(config))
+        os.replace(path + ".tmp", path)
+
+
 def write_results(run: Run, results: dict[str, Any]) -> None:
     """Write ``results.json``, on the first process."""
     if rank() == 0:
@@ -70,15 +84,36 @@ def write_results(run: Run, results: dict[str, Any]) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run ``main``; a user's mistake ends it with one line on standard error and exit code 1."""
+    """Run ``main``; a user's mistake ends it with one line on standard error and exit code 1.
+
+    So does a process of the group that died or does not answer.
+    """
     try:
         main()
     except UserError as error:
         # an error that a data worker raised comes with its traceback around it
-        message = str(error).rsplit("UserError: ", 1)[-1].strip()
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-        # without waiting for peers that may be inside a collective: the launcher ends them
-        sys.stdout.flush()
-        os._exit(1)
+        _fail(str(error).rsplit("UserError: ", 1)[-1].strip())
+    except SystemExit:
+        _leave_group()
+        raise
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        if lost_peer(error):
+            reason = " ".join(str(error).split())[:200]
+            _fail(f"another process of the group died, or did not answer in time ({reason})")
+        traceback.print_exc()
+        _fail(f"process {rank()} of the group failed: {type(error).__name__}")
+    _leave_group()
+
+
+def _fail(message: str) -> None:
+    """Say why, and end without waiting for peers that may be inside a collective."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""Whether all processes run the same program on the same data, asked before it would hang."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from utils.config import as_dict
+from utils.distributed import all_gather_objects
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+# may differ from one machine to the next
+LOCAL_KEYS = ("LOCAL_RANK", "DATA.DATA_PATH", "DATA.NUM_WORKERS")
+
+
+def check_agreement(facts: dict[str, object]) -> None:
+    """Compare what each process holds of ``facts``; every process has to call it.
+
+    Args:
+        facts: short values by the names that a user knows them by.
+
+    Raises:
+        UserError: on every process: which one differs from the first, and in what.
+    """
+    first, *others = all_gather_objects(facts)
+    for number, theirs in enumerate(others, 1):
+        for name in first.keys() | theirs.keys():
+            one, other = first.get(name), theirs.get(name)
+            if one != other:
+                raise UserError(
+                    f"process {number} differs from process 0: {name} is {other}, not {one}: "
+                    "start all processes with the same arguments, code and data"
+                )
+
+
+def configuration_facts(config: CfgNode) -> dict[str, object]:
+    """Each key of the configuration with its value, but for those that may differ."""
+    leaves = dict(_leaves(as_dict(config), ""))
+    return {key: value for key, value in leaves.items() if key not in LOCAL_KEYS}
+
+
+def code_facts() -> dict[str, object]:
+    """A digest of the program's source, file by file in one."""
+    files = [*ROOT.glob("*.py"), *(p for d in ("models", "data", "utils") for p in _sources(d))]
+    named = ((str(path.relative_to(ROOT)), path.read_bytes()) for path in sorted(files))
+    return {"the program's source (sha256)": digest(part for pair in named for part in pair)}
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """The first 16 digits of the SHA-256 of all parts."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
+        total.update(b"\0")
+    return total.hexdigest()[:16]
+
+
+def _sources(folder: str) -> list[Path]:
+    return list((ROOT / folder).glob("*.py"))
+
+
+def _leaves(node: dict, prefix: str):
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, repr(value)

@@ -1,0 +1,134 @@
+"""Stopping at a signal: all processes after the same update, with a checkpoint."""
+
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from utils.distributed import lost_peer, world_size
+
+RESUMABLE = 75  # exit code: stopped by a signal, start again to continue (EX_TEMPFAIL)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# a launcher passes the terminal's SIGINT on, so that one Ctrl-C arrives twice
+SECOND_AFTER = 1.0
+
+
+class StopSignals:
+    """Notices SIGTERM, SIGUSR1 and SIGINT, and lets the processes agree on when to stop.
+
+    Before ``training`` is called, a signal ends the process at once, with RESUMABLE: there is
+    nothing to save. From then on it is noted for ``agree``. A second SIGINT ends at once.
+
+    A thread waits for the signals, since the main one may be inside a collective for long, where
+    no handler of Python's runs.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""  # name of the signal
+        self._training = False
+        self._first_interrupt = None
+        self._group = self._pending = None
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        # a forked child shares the pipe: its signals are not this process's
+        os.register_at_fork(after_in_child=self._leave)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __enter__(self) -> "StopSignals":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error and self.requested and lost_peer(error):
+            _exit(RESUMABLE, f"{self.requested}: another process has ended, no checkpoint written")
+        self.close()
+
+    def training(self, timeout: float) -> None:
+        """From now on there is something to save; every process has to call it.
+
+        Args:
+            timeout: seconds until waiting for another process is an error.
+        """
+        if world_size() > 1:
+            wait = datetime.timedelta(seconds=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=wait)
+        self._training = True
+
+    def agree(self, save: bool) -> tuple[bool, bool]:
+        """Whether any process wants to stop, and whether any wants to save; alike on all.
+
+        Every process has to call it once an update. In a group it tells what was so at the call
+        before, so that nobody waits for the answer, nor for the GPU.
+
+        Args:
+            save: whether this process wants to save.
+        """
+        wanted = torch.tensor([bool(self.requested), save], dtype=torch.int32)
+        if self._group is None:
+            return bool(wanted[0]), bool(wanted[1])
+        work = dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True)
+        pending, self._pending = self._pending, (work, wanted)
+        if pending is None:
+            return False, False
+        pending[0].wait()
+        stop, save = pending[1].tolist()
+        return bool(stop), bool(save)
+
+    def close(self) -> None:
+        """Put the handlers back that were there before."""
+        self._training = False
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.write(self._writer, b"\0")  # no signal has this number: it ends the thread
+
+    def _watch(self) -> None:
+        while number := os.read(self._reader, 1)[0]:
+            if number not in SIGNALS:
+                continue
+            now = time.monotonic()
+            if number == signal.SIGINT:
+                if self._first_interrupt and now - self._first_interrupt > SECOND_AFTER:
+                    _exit(128 + number, "interrupted again: ends at once, without a checkpoint")
+                self._first_interrupt = self._first_interrupt or now
+            self.requested = self.requested or signal.Signals(number).name
+            if not self._training:
+                _exit(RESUMABLE, f"stopped by {self.requested} before training began")
+
+    def _leave(self) -> None:
+        if signal.getsignal(signal.SIGTERM) is _ignore:
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
+
+def shield_workers(loader: DataLoader) -> None:
+    """Let the workers ignore the signals, which a terminal and a scheduler send to all processes.
+
+    The workers end with their process.
+    """
+    loader.worker_init_fn = partial(_start_shielded, loader.worker_init_fn)
+
+
+def _start_shielded(start, worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if start:
+        start(worker)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Do nothing: without a handler of Python's own, the wake-up file would not hear of it."""
+
+
+def _exit(code: int, message: str) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
