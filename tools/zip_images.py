@@ -6,6 +6,7 @@ they are, beside the list that Swin's repository expects: a path, a tab and a cl
 
 import argparse
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from typing import IO
@@ -48,7 +49,8 @@ def pack(data: str, split: str, folder: str) -> int:
 
     def write_zip(file: IO[bytes]) -> None:
         with zipfile.ZipFile(file, "w", strict_timestamps=False) as archive:
-            for path, name in zip(tqdm(source.names, desc=split), names, strict=True):
+            bar = tqdm(source.names, desc=split, disable=not sys.stderr.isatty())
+            for path, name in zip(bar, names, strict=True):
                 archive.write(path, name)
 
     def write_map(file: IO[bytes]) -> None:
