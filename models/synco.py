@@ -16,6 +16,7 @@ is at hand: it is an entry of q times queue. Type 6 has sign(q') for q', type 3 
 type 4 the noise, the only one of them that needs a vector for each negative.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.moby import MoBY
+from utils.seed import normal
 
 
 @dataclass
@@ -109,47 +111,61 @@ class SynCo(MoBY):
         picks = torch.randint(self.n_hard, (batch, sum(self.counts) + n3), device=device)
         columns = hard.gather(1, picks).split([n1, n2, n3, n4, n5, n6, n3], dim=1)
         uniform = torch.rand(batch, n1 + n2 + n3, device=device).split([n1, n2, n3], dim=1)
-        return Draws(list(columns), list(uniform), torch.randn(batch, n4, dim, device=device))
+        return Draws(list(columns), list(uniform), normal((batch, n4, dim), device))
 
     def synthetic(
         self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, draws: Draws
     ) -> list[torch.Tensor]:
         """The similarities q.v to the six kinds of negatives, (B, N_i) each."""
         const = q.detach()  # BxD, the q inside a negative
-        fixed = similarity.detach()  # BxK
         qq = (q * const).sum(1, keepdim=True)  # Bx1, its gradient is q'
         sign = const.sign()
-        c1, c2, c3, c4, c5, c6, c3_other = draws.columns
         a, b, g = (
             low + (high - low) * u
             for (low, high), u in zip(
                 (self.alpha, self.beta, self.gamma), draws.uniform, strict=True
             )
         )
-        qn = similarity.gather
+        _, _, c3, c4, _, c6, c3_other = draws.columns
+        # one gather for all types, whose backward pass writes B x K once
+        picked = similarity.gather(1, torch.cat(draws.columns, dim=1))
+        qn1, qn2, qn3, qn4, qn5, qn6, qn3_other = picked.split(
+            [c.shape[1] for c in draws.columns], dim=1
+        )
 
-        def along_q(columns: torch.Tensor, of_q, of_n) -> torch.Tensor:
-            norm = (of_q**2 + of_n**2 + 2 * of_q * of_n * fixed.gather(1, columns)).sqrt()
-            return (of_q * qq + of_n * qn(1, columns)) / norm
+        def along_q(qn: torch.Tensor, of_q, of_n) -> torch.Tensor:
+            norm = (of_q**2 + of_n**2 + 2 * of_q * of_n * qn.detach()).sqrt()
+            return (of_q * qq + of_n * qn) / norm
 
         keys = queue.T.contiguous()  # KxD, whose rows are read one after the other
-        n3n3 = _row_products(F.embedding(c3, keys), F.embedding(c3_other, keys))
+        n3n3 = _products(keys, c3, lambda rows: F.embedding(c3_other[rows], keys))
         z = draws.normal  # BxN4xD
-        n4z = _row_products(F.embedding(c4, keys), z)
+        n4z = _products(keys, c4, lambda rows: z[rows])
+        zz = torch.linalg.vector_norm(z, dim=2) ** 2
         sign_n = (sign @ queue).gather(1, c6)
         return [
-            along_q(c1, a, 1 - a),
-            along_q(c2, 1 - b, b),
-            (g * qn(1, c3) + (1 - g) * qn(1, c3_other))
-            / (g**2 + (1 - g) ** 2 + 2 * g * (1 - g) * n3n3).sqrt(),
-            (qn(1, c4) + self.sigma * torch.einsum("bd,bnd->bn", q, z))
-            / (1 + 2 * self.sigma * n4z + self.sigma**2 * _row_products(z, z)).sqrt(),
-            along_q(c5, self.delta, 1.0),
-            (qn(1, c6) + self.eta * (q * sign).sum(1, keepdim=True))
+            along_q(qn1, a, 1 - a),
+            along_q(qn2, 1 - b, b),
+            (g * qn3 + (1 - g) * qn3_other) / (g**2 + (1 - g) ** 2 + 2 * g * (1 - g) * n3n3).sqrt(),
+            (qn4 + self.sigma * torch.einsum("bd,bnd->bn", q, z))
+            / (1 + 2 * self.sigma * n4z + self.sigma**2 * zz).sqrt(),
+            along_q(qn5, self.delta, 1.0),
+            (qn6 + self.eta * (q * sign).sum(1, keepdim=True))
             / (1 + 2 * self.eta * sign_n + self.eta**2 * sign.square().sum(1, keepdim=True)).sqrt(),
         ]
 
 
-def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The dot product of each row of ``a`` with that of ``b``: (B, N, D) twice -> (B, N)."""
-    return (a.flatten(0, 1)[:, None] @ b.flatten(0, 1)[..., None]).view(a.shape[:2])
+def _products(
+    keys: torch.Tensor, columns: torch.Tensor, other: Callable[[slice], torch.Tensor]
+) -> torch.Tensor:
+    """The dot product of each key that ``columns`` names with the vector of ``other`` there.
+
+    Keys of K x D, columns of B x N, other(rows) of rows x N x D -> B x N.
+    """
+    # on a CPU a few rows at a time: what is gathered stays in the cache and needs no new pages
+    size = 16 if keys.device.type == "cpu" else len(columns)
+    products = []
+    for first in range(0, len(columns), size):
+        rows = slice(first, first + size)
+        products.append(F.embedding(columns[rows], keys).mul_(other(rows)).sum(2))
+    return torch.cat(products)
