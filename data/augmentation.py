@@ -87,12 +87,13 @@ def draw_box(
 ) -> tuple[int, int, int, int]:
     """A random resized crop's left, top, width, height, distributed as torchvision's."""
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
-    for _ in range(10):
-        target = width * height * rng.uniform(*area)
-        ratio = math.exp(rng.uniform(low, high))
+    # one call for all tries: a call for each number would take as long as the resize
+    for share, shape, x, y in rng.random((10, 4)).tolist():
+        target = width * height * _between(*area, share)
+        ratio = math.exp(_between(low, high, shape))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+            return int(x * (width - w + 1)), int(y * (height - h + 1)), w, h
     # too long or too tall for its share: the largest middle part of an allowed shape
     w, h = width, height
     if width < RATIO[0] * height:
@@ -108,21 +109,30 @@ def draw_view(
     """Draw the parameters of one view of an image of the given size in pixels."""
     a = augmentation
     box = draw_box(rng, width, height, a.crop)
-    flip = rng.random() < 0.5
+    flip, jittered, grey, blurred, solarized, sigma, *more = rng.random(14).tolist()
     jitter: list[tuple[str, float]] = []
-    if rng.random() < a.jitter_prob:
-        amounts = {
-            "brightness": rng.uniform(1 - a.brightness, 1 + a.brightness),
-            "contrast": rng.uniform(1 - a.contrast, 1 + a.contrast),
-            "saturation": rng.uniform(1 - a.saturation, 1 + a.saturation),
-            "hue": rng.uniform(-a.hue, a.hue),
+    if jittered < a.jitter_prob:
+        ranges = {
+            "brightness": (1 - a.brightness, 1 + a.brightness),
+            "contrast": (1 - a.contrast, 1 + a.contrast),
+            "saturation": (1 - a.saturation, 1 + a.saturation),
+            "hue": (-a.hue, a.hue),
         }
-        names = list(amounts)
-        jitter = [(names[i], amounts[names[i]]) for i in rng.permutation(4)]
-    grey = rng.random() < a.grey_prob
-    sigma = rng.uniform(*a.sigma) if rng.random() < a.blur_prob else 0.0
-    solarize = rng.random() < a.solarize_prob
-    return ViewParameters(box, flip, tuple(jitter), grey, sigma, solarize)
+        amounts = zip(more[:4], ranges.items(), more[4:], strict=True)
+        # in the order of the first numbers, each order as likely as any other
+        jitter = [(name, _between(*span, u)) for _, (name, span), u in sorted(amounts)]
+    return ViewParameters(
+        box,
+        flip < 0.5,
+        tuple(jitter),
+        grey < a.grey_prob,
+        _between(*a.sigma, sigma) if blurred < a.blur_prob else 0.0,
+        solarized < a.solarize_prob,
+    )
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + (high - low) * share
 
 
 _JITTER = {

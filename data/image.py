@@ -32,9 +32,15 @@ def open_image(content: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if not 0 < max(image.size) <= MAX_ASPECT * min(image.size):
+    if not usual_size(*image.size):
         raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
     return image
+
+
+def usual_size(width: int, height: int) -> bool:
+    """Whether an image of these pixels is neither empty, nor a thread, nor far too large."""
+    sides = 0 < max(width, height) <= MAX_ASPECT * min(width, height)
+    return sides and width * height <= Image.MAX_IMAGE_PIXELS
 
 
 def decode_rgb(content: bytes, name: str) -> Image.Image:
