@@ -70,12 +70,13 @@ def peak_memory() -> int:
 def in_new_process(function: Callable, *arguments):
     """What ``function(*arguments, results)`` puts into its queue, from a process of its own."""
     context = mp.get_context("spawn")
-    results = context.Queue()
+    results = context.SimpleQueue()
     process = context.Process(target=function, args=(*arguments, results))
     process.start()
-    result = results.get()
-    process.join()
-    return result
+    process.join()  # a result is smaller than a pipe, so it ends without a reader
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__} ended with exit code {process.exitcode}")
+    return results.get()
 
 
 def head(args: argparse.Namespace) -> dict:

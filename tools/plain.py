@@ -23,6 +23,18 @@ class PlainSynCo(SynCo):
         momentum_loop(self.encoder, self.encoder_k, momentum)
         momentum_loop(self.projector, self.projector_k, momentum)
 
+    @torch.no_grad()
+    def draw(self, similarity: torch.Tensor, dim: int) -> Draws:
+        """One call for each type and kind of number."""
+        batch, hard = len(similarity), similarity.topk(self.n_hard, dim=1).indices
+        columns = [
+            hard.gather(1, torch.randint(self.n_hard, (batch, n), device=hard.device))
+            for n in (*self.counts, self.counts[2])
+        ]
+        uniform = [torch.rand(batch, n, device=hard.device) for n in self.counts[:3]]
+        normal = torch.randn(batch, self.counts[3], dim, device=hard.device)
+        return Draws(columns, uniform, normal)
+
     def synthetic(self, q, similarity, queue, draws: Draws) -> list[torch.Tensor]:
         """The negatives as unit vectors, B x N_i x dim each, and their products with q."""
         n = [queue.T[columns] for columns in draws.columns]
