@@ -1,0 +1,268 @@
+"""Draw what an encoder has learned: attention, components, neighbours or a map of features.
+
+Run as ``python -m tools.visualize attention --cfg ...`` from the root of the repository.
+"""
+
+import argparse
+import os
+from collections import Counter
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from yacs.config import CfgNode
+
+from data.augmentation import normalize
+from data.dataset import to_tensor
+from data.image import read_rgb
+from data.loader import add_dataset_arguments, build_source, encode_images
+from models.attention import class_attention
+from models.patch_features import patch_features
+from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from tools.feature_map import METHODS, draw_map
+from tools.sheet import NEUTRAL, RIGHT, WRONG, Tile, draw_sheet, fit, overlay, resize_map
+from utils.arguments import number_in, parse_arguments
+from utils.distributed import rank
+from utils.errors import UserError
+from utils.launch import Run, run_script, start
+
+WIDEST = 4  # times the short side, beyond which an image is made smaller
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this tool."""
+    parser.add_argument("picture", choices=list(PICTURES))
+    add_pretrained_arguments(parser)
+    add_dataset_arguments(parser)
+    parser.add_argument(
+        "--images", type=number_in(1, 10**9), metavar="N", help="so many validation images"
+    )
+    parser.add_argument(
+        "--files", nargs="+", metavar="PATH", help="these images, or folders of them, instead"
+    )
+    parser.add_argument(
+        "--size",
+        type=number_in(1, 8192),
+        metavar="PIXELS",
+        help="short side for attention and components (default: twice DATA.IMG_SIZE)",
+    )
+    parser.add_argument(
+        "--foreground", action="store_true", help="components: colour the foreground alone"
+    )
+    parser.add_argument(
+        "--neighbours", type=number_in(1, 50), default=8, metavar="K", help="a query's neighbours"
+    )
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
+
+
+def main() -> None:
+    """Images, encoder, picture."""
+    args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
+    run = start(config, os.path.join(config.OUTPUT, "pictures"))
+    draw, count = PICTURES[args.picture]
+    images = Files(args.files) if args.files else choose(args, config, count)
+    encoder = load_pretrained_encoder(args, config, run)
+    picture = draw(args, config, images, encoder, run)
+    path = os.path.join(run.folder, f"{args.picture}.png")
+    if rank() == 0:
+        picture.save(path)
+        run.logger.info("%s written, %d x %d pixels", path, *picture.size)
+
+
+class Files:
+    """Image files without labels; attributes as of a source, see ``data.source``."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.names: list[str] = []
+        for path in paths:
+            inside = sorted(os.listdir(path)) if os.path.isdir(path) else None
+            if inside is None:
+                self.names.append(path)
+            else:
+                found = [name for name in inside if name.lower().endswith(ENDINGS)]
+                self.names += [os.path.join(path, name) for name in found]
+        if not self.names:
+            raise UserError(f"--files {' '.join(paths)}: no images there")
+        self.classes: list[str] = []
+        self.labels = [-1] * len(self.names)
+
+    def read_image(self, index: int) -> Image.Image:
+        """Image ``index`` in RGB."""
+        return read_rgb(self.names[index])
+
+
+class Chosen:
+    """Some images of a source."""
+
+    def __init__(self, source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices.tolist()
+        self.names = [source.names[i] for i in self.indices]
+        self.labels = [source.labels[i] for i in self.indices]
+        self.classes = source.classes
+
+    def read_image(self, index: int) -> Image.Image:
+        """Image ``index`` in RGB."""
+        return self.source.read_image(self.indices[index])
+
+
+def choose(args: argparse.Namespace, config: CfgNode, count: int) -> Chosen:
+    """``--images`` of the validation images, drawn by SEED, as many of each class as of another."""
+    source = build_source(config, "val", args.download)
+    if np.ndim(source.labels) > 1:
+        raise UserError(f"{config.DATA.DATASET} has several classes an image: use --files")
+    order = np.random.default_rng(config.SEED).permutation(len(source.names))
+    seen: Counter[int] = Counter()
+    rounds = []
+    for index in order:
+        rounds.append(seen[source.labels[index]])
+        seen[source.labels[index]] += 1
+    return Chosen(source, order[np.argsort(rounds, kind="stable")][: args.images or count])
+
+
+def caption(images, index: int) -> str:
+    """The class of an image, or the name of its file."""
+    label = images.labels[index]
+    return images.classes[label] if label >= 0 else os.path.basename(images.names[index])
+
+
+def resized(image: Image.Image, size: int, encoder: nn.Module) -> Image.Image:
+    """The image with a short side of about ``size`` and whole patches on both sides."""
+    infos = getattr(encoder, "feature_info", None) or [{"reduction": 32}]
+    patch = infos[-1]["reduction"]
+    scale = min(size / min(image.size), WIDEST * size / max(image.size))
+    sides = [max(patch, round(side * scale / patch) * patch) for side in image.size]
+    return image.resize(tuple(sides), Image.Resampling.BICUBIC)
+
+
+@torch.inference_mode()
+def of_patches(function, args, config: CfgNode, images, encoder: nn.Module, run: Run) -> list:
+    """``function(encoder, image)`` of each image by itself, since their sizes differ."""
+    size = args.size or 2 * config.DATA.IMG_SIZE
+    found = []
+    for index in range(len(images.names)):
+        pixels = np.asarray(resized(images.read_image(index), size, encoder))
+        with run.precision.autocast():
+            values = function(encoder, normalize(to_tensor(pixels)[None].to(run.device)))
+        found.append(values[0].float().cpu())
+    return found
+
+
+def draw_attention(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+    """For each image the attention of the class token: the mean of the heads, then each head."""
+    rows = []
+    for index, heads in enumerate(of_patches(class_attention, args, config, images, encoder, run)):
+        picture = fit(images.read_image(index))
+        tiles = [Tile(picture, caption(images, index))]
+        named = {"mean": heads.mean(0), **{f"head {i}": head for i, head in enumerate(heads, 1)}}
+        for name, values in named.items():
+            scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+            tiles.append(Tile(overlay(picture, scaled.numpy()), name))
+        lines = -(-len(tiles) // 8)  # no more than 8 side by side
+        width = -(-len(tiles) // lines)
+        rows += [tiles[i : i + width] for i in range(0, len(tiles), width)]
+    note = "Attention of the class token in the last block, dark to bright, each on its own scale."
+    return draw_sheet(rows, (note,))
+
+
+def draw_components(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+    """Each image beside its patches coloured by the first three principal components."""
+    features = of_patches(patch_features, args, config, images, encoder, run)  # hxwxC each
+    coloured = principal_colours(features, args.foreground)
+    tiles = []
+    for index, colours in enumerate(coloured):
+        picture = fit(images.read_image(index))
+        planes = [resize_map(plane, picture.size) for plane in np.moveaxis(colours, 2, 0)]
+        pixels = (255 * np.stack(planes, 2)).clip(0, 255).round().astype(np.uint8)
+        tiles.append((Tile(picture, caption(images, index)), Tile(Image.fromarray(pixels))))
+    across = min(4, max(1, round(len(tiles) ** 0.5)))  # pairs side by side
+    groups = [tiles[i : i + across] for i in range(0, len(tiles), across)]
+    rows = [[tile for pair in group for tile in pair] for group in groups]
+    note = "First three principal components of the patch features of all images: red, green, blue."
+    return draw_sheet(rows, (note,))
+
+
+def principal_colours(features: list[torch.Tensor], foreground: bool = False) -> list[np.ndarray]:
+    """The first three principal components of all patches together, scaled to colours.
+
+    Args:
+        features: (h, w, C) for each image.
+        foreground: leave white what the first component sets apart as the side that more of the
+            images' borders are on; the components are those of the rest.
+
+    Returns:
+        (h, w, 3) for each image, from 0 to 1.
+    """
+    rows = torch.cat([f.flatten(0, 1) for f in features]).double()  # PxC
+    keep = torch.ones(len(rows), dtype=torch.bool)
+    if foreground:
+        first = principal_components(rows, 1)[:, 0]
+        border = torch.cat([_border(f.shape[:2]).flatten() for f in features])
+        side = first > 0
+        keep = side if side[border].float().mean() < 0.5 else ~side
+    scores = principal_components(rows[keep], 3)
+    # the farthest patches would leave little contrast to the others
+    low, high = (torch.quantile(scores, q, dim=0) for q in (0.02, 0.98))
+    colours = torch.ones(len(rows), 3, dtype=torch.float64)
+    colours[keep] = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    parts = colours.split([f.shape[0] * f.shape[1] for f in features])
+    return [p.view(*f.shape[:2], 3).numpy() for p, f in zip(parts, features, strict=True)]
+
+
+def principal_components(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """(P, C) -> coordinates on the ``count`` directions of most variance, (P, count)."""
+    centered = rows - rows.mean(0)
+    directions = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -count:].flip(1)
+    # a direction's sign is arbitrary: its largest entry is made positive
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return centered @ (directions * largest.sign())
+
+
+def _border(grid: tuple[int, int]) -> torch.Tensor:
+    border = torch.ones(grid, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    return border
+
+
+def draw_neighbours(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+    """A row for each image: it, then its nearest training images with their similarities."""
+    train = build_source(config, "train", args.download)
+    if np.ndim(train.labels) > 1:
+        raise UserError(f"{config.DATA.DATASET} has several classes an image, neighbours need one")
+    keys, _ = encode_images(config, encoder, train, run, normalize=True)
+    queries, _ = encode_images(config, encoder, images, run, normalize=True)
+    best, nearest = (queries @ keys.T).topk(min(args.neighbours, len(keys)), dim=1)
+    rows = []
+    for index in range(len(images.names)):
+        own = caption(images, index)
+        row = [Tile(fit(images.read_image(index)), own, NEUTRAL)]
+        for similarity, key in zip(best[index].tolist(), nearest[index].tolist(), strict=True):
+            name = train.classes[train.labels[key]]
+            mark, colour = ("✓", RIGHT) if name == own else ("✗", WRONG)
+            if images.labels[index] < 0:
+                mark, colour = "", NEUTRAL
+            text = f"{mark} {similarity:.2f} {name}"
+            row.append(Tile(fit(train.read_image(key)), text, colour))
+        rows.append(row)
+    note = "Left the query, then the nearest training images with their cosine similarity."
+    return draw_sheet(rows, (note,))
+
+
+def draw_features(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+    """The features of the images in the plane, coloured by class."""
+    features, labels = encode_images(config, encoder, images, run, normalize=True)
+    names = images.classes or ["images"]
+    return draw_map(features.numpy(), labels.numpy(), names, args.method, config.SEED)
+
+
+# what is drawn, and of how many images
+PICTURES = {
+    "attention": (draw_attention, 6),
+    "components": (draw_components, 6),
+    "neighbours": (draw_neighbours, 8),
+    "map": (draw_features, 2000),
+}
+
+if __name__ == "__main__":
+    run_script(main)
