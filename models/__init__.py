@@ -35,10 +35,11 @@ def build_method(config: CfgNode) -> MomentumMethod:
         raise UserError(f"MODEL.TYPE {model.TYPE!r} is unknown, choose from {', '.join(METHODS)}")
     method = METHODS[model.TYPE]
     try:
+        options = _options(method, model)
         return method(
             build_encoder(config, model.ONLINE_DROP_PATH_RATE),
             build_encoder(config, model.TARGET_DROP_PATH_RATE),
-            **_options(method, model),
+            **options,
         )
     except ValueError as error:
         raise UserError(f"MODEL.TYPE {model.TYPE}: {error}") from error
