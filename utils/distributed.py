@@ -31,7 +31,14 @@ def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        wait = datetime.timedelta(seconds=timeout)
+        store, number, processes = next(dist.rendezvous("env://", timeout=wait))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # machines count restarts each for itself
+            # the launcher's store outlives a restart, with the addresses of the dead processes
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"restart_{restart}", store)
+        options = {"store": store, "rank": number, "world_size": processes, "timeout": wait}
+        dist.init_process_group(backend, **options)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device

@@ -1,0 +1,279 @@
+"""Killed, stopped and broken runs come back and end with the weights of an undisturbed one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, _free_port
+from test_main_pretrain import assert_same
+
+from utils.signals import RESUMABLE
+
+EPOCHS = 6
+STEPS = 6 * EPOCHS
+KILLS = 20
+
+
+def arguments(data, output, *opts) -> list[str]:
+    given = [
+        *("--cfg", ROOT / "configs/synco_vit_tiny.yaml", "--data-path", data, "--output", output),
+        *("--opts", *TINY, "MODEL.NAME", "run", "TRAIN.EPOCHS", EPOCHS, *opts),
+    ]
+    return [str(argument) for argument in given]
+
+
+def folder(output: Path) -> Path:
+    return output / "run" / "default"
+
+
+def final(output: Path) -> dict:
+    return torch.load(folder(output) / "checkpoint.pth", weights_only=True)
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(x) for x in (folder(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def trained(output: Path, step: int) -> bool:
+    log = folder(output) / "metrics.jsonl"
+    return log.exists() and f'"step": {step},' in log.read_text()
+
+
+class Warm:
+    """Starts runs through warm.py."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/warm.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, given: list[str]) -> int:
+        self.process.stdin.write(json.dumps([str(self.log), *given]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        return int(self.process.stdout.readline())
+
+    def run(self, given: list[str]) -> int:
+        self.start(given)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    runner = Warm(tmp_path_factory.mktemp("warm") / "log.txt")
+    yield runner
+    runner.process.stdin.close()
+    runner.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm, imagenet, tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert warm.run(arguments(imagenet, output)) == 0, warm.log.read_text()
+    return final(output)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(warm, undisturbed, imagenet, tmp_path):
+    """SIGKILL, also within saving, which every update does; with one data worker or none."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    kills, saving = 0, 0
+    while kills < KILLS:
+        workers = draw.choice("01")
+        given = arguments(
+            imagenet, tmp_path, "TRAIN.SAVE_STEPS", 1, "SAVE_FREQ", 1, "DATA.NUM_WORKERS", workers
+        )
+        child = warm.start(given)
+        time.sleep(draw.uniform(0.1, 1.5))
+        os.kill(child, signal.SIGKILL)
+        code = warm.wait()
+        kills += code == -signal.SIGKILL
+        saving += (folder(tmp_path) / "checkpoint.pth.tmp").exists()
+        assert code in (0, -signal.SIGKILL), (seed, warm.log.read_text()[-3000:])
+        if code == 0:  # it was through before it could be killed: from its middle once more
+            for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+                (folder(tmp_path) / name).unlink()
+            for epoch in range(EPOCHS // 2, EPOCHS):
+                (folder(tmp_path) / f"ckpt_epoch_{epoch}.pth").unlink()
+    assert warm.run(given) == 0, (seed, warm.log.read_text()[-3000:])
+    assert_same(undisturbed, final(tmp_path))
+    steps = [line["step"] for line in lines(tmp_path) if line["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1)), seed
+    epochs = {f"ckpt_epoch_{epoch}.pth" for epoch in range(EPOCHS)}
+    assert epochs <= {p.name for p in folder(tmp_path).iterdir()}, seed
+    assert not list(folder(tmp_path).glob("*.tmp"))
+    print(f"{kills} kills, {saving} of them while saving")
+    assert saving > 0, seed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_says_resumable(warm, undisturbed, imagenet, tmp_path, number):
+    given = arguments(imagenet, tmp_path)
+    child = warm.start(given)
+    wait_for(lambda: trained(tmp_path, 2))
+    started = time.monotonic()
+    os.kill(child, number)
+    assert warm.wait() == RESUMABLE
+    assert time.monotonic() - started < 10
+    state = final(tmp_path)
+    assert 0 < state["step"] < STEPS
+    assert state["images"] == (state["step"] % 6 or 6) * 4
+    assert warm.run(given) == 0
+    assert_same(undisturbed, final(tmp_path))
+
+
+def test_a_signal_before_training_ends_at_once(imagenet, tmp_path):
+    """While the program waits for a second process that never comes, inside a library."""
+    given = arguments(imagenet, tmp_path)
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main_pretrain.py"), *given],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    handled = f"/proc/{process.pid}/status"
+
+    def catches() -> bool:
+        mask = next(x for x in Path(handled).read_text().splitlines() if x.startswith("SigCgt"))
+        return bool(int(mask.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+    wait_for(catches)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == RESUMABLE
+    assert error == "main_pretrain.py: stopped by SIGTERM before training began\n"
+
+
+def test_a_second_interrupt_ends_at_once(warm, imagenet, tmp_path):
+    """The first waits for the data worker, which is held; one Ctrl-C that comes twice is one."""
+    given = arguments(imagenet, tmp_path, "TRAIN.EPOCHS", 2000, "PRINT_FREQ", 1)
+    child = warm.start(given)
+    wait_for(lambda: trained(tmp_path, 2))
+    (worker,) = Path(f"/proc/{child}/task/{child}/children").read_text().split()
+    os.kill(int(worker), signal.SIGSTOP)
+    time.sleep(1)  # what is prefetched runs out
+    try:
+        for _ in range(2):
+            os.kill(child, signal.SIGINT)
+        time.sleep(1.5)
+        assert Path(f"/proc/{child}").exists()
+        started = time.monotonic()
+        os.kill(child, signal.SIGINT)
+        assert warm.wait() == 128 + signal.SIGINT
+        assert time.monotonic() - started < 3
+    finally:
+        os.kill(int(worker), signal.SIGCONT)
+
+
+def torchrun(given: list[str], *flags: str) -> subprocess.Popen:
+    """Two processes in a session of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *flags]
+    command += ["--master_port", str(_free_port()), str(ROOT / "main_pretrain.py"), *given]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def pair(imagenet, output) -> list[str]:
+    return arguments(imagenet, output, "DATA.BATCH_SIZE", 2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(imagenet, tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("pair")
+    process = torchrun(pair(imagenet, output))
+    text = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, text
+    return final(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [False, True], ids=["launcher", "all"])
+def test_sigterm_to_the_launcher(undisturbed_pair, imagenet, tmp_path, group):
+    """Or to every process of the job, data workers included, as schedulers do."""
+    process = torchrun(pair(imagenet, tmp_path))
+    wait_for(lambda: trained(tmp_path, 3))
+    started = time.monotonic()
+    (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert time.monotonic() - started < 25, text  # the launcher would kill after 30 s
+    assert "stopped by a signal after update" in text
+    assert "killed by signal" not in text
+    assert final(tmp_path)["step"] < STEPS
+    again = torchrun(pair(imagenet, tmp_path))
+    text = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, text
+    assert_same(undisturbed_pair, final(tmp_path))
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_restarts(undisturbed_pair, imagenet, tmp_path):
+    process = torchrun(pair(imagenet, tmp_path), "--max-restarts=2")
+    wait_for(lambda: (folder(tmp_path) / "checkpoint.pth").exists())
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    try:
+        text = process.communicate(timeout=120)[0]
+    finally:
+        if process.poll() is None:
+            process.terminate()
+    assert process.returncode == 0, text
+    assert "resumed from" in text
+    assert_same(undisturbed_pair, final(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_other_process_ends_in_one_line(imagenet, tmp_path):
+    """Without a launcher that would end it."""
+    port = str(_free_port())
+    given = pair(imagenet, tmp_path)
+    processes = []
+    for number in range(2):
+        environment = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "main_pretrain.py"), *given]
+        out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=os.environ | environment, **out))
+    wait_for(lambda: trained(tmp_path, 2))
+    processes[1].kill()
+    error = processes[0].communicate(timeout=60)[1]
+    processes[1].communicate()
+    assert processes[0].returncode == 1
+    ours = [x for x in error.splitlines() if x.startswith("main_pretrain.py: error: ")]
+    assert len(ours) == 1 and "another process of the group died" in ours[0]
+    assert "Traceback" not in error
