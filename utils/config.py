@@ -3,6 +3,8 @@
 import ast
 import difflib
 import json
+import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +160,9 @@ def to_json(config: CfgNode) -> str:
 
 
 def _merge_file(config: CfgNode, path: Path, including: tuple[Path, ...]) -> None:
-    if path.resolve() in including:
-        raise UserError(f"{path}: BASE files include each other")
     try:
+        if path.resolve() in including:
+            raise UserError(f"{path}: BASE files include each other")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
@@ -171,11 +173,12 @@ def _merge_file(config: CfgNode, path: Path, including: tuple[Path, ...]) -> Non
         content = {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: a configuration is a YAML mapping of keys, this is no mapping")
-    bases = content.get("BASE") or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        if base:
-            _merge_file(config, path.parent / str(base), (*including, path.resolve()))
-    content.pop("BASE", None)
+    bases = content.pop("BASE", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: BASE must be a list of files, got {reprlib.repr(bases)}")
+    for base in filter(None, bases):
+        _merge_file(config, path.parent / base, (*including, path.resolve()))
     for key, value in content.items():
         _merge_value(config, key, value, str(key), str(path))
 
@@ -190,7 +193,9 @@ def _merge_value(
         raise UserError(f"{where}: unknown configuration key {key}{hint}")
     if isinstance(parent.get(name), CfgNode):
         if not isinstance(value, dict):
-            raise UserError(f"{where}: {key} is a section of keys, not a value ({value!r})")
+            raise UserError(
+                f"{where}: {key} is a section of keys, not a value ({reprlib.repr(value)})"
+            )
         for child, child_value in value.items():
             _merge_value(parent[name], child, child_value, f"{key}.{child}", where)
         return
@@ -201,20 +206,23 @@ def _merge_value(
         default = default.get(part)
     try:
         parent[name] = _coerce(value, default)
-    except ValueError:
-        kind = type(default).__name__
-        raise UserError(f"{where}: {key} must be a {kind}, got {value!r}") from None
+    except (ValueError, TypeError, OverflowError):
+        kind = "plain value" if default is None else type(default).__name__
+        # by reprlib: a few lines of references within YAML can stand for billions of values
+        raise UserError(f"{where}: {key} must be a {kind}, got {reprlib.repr(value)}") from None
 
 
 def _coerce(value: Any, default: Any) -> Any:
     """``value`` as the type of ``default``; YAML reads 1e-3 as text and 5 as an int."""
     if default is None:
+        json.dumps(value)  # refuses what config.json cannot hold, such as dates
         return value
     if isinstance(default, bool):
         if isinstance(value, bool):
             return value
     elif isinstance(default, float):
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        number = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        if number and math.isfinite(float(value)):
             return float(value)
     elif isinstance(default, (list, tuple)):
         if isinstance(value, (list, tuple)) and (
