@@ -1,6 +1,7 @@
 """The files of the revisited Oxford and Paris benchmarks (arXiv 1803.11285)."""
 
 import os
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +78,15 @@ def _names(content: dict, key: str, path: str) -> list[str]:
         raise UserError(f"{path}: {key} must be a list of the names of images")
     for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name:
-            raise UserError(f"{path}: {key} holds {name!r}, which is not the name of an image")
+            raise UserError(
+                f"{path}: {key} holds {reprlib.repr(name)}, which is not the name of an image"
+            )
     return list(names)
 
 
 def _indices(entry: dict, name: str, count: int, where: str) -> np.ndarray:
     try:
+        _refuse_nesting(entry[name])
         indices = np.array(entry[name])
     except (KeyError, ValueError) as error:
         raise UserError(f"{where}: {name} must be a list of numbers of images") from error
@@ -98,12 +102,19 @@ def _box(value: Any, where: str) -> tuple[float, float, float, float] | None:
     if value is None:
         return None
     try:
+        _refuse_nesting(value)
         box = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
         box = np.empty(0)
     if box.shape != (4,) or not np.isfinite(box).all() or not (box[:2] < box[2:]).all():
         raise UserError(f"{where}: bbx must be left, top, right and bottom with an area")
     return tuple(box.tolist())
+
+
+def _refuse_nesting(values: Any) -> None:
+    """Lists of references to lists would let numpy make of a few bytes any number of values."""
+    if isinstance(values, list | tuple) and any(isinstance(v, list | tuple) for v in values):
+        raise ValueError("nested")
 
 
 class RetrievalImages(Dataset):

@@ -136,7 +136,9 @@ class CifarArrays(ListedFiles):
             batch = _unpickle(path)
             labels += batch["labels" if "labels" in batch else "fine_labels"]
             names += [f"{path}: {name}" for name in batch["filenames"]]
-            pixels.append(np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32))
+            if not isinstance(batch["data"], np.ndarray):
+                raise ValueError("the pixels are no array")
+            pixels.append(batch["data"].astype(np.uint8, copy=False).reshape(-1, 3, 32, 32))
         meta = _unpickle(os.path.join(folder, self.dataset.meta["filename"]))
         images = np.concatenate(pixels).transpose(0, 2, 3, 1)
         return ImageArrays(names, labels, meta[self.dataset.meta["key"]], images)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import subprocess
 
 import numpy as np
@@ -189,6 +190,23 @@ def test_forged_flags_of_a_type_are_not_believed(tmp_path):
     loaded = load_plain_pickle(write(tmp_path, array_pickle(b"K\x01\x85", forged, b"U\x02ab")))
     assert loaded.dtype == np.dtype("S2")
     assert loaded.tolist() == [b"ab"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # the memo's place 2^31 - 1, 16 GiB away
+        b"\x80\x02I1\np4000000000\n.",
+        b"\x80\x04\x8e" + b"\xff" * 4 + b"\x0f\0\0\0ab.",  # 64 GiB of bytes
+        b"\x80\x04\x95" + b"\xff" * 4 + b"\x0f\0\0\0K\x01.",  # a frame of 64 GiB
+    ],
+)
+def test_a_small_file_takes_little_memory(tmp_path, content):
+    path = write(tmp_path, content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="not a pickle of plain data"):
+        load_plain_pickle(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**16  # of KiB
 
 
 def test_a_missing_file(tmp_path):

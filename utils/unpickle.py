@@ -1,6 +1,8 @@
 """Reading pickles of plain data from outside without running what they hold."""
 
+import io
 import pickle
+import pickletools
 import re
 from typing import Any
 
@@ -30,12 +32,22 @@ def load_plain_pickle(path: str, encoding: str = "ASCII") -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return _PlainUnpickler(file, encoding=encoding).load()
+            content = file.read()
+        _check_sizes(content)
+        return _PlainUnpickler(io.BytesIO(content), encoding=encoding).load()
     except OSError as error:
         raise UserError(f"{path}: cannot read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle can raise any
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a pickle of plain data ({reason})") from error
+
+
+def _check_sizes(content: bytes) -> None:
+    """Refuse what would need much more memory than the file has bytes."""
+    for opcode, argument, _ in pickletools.genops(content):  # refuses lengths beyond the end
+        # the memo is an array as long as its highest number
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
