@@ -80,8 +80,10 @@ def check_features(features: torch.Tensor, labels: torch.Tensor, name: str) -> N
         name: what to call them in an error.
 
     Raises:
-        UserError: other sizes, or a value that is not finite.
+        UserError: other sizes or kinds, or a value that is not finite.
     """
+    if features.layout != torch.strided or not features.is_floating_point():
+        raise UserError(f"the {name} features must be dense real numbers")
     if features.ndim != 2 or labels.ndim not in (1, 2) or len(features) != len(labels):
         raise UserError(
             f"{name} features {tuple(features.shape)} and labels {tuple(labels.shape)}: need "
