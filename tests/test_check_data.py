@@ -146,6 +146,7 @@ def test_zip_is_for_imagenet_alone(tmp_path, check):
     assert check("cifar10", tmp_path, "--zip")[1] == "--zip is for imagenet, not for cifar10"
 
 
+@pytest.mark.slow
 def test_workers_and_the_exit_code(data):
     """As a user calls it, with workers in processes of their own."""
     command = [sys.executable, "-m", "tools.check_data", "imagenet", str(data), "--workers", "2"]
