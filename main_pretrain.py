@@ -98,7 +98,7 @@ def pretrain(signals: StopSignals) -> None:
     steps_per_epoch = len(loader) // max(1, config.TRAIN.ACCUMULATION_STEPS)
 
     model = synchronize_batch_norm(build_method(config), run.device)
-    # on the CPU, the fused kernel's backward pass in bfloat16 is slower than plain products
+    # the fused kernel's backward pass in bfloat16 is slow on the CPU
     use_fused_attention(model, not (run.precision.enabled and run.device.type == "cpu"))
     if config.COMPILE:
         model.encoder.compile()  # in place: the names in a checkpoint stay
@@ -106,13 +106,9 @@ def pretrain(signals: StopSignals) -> None:
     check_batch(config)
     source = loader.dataset.source
     bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
-    check_agreement(
-        {
-            "the number of images": len(source.names),
-            "the images": digest(n.removeprefix(config.DATA.DATA_PATH) for n in source.names),
-            "the number of weights": sum(p.numel() for p in model.parameters()),
-        }
-    )
+    names = (name.removeprefix(config.DATA.DATA_PATH) for name in source.names)
+    facts = {"the number of images": len(source.names), "the images": digest(names)}
+    check_agreement(facts | {"the number of weights": sum(p.numel() for p in model.parameters())})
     scale_learning_rates(config, world_size())
     write_config(config, run.folder)
     optimizer = build_optimizer(config, model)
