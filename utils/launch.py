@@ -58,7 +58,10 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
         device,
         to_json(config).rstrip(),
     )
-    return Run(folder, device, Precision(config.AMP_OPT_LEVEL, device), logger)
+    precision = Precision(config.AMP_OPT_LEVEL, device)
+    if precision.emulated:
+        logger.warning("this processor has no bfloat16: O1 is slower here than O0")
+    return Run(folder, device, precision, logger)
 
 
 def write_config(config: CfgNode, folder: str) -> None:

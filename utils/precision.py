@@ -11,6 +11,7 @@ class Precision:
 
     Attributes:
         scaler: a GradScaler, disabled unless the type is float16.
+        emulated: whether this processor computes bfloat16 by other means, slower than float32.
     """
 
     def __init__(self, level: str, device: torch.device) -> None:
@@ -23,6 +24,10 @@ class Precision:
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.enabled and self.dtype == torch.float16
         )
+
+        known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        kinds = [known[name] for name in ("avx512_bf16", "amx_bf16") if name in known]
+        self.emulated = self.enabled and bool(kinds) and not any(kinds)
 
     def autocast(self) -> torch.autocast:
         """The context for a forward pass."""
