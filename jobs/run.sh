@@ -1,0 +1,29 @@
+# Runs the parts of a job on its nodes, and after a warning of the wall time starts it again.
+# Source it with "job", "nodes", "first", and the functions on_nodes and again defined.
+# shellcheck shell=bash
+
+# shellcheck disable=SC2154
+step="" requeue=""
+
+# SIGTERM ends with a checkpoint; torchrun hands it to its processes
+stop() {
+    if [ -n "$step" ]; then kill -TERM "$step" 2>/dev/null || true; fi
+}
+
+run() {
+    trap 'requeue=yes; stop' USR1
+    trap stop TERM
+    on_nodes bash jobs/node.sh "$job" "$nodes" "$first" &
+    step=$!
+    local code=0
+    while kill -0 "$step" 2>/dev/null; do
+        code=0
+        wait "$step" || code=$?  # ends early at a signal
+    done
+    if [ -n "$requeue" ] && [ "$code" -ne 0 ]; then
+        echo "the wall time is nearly over: the job is queued again"
+        again
+        exit 0
+    fi
+    exit "$code"
+}
