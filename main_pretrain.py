@@ -20,6 +20,7 @@ from lr_scheduler import build_scheduler, scale_learning_rates
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import use_fused_attention
+from models.knn_monitor import KnnMonitor
 from models.momentum import MomentumMethod, key_momentum
 from optimizer import build_optimizer
 from utils.agreement import check_agreement, digest
@@ -49,6 +50,7 @@ from utils.progress import images_per_update, resume
 from utils.saving import Checkpoints
 from utils.seed import seed_step
 from utils.signals import RESUMABLE, StopSignals, shield_workers
+from utils.trackers import add_tracker_arguments
 from utils.training_log import TrainingLog
 
 COMPONENTS = ("encoder", "projector", "predictor")
@@ -68,6 +70,7 @@ class Training:
     bad_images: BadImages
     checkpoints: Checkpoints
     log: TrainingLog
+    knn: KnnMonitor
     skipped: SkippedInARow
     signals: StopSignals
     step: int
@@ -88,7 +91,7 @@ def main() -> None:
 
 def pretrain(signals: StopSignals) -> None:
     """Data, model, optimizer, resume, loop."""
-    _, config = parse_arguments(__doc__)
+    _, config = parse_arguments(__doc__, add_tracker_arguments)
     if not config.AUG.SSL_AUG:
         raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
     run = start(config)
@@ -124,10 +127,11 @@ def pretrain(signals: StopSignals) -> None:
         return evaluate(config, model, loader, run)
 
     checkpoints = Checkpoints(config, run, resumed_from)
+    knn = KnnMonitor(config, source, run)
     log = TrainingLog(config, run, optimizer, model.dim, steps_per_epoch, step)
     training = Training(
         *(config, run, loader, ddp, optimizer, scheduler, bad_images, checkpoints, log),
-        *(SkippedInARow(run.device), signals, step, shift),
+        *(knn, SkippedInARow(run.device), signals, step, shift),
     )
     signals.training(config.DIST_TIMEOUT)
     started = time.time()
@@ -188,7 +192,8 @@ def train_one_epoch(training: Training, epoch: int) -> None:
             run.logger.info("stopped by a signal after update %d: start again", training.step)
             raise SystemExit(RESUMABLE)
     training.shift = 0
-    training.log.epoch(epoch, training.step, time.time() - epoch_started)
+    seconds = time.time() - epoch_started
+    training.log.epoch(epoch, training.step, seconds, training.knn.after(epoch, model.encoder))
 
 
 def update(
@@ -266,12 +271,8 @@ def describe(config: CfgNode, model: nn.Module, steps_per_epoch: int, run: Run) 
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.logger.info(
         "%s with %s: %.2f M parameters learn, %d images, %d updates an epoch, base rate %.3g",
-        config.MODEL.TYPE,
-        config.MODEL.ENCODER,
-        learned / 1e6,
-        config.DATA.TRAINING_IMAGES,
-        steps_per_epoch,
-        config.TRAIN.BASE_LR,
+        *(config.MODEL.TYPE, config.MODEL.ENCODER, learned / 1e6),
+        *(config.DATA.TRAINING_IMAGES, steps_per_epoch, config.TRAIN.BASE_LR),
     )
 
 

@@ -1,11 +1,11 @@
 """The feature extractor of all evaluations."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -13,11 +13,12 @@ from data.augmentation import normalize as normalize_images
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.launch import Run
+from utils.signals import shield_workers
 
 
 @torch.inference_mode()
 def extract_features(
-    encoder: nn.Module,
+    encoder: Callable[[torch.Tensor], torch.Tensor],
     dataset: Dataset,
     run: Run,
     *,
@@ -53,6 +54,7 @@ def extract_features(
         num_workers=num_workers,
         pin_memory=run.device.type == "cuda",
     )
+    shield_workers(loader)  # a training run that measures its encoder ends in order
     shown = rank() == 0 and sys.stderr.isatty()
     features, labels = None, None
     filled = 0

@@ -57,13 +57,18 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_labelled_sources(config: CfgNode, download: bool = False):
+def build_labelled_sources(config: CfgNode, download: bool = False, train=None):
     """The images of ``train`` and of ``val``, see ``build_source``, with classes numbered alike.
+
+    Args:
+        config, download: as for ``build_source``.
+        train: the training images, if they are open already.
 
     Raises:
         UserError: a class of the validation images has no training image.
     """
-    train, val = (build_source(config, split, download) for split in ("train", "val"))
+    train = train or build_source(config, "train", download)
+    val = build_source(config, "val", download)
     if val.classes != train.classes:  # folders are numbered by what is there
         numbers = {name: number for number, name in enumerate(train.classes)}
         for name in val.classes:

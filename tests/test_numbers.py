@@ -201,7 +201,7 @@ def test_figures_in_the_file_are_complete(run_main, imagenet, tmp_path):
     lines = (tmp_path / "run/default/metrics.jsonl").read_text().splitlines()
     for line in map(json.loads, lines[:-1]):
         assert set(line) == {
-            *("kind", "epoch", "step", "lr", "momentum", "loss", "accuracy", "positive"),
+            *("kind", "epoch", "step", "epochs", "lr", "momentum", "loss", "accuracy", "positive"),
             *("negative", "feature_std", "queue_spread", "skipped", "seconds", "images_per_s"),
             *("memory_mb", "eta_s", "grad_norm", "grad_norm_encoder", "grad_norm_projector"),
             "grad_norm_predictor",

@@ -80,6 +80,8 @@ def parse_arguments(
         (config.TRAIN, "USE_CHECKPOINT", args.use_checkpoint or None),
         (config, "AMP_OPT_LEVEL", args.amp_opt_level),
         (config, "COMPILE", args.compile or None),
+        (config, "TENSORBOARD", getattr(args, "tensorboard", None) or None),  # of pre-training
+        (config, "WANDB", getattr(args, "wandb", None) or None),
         (config, "OUTPUT", args.output),
         (config, "TAG", args.tag),
         (config, "EVAL_MODE", args.eval or None),
@@ -116,6 +118,7 @@ def _check(config: CfgNode) -> None:
         ("TRAIN.KEEP_CHECKPOINTS", config.TRAIN.KEEP_CHECKPOINTS, 0),
         ("TRAIN.SAVE_MINUTES", config.TRAIN.SAVE_MINUTES, 0),
         ("TRAIN.SAVE_STEPS", config.TRAIN.SAVE_STEPS, 0),
+        ("TRAIN.KNN_FREQ", config.TRAIN.KNN_FREQ, 0),
         ("TRAIN.MAX_SKIPPED_UPDATES", config.TRAIN.MAX_SKIPPED_UPDATES, 1),
         ("DIST_TIMEOUT", config.DIST_TIMEOUT, 1),
         ("SAVE_FREQ", config.SAVE_FREQ, 1),

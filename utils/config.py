@@ -79,6 +79,7 @@ DEFAULTS = CfgNode(
             "SAVE_MINUTES": 30.0,  # between checkpoints within an epoch, 0: none
             "SAVE_STEPS": 0,  # updates between checkpoints within an epoch, 0: none
             "ON_SAVE_ERROR": "continue",  # or stop, when a checkpoint cannot be written
+            "KNN_FREQ": 0,  # epochs between k-NN accuracies of the val images, 0: none
             "MAX_SKIPPED_UPDATES": 20,  # in a row, for a loss or gradient that is not finite
             "ACCUMULATION_STEPS": 0,  # micro-batches an update; 0 and 1 mean none
             "USE_CHECKPOINT": False,
@@ -110,6 +111,8 @@ DEFAULTS = CfgNode(
         "TAG": "default",
         "SAVE_FREQ": 100,  # epochs between the checkpoints that are kept
         "PRINT_FREQ": 10,  # updates between log lines
+        "TENSORBOARD": False,  # the figures of the log also there
+        "WANDB": False,  # and to Weights & Biases
         "SEED": 0,
         "EVAL_MODE": False,
         "THROUGHPUT_MODE": False,

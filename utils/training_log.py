@@ -8,6 +8,7 @@ from utils.launch import Run
 from utils.measure import duration, memory
 from utils.metrics import MetricsFile
 from utils.progress import images_per_update
+from utils.trackers import open_trackers
 
 
 class TrainingLog:
@@ -34,6 +35,7 @@ class TrainingLog:
         self.config, self.run, self.optimizer, self.dim = config, run, optimizer, dim
         self.steps_per_epoch = steps_per_epoch
         self.metrics = MetricsFile(run.folder, step, run.logger)
+        self.trackers = open_trackers(config, run, step)
         self._collapsed = False
 
     def line(
@@ -62,7 +64,7 @@ class TrainingLog:
             "memory_mb": memory(self.run.device),
             "eta_s": seconds * (epochs * self.steps_per_epoch - step),
         }
-        self.metrics.write("train", {"epoch": epoch, "step": step} | means | speed)
+        self._write("train", epoch, step, means | speed)
         logger.info(
             "Train: [%d/%d][%d/%d] eta %s time %.4f images/s %.1f mem %.0fMB %s",
             *(epoch, epochs, step - epoch * self.steps_per_epoch, self.steps_per_epoch),
@@ -71,10 +73,27 @@ class TrainingLog:
         )
         self._warn(means)
 
-    def epoch(self, epoch: int, step: int, seconds: float) -> None:
-        """One line at the end of an epoch, of what this start of the program did of it."""
-        self.metrics.write("epoch", {"epoch": epoch, "step": step, "seconds": seconds})
-        self.run.logger.info("EPOCH %d training takes %s", epoch, duration(seconds))
+    def epoch(self, epoch: int, step: int, seconds: float, figures: dict[str, float]) -> None:
+        """One line at the end of an epoch, of what this start of the program did of it.
+
+        Args:
+            epoch, step: as for ``line``.
+            seconds: that the training took.
+            figures: of the encoder after the epoch.
+        """
+        self._write("epoch", epoch, step, {"seconds": seconds} | figures)
+        self.run.logger.info(
+            "EPOCH %d training takes %s%s",
+            *(epoch, duration(seconds)),
+            "".join(f" {name} {value:.4f}" for name, value in figures.items()),
+        )
+
+    def _write(self, kind: str, epoch: int, step: int, figures: dict[str, float]) -> None:
+        # the number of epochs made, a fraction within one, serves as the time axis
+        place = {"epoch": epoch, "step": step, "epochs": step / self.steps_per_epoch}
+        self.metrics.write(kind, place | figures)
+        for tracker in self.trackers:
+            tracker.write(kind, step, figures)
 
     def _warn(self, means: dict[str, float]) -> None:
         logger, before = self.run.logger, self._collapsed
