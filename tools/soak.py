@@ -19,6 +19,7 @@ import numpy as np
 
 NAMES = ("seconds", "memory_mb", "files", "threads", "processes")
 GROWTH = {"memory_mb": 0.03, "files": 0.0, "threads": 0.0}  # shares that the end may add
+METRICS = Path("soak", "default", "metrics.jsonl")
 OPTS = [
     *("DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "16", "DATA.NUM_WORKERS", "2"),
     *("MODEL.ENCODER", "vit_nano", "MODEL.NAME", "soak", "TRAIN.EPOCHS", "1000000"),
@@ -45,6 +46,8 @@ def main() -> None:
     command += ["--data-path", str(data), "--output", str(args.folder), "--opts", *OPTS]
     with open(args.folder / "output.txt", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None and not (args.folder / METRICS).exists():
+            time.sleep(0.5)  # it starts
         samples = watch(process, 60 * args.minutes, args.every)
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
