@@ -4,10 +4,8 @@ The cases are the same in each run, and their number is printed at the end. For 
 ``FUZZ_EXAMPLES=10000 FUZZ_RANDOM=1 pytest tests/test_fuzz.py``; a failure prints how to repeat it.
 """
 
-import collections
 import io
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -16,9 +14,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from hypothesis import given, settings
+from fuzzing import CASES, IMAGES, damage, fuzz, outcome
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from data import opencv
 from data.augmentation import view_augmentations
@@ -34,22 +32,9 @@ from tools.zip_images import pack
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_checkpoint, read_tensor, save_checkpoint
 from utils.config import DEFAULTS, _leaves, load_config, to_json
-from utils.errors import UserError
 from utils.unpickle import load_plain_pickle
 
 RECIPE = ROOT / "configs/synco_vit_tiny.yaml"
-CASES: collections.Counter = collections.Counter()
-
-
-def fuzz(examples: int):
-    """How many cases, and that they are the same in each run."""
-    return settings(
-        max_examples=int(os.environ.get("FUZZ_EXAMPLES", examples)),
-        derandomize="FUZZ_RANDOM" not in os.environ,
-        deadline=None,
-        database=None,
-        print_blob=True,
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,39 +46,6 @@ def report(request):
     with plugins.get_plugin("capturemanager").global_and_fixture_disabled():
         line = f"\nfuzzing tried {CASES.total()} cases: {parts}"
         plugins.get_plugin("terminalreporter").write_line(line)
-
-
-def outcome(name: str, call, *arguments):
-    """The result of a call, or None after an error that is fit for a user."""
-    CASES[name] += 1
-    try:
-        return call(*arguments)
-    except UserError as error:
-        assert str(error) and str(error).isprintable()
-        return None
-
-
-@st.composite
-def damage(draw, content: bytes) -> bytes:
-    """One to four of: flipped bits, a cut, bytes put in, taken out or overwritten."""
-    data = bytearray(content)
-    for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["flip", "cut", "insert", "delete", "overwrite"]))
-        # headers are short and matter most
-        limit = draw(st.sampled_from([64, 1024, len(content)]))
-        at = draw(st.integers(0, min(limit, len(data))))
-        some = draw(st.binary(min_size=1, max_size=16))
-        if kind == "flip" and at < len(data):
-            data[at] ^= draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 255]))
-        elif kind == "cut":
-            del data[at:]
-        elif kind == "insert":
-            data[at:at] = some
-        elif kind == "delete":
-            del data[at : at + len(some)]
-        elif kind == "overwrite":
-            data[at : at + len(some)] = some
-    return bytes(data)
 
 
 # ---- configuration
@@ -273,31 +225,6 @@ def test_damaged_cifar(cifar, data):
 
 
 # ---- images
-
-
-def encoded(kind: str, mode: str = "RGB", **options) -> bytes:
-    rng = np.random.default_rng(len(kind))
-    image = Image.fromarray(rng.integers(0, 255, (40, 56, 3), dtype=np.uint8)).convert(mode)
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-IMAGES = [
-    encoded("JPEG"),
-    encoded("JPEG", progressive=True),
-    encoded("JPEG", "CMYK"),
-    encoded("PNG"),
-    encoded("PNG", "RGBA"),
-    encoded("PNG", "P"),
-    encoded("PNG", "L"),
-    encoded("GIF"),
-    encoded("BMP"),
-    encoded("PPM"),
-    encoded("WEBP"),
-    encoded("TIFF"),
-    encoded("TIFF", compression="tiff_lzw"),
-]
 
 
 @fuzz(800)
