@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Draws a small data set, pre-trains SynCo on it in two processes, and compares the k-NN accuracy
-# before and after. Usage: tools/demo.sh FOLDER
+# Draws a small data set, pre-trains SynCo on it in two processes, draws its course, and
+# compares the k-NN accuracy before and after. Usage: tools/demo.sh FOLDER
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?usage: tools/demo.sh FOLDER}
@@ -13,8 +13,10 @@ python eval_knn.py "${common[@]}" --tag untrained --random-weights
 python -m torch.distributed.launch --nproc_per_node=2 --master_port="${MASTER_PORT:-12345}" \
     main_pretrain.py "${common[@]}" --tag trained
 python eval_knn.py "${common[@]}" --tag trained
+run=$folder/runs/demo__synco__vit_nano
+python -m tools.plot_run "$run/trained" --out "$folder/run.png"
 
-python - "$folder/runs/demo__synco__vit_nano" <<'END'
+python - "$run" <<'END'
 import json
 import sys
 

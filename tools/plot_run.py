@@ -1,0 +1,169 @@
+"""Draw the course of one or several training runs on one sheet.
+
+    python -m tools.plot_run RUN_FOLDER [RUN_FOLDER ...] --out PNG
+
+Reads ``metrics.jsonl`` of each run folder, also of a run that is still going on.
+"""
+
+import argparse
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from utils.errors import UserError
+from utils.launch import run_script
+from utils.metrics import METRICS
+
+# told apart by colour-blind readers too (Okabe and Ito), the yellow left out
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+SMOOTHED = 40  # of so many parts of a run each is averaged to smooth it
+
+Series = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one pair of axes shows."""
+
+    title: str
+    label: str
+    names: tuple[str, ...]  # of figures in the file; the second is dashed
+    scale: float = 1.0
+
+
+PANELS = (
+    Panel("Loss", "loss", ("loss",)),
+    Panel("k-NN accuracy of the val images", "top-1 (%)", ("knn",), 100),
+    Panel("Similarity", "mean cosine similarity", ("positive", "negative")),
+    Panel("Spread of the features (low: collapse)", "standard deviation", ("feature_std",)),
+    Panel("Learning rate", "rate", ("lr",)),
+    Panel("Gradient norm", "norm", ("grad_norm",)),
+)
+
+
+def main() -> None:
+    """Read, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="with a metrics.jsonl")
+    parser.add_argument("--out", default="run.png", metavar="PNG", help="default: run.png")
+    args = parser.parse_args()
+    if len(args.runs) > len(COLOURS):
+        raise UserError(f"{len(args.runs)} runs: at most {len(COLOURS)} can be told apart")
+    names = run_names(args.runs)
+    figure = draw({name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)})
+    try:
+        Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.out, format="png", dpi=120)
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot write the picture ({error.strerror})") from error
+    print(f"{args.out} written")
+
+
+def run_names(folders: list[str]) -> list[str]:
+    """The shortest ends of the paths that differ, of two parts (model and tag) at least.
+
+    Raises:
+        UserError: a folder given twice.
+    """
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for length in range(2, max(map(len, parts)) + 2):
+        names = [os.path.join(*p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("the same run folder is given twice")
+
+
+def read_metrics(folder: str) -> dict[str, Series]:
+    """Each figure of a run by name: the epochs made, (N,), and its values, (N,), NaN for null.
+
+    A last line that is not yet complete is left out.
+
+    Raises:
+        UserError: a file that is missing, empty or damaged.
+    """
+    path = os.path.join(folder, METRICS)
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the metrics of the run ({error.strerror})") from error
+    columns: dict[str, list[tuple[float, float]]] = {}
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            figures = {
+                name: math.nan if value is None else float(value)
+                for name, value in json.loads(line).items()
+                if name != "kind"
+            }
+            place = figures["epochs"]
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: damaged, not a JSON object of figures: remove the line"
+            ) from error
+        for name, value in figures.items():
+            columns.setdefault(name, []).append((place, value))
+    if not any(name in columns for panel in PANELS for name in panel.names):
+        raise UserError(f"{path}: no figures yet, the first come after PRINT_FREQ updates")
+    return {name: tuple(np.array(rows).T) for name, rows in columns.items()}
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A centred moving average, (N,) -> (N,), over a part of the run; NaN counts nowhere."""
+    window = 2 * (len(values) // SMOOTHED // 2) + 1
+    known = np.isfinite(values)
+    kernel = np.ones(window)
+    total = np.convolve(np.where(known, values, 0), kernel, "same")
+    count = np.convolve(known.astype(float), kernel, "same")
+    return np.where(known, total / np.maximum(count, 1), np.nan)
+
+
+def draw(runs: dict[str, dict[str, Series]]) -> Figure:
+    """A sheet with a panel for each figure that a run has.
+
+    Args:
+        runs: by name, from ``read_metrics``.
+    """
+    panels = [p for p in PANELS if any(name in run for run in runs.values() for name in p.names)]
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 0.8 + 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_panel(axes, panel, runs)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    keys = [Line2D([], [], color=colour, linewidth=2.5) for colour in COLOURS[: len(runs)]]
+    figure.legend(keys, runs, loc="outside upper center", ncols=min(3, len(runs)), frameon=False)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, dict[str, Series]]) -> None:
+    for colour, run in zip(COLOURS, runs.values(), strict=False):
+        for name, style in zip(panel.names, ("-", "--"), strict=False):
+            if name not in run:
+                continue
+            epochs, values = run[name][0], panel.scale * run[name][1]
+            curve = smooth(values)
+            if not np.allclose(curve, values, equal_nan=True):
+                axes.plot(epochs, values, color=colour, linewidth=0.7, alpha=0.3)
+            # points where a line alone would not show
+            marker = {"marker": "o", "markersize": 4} if len(values) <= 40 else {}
+            axes.plot(epochs, curve, style, color=colour, linewidth=1.6, label=name, **marker)
+    if len(panel.names) > 1:
+        keys = [Line2D([], [], color="0.3", linestyle=style) for style in ("-", "--")]
+        axes.legend(keys, panel.names, frameon=False, fontsize="small")
+    axes.set_title(panel.title, fontsize="medium")
+    axes.set_xlabel("epochs")
+    axes.set_ylabel(panel.label)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    run_script(main)
