@@ -106,7 +106,7 @@ def pretrain(signals: StopSignals) -> None:
     if config.COMPILE:
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()
-    check_batch(config)
+    check_batch(config, model)
     source = loader.dataset.source
     bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
     names = (name.removeprefix(config.DATA.DATA_PATH) for name in source.names)
@@ -254,15 +254,15 @@ def queues_of(model: nn.Module) -> tuple[torch.Tensor, ...]:
     return (model.queue1, model.queue2) if hasattr(model, "queue1") else ()
 
 
-def check_batch(config: CfgNode) -> None:
+def check_batch(config: CfgNode, model: MomentumMethod) -> None:
     """BatchNorm needs two images, and an update must not write the queue more than once over."""
-    images, length = images_per_update(config), config.MODEL.CONTRAST_NUM_NEGATIVE
+    images, queues = images_per_update(config), queues_of(model)
     if config.DATA.BATCH_SIZE * world_size() < 2:
         raise UserError("BatchNorm needs a total batch of at least 2 images: raise --batch-size")
-    if config.MODEL.TYPE != "byol" and images > length:
+    if queues and images > queues[0].shape[1]:
         raise UserError(
-            f"an update of {images} images does not fit into "
-            f"MODEL.CONTRAST_NUM_NEGATIVE {length}: lower --batch-size or lengthen the queue"
+            f"an update of {images} images does not fit into MODEL.CONTRAST_NUM_NEGATIVE "
+            f"{queues[0].shape[1]}: lower --batch-size or lengthen the queue"
         )
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, write_images
+from test_plot_run import write_run
 
 from data.transfer import TRANSFER_SETS
 from models import build_method
@@ -69,6 +70,9 @@ def places(imagenet, tmp_path_factory):
             folder = words["OUT"] / config.MODEL.NAME / tag
             folder.mkdir(parents=True)
             torch.save({"model": build_method(config).state_dict()}, folder / "weights.pth")
+    for run in ("synco", "moby"):
+        write_run(words["OUT"] / run)
+        words[f"OUT/{run}/TAG"] = words["OUT"] / run
     write_images(root / "photos")
     return words | {"PHOTOS": root / "photos"}
 
