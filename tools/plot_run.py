@@ -152,8 +152,14 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, dict[str, Series]]) ->
             if not np.allclose(curve, values, equal_nan=True):
                 axes.plot(epochs, values, color=colour, linewidth=0.7, alpha=0.3)
             # points where a line alone would not show
-            marker = {"marker": "o", "markersize": 4} if len(values) <= 40 else {}
-            axes.plot(epochs, curve, style, color=colour, linewidth=1.6, label=name, **marker)
+            axes.plot(
+                *(epochs, curve, style),
+                marker="o" if len(values) <= 40 else None,
+                markersize=4,
+                color=colour,
+                linewidth=1.6,
+                label=name,
+            )
     if len(panel.names) > 1:
         keys = [Line2D([], [], color="0.3", linestyle=style) for style in ("-", "--")]
         axes.legend(keys, panel.names, frameon=False, fontsize="small")
