@@ -99,9 +99,9 @@ def filled_in(words: list[str], places: dict, folder) -> tuple[str, list[str]]:
         "data/revisited_paris_oxford": places["RETRIEVAL"],
         "data/davis": places["DAVIS"],
     }
-    # the names of transfer sets are keys of places, but stay; 24 images allow no larger numbers
+    # the names of transfer sets are keys of places, but stay; so few images allow no larger numbers
     values = {k: v for k, v in values.items() if k not in TRANSFER_SETS}
-    values |= {"100": 23, "200": 24, "128": 4}
+    values |= {"100": 19, "200": 20, "128": 4}
     arguments = [str(values.get(w, w)) for w in arguments]
     arguments = [str(ROOT / w) if w.startswith("configs/") else w for w in arguments]
     if "--cfg" in arguments:
