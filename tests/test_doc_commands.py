@@ -21,6 +21,7 @@ ELSEWHERE = {"mocov3": "test_extending.py", "tools.soak": "test_soak.py"}
 SMALLER = {
     "tools.make_fake_imagenet": ["--train", "1", "--val", "1"],
     "tools.visualize": ["--images", "4"],
+    "eval_knn.py": ["--nb-knn", "5"],
     "eval_video_seg.py": ["--short-side", "64"],
     "tools/benchmark.py": ["--quick"],
 }
@@ -99,9 +100,8 @@ def filled_in(words: list[str], places: dict, folder) -> tuple[str, list[str]]:
         "data/revisited_paris_oxford": places["RETRIEVAL"],
         "data/davis": places["DAVIS"],
     }
-    # the names of transfer sets are keys of places, but stay; so few images allow no larger numbers
-    values = {k: v for k, v in values.items() if k not in TRANSFER_SETS}
-    values |= {"100": 19, "200": 20, "128": 4}
+    # the names of transfer sets are keys of places, but stay; few images allow no large batch
+    values = {k: v for k, v in values.items() if k not in TRANSFER_SETS} | {"128": 4}
     arguments = [str(values.get(w, w)) for w in arguments]
     arguments = [str(ROOT / w) if w.startswith("configs/") else w for w in arguments]
     if "--cfg" in arguments:
