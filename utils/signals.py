@@ -1,6 +1,8 @@
 """Stopping at a signal: all processes after the same update, with a checkpoint."""
 
+import atexit
 import datetime
+import multiprocessing
 import os
 import signal
 import sys
@@ -115,6 +117,7 @@ def shield_workers(loader: DataLoader) -> None:
 
     The workers end with their process.
     """
+    atexit.register(_end_workers)
     loader.worker_init_fn = partial(_start_shielded, loader.worker_init_fn)
 
 
@@ -123,6 +126,14 @@ def _start_shielded(start, worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if start:
         start(worker)
+
+
+def _end_workers() -> None:
+    """Before Python ends its children by the SIGTERM that they ignore, and waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for a fault
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _ignore(number: int, frame: object) -> None:
