@@ -117,6 +117,7 @@ def shield_workers(loader: DataLoader) -> None:
 
     The workers end with their process.
     """
+    atexit.unregister(_end_workers)  # once, however many loaders there are
     atexit.register(_end_workers)
     loader.worker_init_fn = partial(_start_shielded, loader.worker_init_fn)
 
