@@ -18,6 +18,7 @@ from utils.agreement import check_agreement, code_facts, configuration_facts
 from utils.config import to_json
 from utils.distributed import init_process_group, lost_peer, rank, world_size
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 from utils.precision import Precision
 
 
@@ -32,7 +33,7 @@ class Run:
 
 
 def start(config: CfgNode, folder: str | None = None) -> Run:
-    """Join the process group, seed, make ``folder`` and write the log's head and config.json.
+    """Join the process group, seed, make ``folder``, and write the log's head and config.json.
 
     Args:
         config: the configuration; its OUTPUT is the run folder.
@@ -41,6 +42,7 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
     Raises:
         UserError: the folder cannot be written, or the processes differ in configuration or code.
     """
+    keep_freed_memory()
     device = init_process_group(config.LOCAL_RANK, config.DIST_TIMEOUT)
     check_agreement(configuration_facts(config) | code_facts())
     folder = folder or config.OUTPUT
