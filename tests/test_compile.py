@@ -30,7 +30,9 @@ def test_loss_and_gradient_stay():
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
     for (name, p), p_compiled in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         if p.grad is not None:
-            torch.testing.assert_close(p_compiled.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+            # as a whole: BatchNorm of 4 images magnifies what rounding does to single values
+            difference = (p_compiled.grad - p.grad).norm()
+            assert difference < 2e-4 * p.grad.norm() + 1e-4, name
 
 
 @pytest.mark.parametrize("flags, count", [([], 0), (["--compile"], 2)])
