@@ -40,7 +40,9 @@ class MoBY(MomentumMethod):
         super().__init__(encoder, encoder_k, proj_num_layers, pred_num_layers)
         self.temperature = temperature
         for name in ("queue1", "queue2"):
-            self.register_buffer(name, F.normalize(torch.randn(self.dim, num_negatives), dim=0))
+            keys = F.normalize(torch.randn(self.dim, num_negatives), dim=0)
+            # of the published shape, but a key's values lie side by side: rows are read and written
+            self.register_buffer(name, keys.T.contiguous().T)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def loss(self, q1, q2, k1, k2, epoch) -> Output:

@@ -137,12 +137,12 @@ class SynCo(MoBY):
             norm = (of_q**2 + of_n**2 + 2 * of_q * of_n * qn.detach()).sqrt()
             return (of_q * qq + of_n * qn) / norm
 
-        keys = queue.T.contiguous()  # KxD, whose rows are read one after the other
+        keys = queue.T  # KxD
         n3n3 = _products(keys, c3, lambda rows: F.embedding(c3_other[rows], keys))
         z = draws.normal  # BxN4xD
         n4z = _products(keys, c4, lambda rows: z[rows])
         zz = torch.linalg.vector_norm(z, dim=2) ** 2
-        sign_n = (sign @ queue).gather(1, c6)
+        sign_n = _products(keys, c6, lambda rows: sign[rows, None])
         return [
             along_q(qn1, a, 1 - a),
             along_q(qn2, 1 - b, b),

@@ -1,12 +1,10 @@
 """Random numbers that follow from what they are for, so that workers and resumes change nothing."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import torch
-
-STREAMS = 8
 
 
 def derive_seed(*keys: int) -> int:
@@ -29,20 +27,14 @@ def seed_libraries(*keys: int) -> None:
 
 
 def normal(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Draws of N(0, 1) in float32, on the CPU by all its cores.
+    """Draws of N(0, 1) in float32; on the CPU by OpenCV, which takes half the time of torch.
 
-    torch draws there on one core. These come from STREAMS generators, seeded by torch's default
-    one, so that the number of cores changes nothing.
+    Its generator is seeded by torch's default one.
     """
     if device.type != "cpu":
         return torch.randn(shape, device=device)
     values = torch.empty(shape)
-    seeds = torch.randint(2**63 - 1, (STREAMS,)).tolist()
-
-    def fill(part: torch.Tensor, seed: int) -> None:
-        part.normal_(generator=torch.Generator().manual_seed(seed))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        # chunk gives fewer parts where there are fewer values
-        list(pool.map(fill, values.flatten().chunk(STREAMS), seeds))
+    if values.numel():  # OpenCV refuses to fill nothing
+        cv2.setRNGSeed(int(torch.randint(2**31 - 1, ())))
+        cv2.randn(values.view(1, -1).numpy(), 0, 1)
     return values
