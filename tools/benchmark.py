@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
     for flag, value, what in (
         ("rounds", 5, "timed runs of each"),
+        ("warm-up", 3, "runs of steps and heads that do not count"),
         ("batch", 16, "images of a step"),
         ("size", 224, "side of an image in pixels"),
         ("head-batch", 128, "queries of the head"),
@@ -47,7 +48,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {unknown.pop()}, choose from {', '.join(PARTS)}")
     if args.quick:
-        args.rounds, args.batch, args.size, args.head_batch = 1, 2, 32, 4
+        args.rounds, args.warm_up, args.batch, args.size, args.head_batch = 1, 1, 2, 32, 4
         args.queue, args.hard, args.negatives = 64, 8, 4
         args.images, args.features = 2, 4000
     args.device = "cuda" if torch.cuda.is_available() else "cpu"

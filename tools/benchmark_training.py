@@ -14,9 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.encoder import create_encoder, use_fused_attention
 from models.synco import SynCo
 from tools.plain import PlainSynCo, momentum_loop
-from tools.timing import compare
+from tools.timing import compare, compare_apart
 from utils.distributed import data_parallel
+from utils.memory import keep_freed_memory
 from utils.precision import Precision
+
+HEAD_PASSES = 5  # in one timed run: a pass is short beside a change of processes
 
 
 class Nothing(torch.nn.Module):
@@ -26,8 +29,13 @@ class Nothing(torch.nn.Module):
 
 
 def synco(kind: type[SynCo], args: argparse.Namespace, encoder: str | None = None) -> SynCo:
-    """A SynCo of ``kind`` that makes synthetic negatives in every epoch."""
+    """A SynCo of ``kind`` that makes synthetic negatives in every epoch.
+
+    Its process allocates memory as the scripts do, except for the plain form.
+    """
     torch.manual_seed(0)
+    if kind is SynCo:
+        keep_freed_memory()
     encoders = [
         create_encoder(encoder, args.size, drop_path_rate=rate) if encoder else Nothing()
         for rate in (0.2, 0.0)
@@ -79,34 +87,46 @@ def in_new_process(function: Callable, *arguments):
     return results.get()
 
 
+def build_head(kind: type[SynCo], batch: int, args: argparse.Namespace) -> Callable:
+    """Some passes of one direction for ``batch`` queries, in a process of its own."""
+    method = synco(kind, args)
+    q, k = F.normalize(torch.randn(2, batch, 256, device=args.device), dim=2)
+
+    def passes() -> None:
+        for _ in range(HEAD_PASSES):
+            head_pass(method, q, k)
+
+    return passes
+
+
 def head(args: argparse.Namespace) -> dict:
     """Loss and gradient of one direction with synthetic negatives, closed form and built."""
-    closed, plain = synco(SynCo, args), synco(PlainSynCo, args)
-    q, k = F.normalize(torch.randn(2, args.head_batch, 256, device=args.device), dim=2)
-    times = compare(
-        args.rounds, closed=lambda: head_pass(closed, q, k), plain=lambda: head_pass(plain, q, k)
+    times = compare_apart(
+        3 * args.rounds,
+        args.warm_up,
+        {},
+        closed=(build_head, (SynCo, args.head_batch, args)),
+        plain=(build_head, (PlainSynCo, args.head_batch, args)),
     )
     memory = {kind: in_new_process(extra_memory, kind, args) for kind in (SynCo, PlainSynCo)}
-    small = synco(SynCo, args, "vit_small")
-    without = synco(SynCo, args)
-    without.counts = (0,) * 6
-    q, k = q[: args.batch], k[: args.batch]
-    views = torch.randn(2, args.batch, 3, args.size, args.size, device=args.device)
-    parts = compare(
-        max(2, args.rounds // 2),
-        head=lambda: head_pass(small, q, k),
-        without=lambda: head_pass(without, q, k),
-        step=training_step(small, views, Precision("O0", torch.device(args.device))),
+    without = argparse.Namespace(**vars(args) | {"negatives": 0})
+    parts = compare_apart(
+        args.rounds,
+        args.warm_up,
+        {},
+        head=(build_head, (SynCo, args.batch, args)),
+        without=(build_head, (SynCo, args.batch, without)),
+        step=(build_step, ("O0", "vit_small", args)),
     )
     return {
-        "closed_ms": 1e3 * times["closed"],
-        "plain_ms": 1e3 * times["plain"],
+        "closed_ms": 1e3 * times["closed"] / HEAD_PASSES,
+        "plain_ms": 1e3 * times["plain"] / HEAD_PASSES,
         "speedup": times["plain"] / times["closed"],
         "extra_memory_mb": memory[SynCo] / 2**20,
         "plain_extra_memory_mb": memory[PlainSynCo] / 2**20,
         "extra_memory_ratio": memory[SynCo] / max(1, memory[PlainSynCo]),
         # both directions of what the synthetic negatives add
-        "share_of_step": 2 * (parts["head"] - parts["without"]) / parts["step"],
+        "share_of_step": 2 * (parts["head"] - parts["without"]) / HEAD_PASSES / parts["step"],
     }
 
 
@@ -162,26 +182,41 @@ def matmul_rate(args: argparse.Namespace, dtype: torch.dtype = torch.float32) ->
     return best
 
 
+def build_step(form: str, encoder: str, args: argparse.Namespace) -> Callable:
+    """An update, ``plain`` or at a level of precision, in a process of its own."""
+    device = torch.device(args.device)
+    views = torch.randn(2, args.batch, 3, args.size, args.size, device=device)
+    if form == "plain":
+        return plain_step(synco(PlainSynCo, args, encoder), views)
+    method = synco(SynCo, args, encoder)
+    precision = Precision(form, device)
+    use_fused_attention(method, not (precision.enabled and args.device == "cpu"))
+    return training_step(method, views, precision)
+
+
+def step_flops(encoder: str, args: argparse.Namespace) -> float:
+    """Floating-point operations of an update: products, convolutions and attention."""
+    images = 2  # the rest are alike
+    method = synco(SynCo, args, encoder)
+    use_fused_attention(method, False)  # the fused kernel of the CPU is not counted
+    views = torch.randn(2, images, 3, args.size, args.size, device=args.device)
+    with FlopCounterMode(display=False) as counter:
+        method(*views, epoch=-1).loss.backward()
+    return counter.get_total_flops() * args.batch / images
+
+
 def step(args: argparse.Namespace) -> dict:
     """An update of SynCo: plain, float32 and autocast, and its share of the product rate."""
     results = {}
-    device = torch.device(args.device)
     for encoder in args.encoders:
-        views = torch.randn(2, args.batch, 3, args.size, args.size, device=device)
-        views = views.contiguous(memory_format=torch.preserve_format)
-        plain = synco(PlainSynCo, args, encoder)
-        steps = {"plain": plain_step(plain, views)}
-        for level in ("O0", "O1"):
-            method = synco(SynCo, args, encoder)
-            use_fused_attention(method, not (level == "O1" and args.device == "cpu"))
-            steps[level] = training_step(method, views, Precision(level, device))
-        with FlopCounterMode(display=False) as counter:
-            steps["O0"]()
-        limits = []
-        times = compare(
-            args.rounds, **steps, limit=lambda limits=limits: limits.append(matmul_rate(args))
+        limits: list[float] = []
+        times = compare_apart(
+            args.rounds,
+            args.warm_up,
+            {"limit": lambda limits=limits: limits.append(matmul_rate(args))},
+            **{form: (build_step, (form, encoder, args)) for form in ("plain", "O0", "O1")},
         )
-        rate = counter.get_total_flops() / times["O0"]
+        rate = step_flops(encoder, args) / times["O0"]
         limit = statistics.median(limits)
         results[encoder] = {
             "plain_s": times["plain"],

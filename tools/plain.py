@@ -14,6 +14,11 @@ from models.synco import Draws, SynCo
 class PlainSynCo(SynCo):
     """SynCo that passes each view by itself, builds its negatives, and averages in a loop."""
 
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        for name in ("queue1", "queue2"):  # as one would write dim x K
+            setattr(self, name, getattr(self, name).contiguous())
+
     def _encode(self, encoder, view1, view2):
         return encoder(view1), encoder(view2)
 

@@ -3,22 +3,87 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 
 import torch
+import torch.multiprocessing as mp
+
+Function = Callable[[], object]
 
 
-def compare(rounds: int, **functions: Callable[[], object]) -> dict[str, float]:
+def compare(rounds: int, **functions: Function) -> dict[str, float]:
     """Median seconds of each function, run in turn, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 1):
-        for name, function in functions.items():
-            synchronize()
-            started = time.perf_counter()
-            function()
-            synchronize()
-            if round_:
-                times[name].append(time.perf_counter() - started)
+    return _medians(rounds, 1, {name: partial(_seconds, f) for name, f in functions.items()})
+
+
+def compare_apart(
+    rounds: int,
+    warm_up: int,
+    inside: dict[str, Function],
+    **builders: tuple[Callable[..., Function], tuple],
+) -> dict[str, float]:
+    """As ``compare``, with functions in processes of their own, which wait while others run.
+
+    What a process sets for itself, such as how it allocates memory, then concerns it alone.
+
+    Args:
+        rounds: timed runs of each.
+        warm_up: runs before them that do not count.
+        inside: functions that this process runs in turn with the others.
+        builders: by name a function of a module and its arguments; it returns what is timed.
+
+    Raises:
+        SystemExit: a process ended.
+    """
+    context = mp.get_context("spawn")
+    pipes, processes = {}, []
+    for name, (build, arguments) in builders.items():
+        pipes[name], other = context.Pipe()
+        process = context.Process(target=_host, args=(other, build, arguments), daemon=True)
+        process.start()
+        other.close()  # so that the pipe ends with the process
+        processes.append(process)
+
+    def ask(name: str) -> float:
+        try:
+            pipes[name].send(True)
+            return pipes[name].recv()
+        except (EOFError, OSError) as error:
+            raise SystemExit(f"the process that measures {name} ended") from error
+
+    timers = {name: partial(ask, name) for name in builders}
+    timers |= {name: partial(_seconds, function) for name, function in inside.items()}
+    medians = _medians(rounds, warm_up, timers)
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
+    return medians
+
+
+def _host(connection: Connection, build: Callable[..., Function], arguments: tuple) -> None:
+    function = build(*arguments)
+    while connection.recv():
+        connection.send(_seconds(function))
+
+
+def _medians(rounds: int, warm_up: int, timers: dict[str, Callable[[], float]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for round_ in range(warm_up + rounds):
+        for name, timer in timers.items():
+            seconds = timer()
+            if round_ >= warm_up:
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(function: Function) -> float:
+    synchronize()
+    started = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - started
 
 
 def synchronize() -> None:
