@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 
@@ -68,7 +68,7 @@ def _host(connection: Connection, build: Callable[..., Function], arguments: tup
         connection.send(_seconds(function))
 
 
-def _medians(rounds: int, warm_up: int, timers: dict[str, Callable[[], float]]) -> dict[str, float]:
+def _medians(rounds: int, warm_up: int, timers: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in timers}
     for round_ in range(warm_up + rounds):
         for name, timer in timers.items():

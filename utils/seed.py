@@ -36,5 +36,5 @@ def normal(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     values = torch.empty(shape)
     if values.numel():  # OpenCV refuses to fill nothing
         cv2.setRNGSeed(int(torch.randint(2**31 - 1, ())))
-        cv2.randn(values.view(1, -1).numpy(), 0, 1)
+        cv2.randn(values.view(1, -1).numpy(), np.zeros(1), np.ones(1))
     return values
