@@ -68,7 +68,9 @@ def _host(connection: Connection, build: Callable[..., Function], arguments: tup
         connection.send(_seconds(function))
 
 
-def _medians(rounds: int, warm_up: int, timers: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+def _medians(
+    rounds: int, warm_up: int, timers: Mapping[str, Callable[[], float]]
+) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in timers}
     for round_ in range(warm_up + rounds):
         for name, timer in timers.items():
