@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint coverage clean
+.PHONY: demo test lint clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,11 +17,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the slow tests run scripts in processes of their own, which coverage does not see
 test: lint
-	$(BIN)/python -m pytest
-
-coverage: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
