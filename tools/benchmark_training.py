@@ -1,6 +1,7 @@
 """The parts of tools/benchmark.py about training."""
 
 import argparse
+import logging
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -11,11 +12,16 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from main_pretrain import update
+from models.batch_norm import synchronize_batch_norm
 from models.encoder import create_encoder, use_fused_attention
 from models.synco import SynCo
+from optimizer import build_optimizer
 from tools.plain import PlainSynCo, momentum_loop
 from tools.timing import compare, compare_apart
-from utils.distributed import data_parallel
+from utils.config import load_config
+from utils.distributed import data_parallel, init_process_group
+from utils.launch import Run
 from utils.memory import keep_freed_memory
 from utils.precision import Precision
 
@@ -130,23 +136,22 @@ def head(args: argparse.Namespace) -> dict:
     }
 
 
-def training_step(method: SynCo, views: torch.Tensor, precision: Precision) -> Callable:
-    """An update as main_pretrain.py does it, without its data and its logging."""
-    optimizer = torch.optim.AdamW(
-        [p for p in method.parameters() if p.requires_grad], 1e-4, fused=True
-    )
-    method.train()
+def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callable:
+    """The update of main_pretrain.py, without its data and its logging, in a process group."""
+    device = torch.device(args.device)
+    config = load_config(str(Path(__file__).parent.parent / "configs/synco_vit_small.yaml"))
+    run = Run("", device, Precision(level, device), logging.getLogger())
+    method = synchronize_batch_norm(method, device)
+    use_fused_attention(method, not (run.precision.enabled and device.type == "cpu"))
+    optimizer = build_optimizer(config, method)
+    ddp = data_parallel(method, device)
+    size = (2, args.batch, args.size, args.size, 3)
+    views = torch.randint(256, size, dtype=torch.uint8, device=device)
+    ddp.train()
 
     def step() -> None:
         method.update_key_encoder(0.99)
-        with precision.autocast():
-            output = method(*views, epoch=0)
-        precision.scaler.scale(output.loss).backward()
-        torch.nn.utils.clip_grad_norm_(method.parameters(), 5.0, foreach=True)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        method.enqueue(*output.keys)
+        update(config, ddp, [list(views)], optimizer, 0, run)
 
     return step
 
@@ -184,14 +189,11 @@ def matmul_rate(args: argparse.Namespace, dtype: torch.dtype = torch.float32) ->
 
 def build_step(form: str, encoder: str, args: argparse.Namespace) -> Callable:
     """An update, ``plain`` or at a level of precision, in a process of its own."""
-    device = torch.device(args.device)
-    views = torch.randn(2, args.batch, 3, args.size, args.size, device=device)
     if form == "plain":
+        views = torch.randn(2, args.batch, 3, args.size, args.size, device=args.device)
         return plain_step(synco(PlainSynCo, args, encoder), views)
-    method = synco(SynCo, args, encoder)
-    precision = Precision(form, device)
-    use_fused_attention(method, not (precision.enabled and args.device == "cpu"))
-    return training_step(method, views, precision)
+    init_process_group(0)
+    return training_step(synco(SynCo, args, encoder), form, args)
 
 
 def step_flops(encoder: str, args: argparse.Namespace) -> float:
@@ -261,18 +263,8 @@ def worker(rank: int, processes: int, address: str, args: argparse.Namespace, re
     """Time the updates of one process of a group that computes on the CPU, a core each."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
-    method = synco(SynCo, args, args.encoders[0])
-    parallel = data_parallel(method, torch.device("cpu"))
-    views = torch.randn(2, args.batch, 3, args.size, args.size)
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], fused=True)
-
-    def update() -> None:
-        method.update_key_encoder(0.99)
-        parallel(*views, epoch=0).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = compare(args.rounds, update=update)["update"]
+    step = training_step(synco(SynCo, args, args.encoders[0]), "O0", args)
+    seconds = compare(args.rounds, step=step)["step"]
     if rank == 0:
         results.put(seconds)
     torch.distributed.destroy_process_group()

@@ -103,7 +103,9 @@ def all_gather_batch(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return tensor
     gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor)
+    # torch 2.14 renamed the function
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, tensor)
     return gathered
 
 
