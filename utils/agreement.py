@@ -1,7 +1,7 @@
 """Whether all processes run the same program on the same data, asked before it would hang."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -61,7 +61,7 @@ def _sources(folder: str) -> list[Path]:
     return list((ROOT / folder).glob("*.py"))
 
 
-def _leaves(node: dict, prefix: str):
+def _leaves(node: dict, prefix: str) -> Iterator[tuple[str, str]]:
     for name, value in node.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")

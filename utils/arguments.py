@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from typing import NoReturn
 
 from yacs.config import CfgNode
 
@@ -11,7 +12,7 @@ from utils.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
 

@@ -23,7 +23,10 @@ EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 
 def save_checkpoint(
-    state: dict[str, Any], path: str, previous: str | None = None, also: str | None = None
+    state: dict[str, Any] | torch.Tensor,
+    path: str,
+    previous: str | None = None,
+    also: str | None = None,
 ) -> None:
     """Write ``state`` to ``path``: on return it is on the disk, on failure nothing has changed.
 
@@ -197,15 +200,15 @@ def _newest_readable(folder: str, logger: logging.Logger) -> str | None:
         except UserError as error:
             errors.append(error)
             continue
-        for error in errors:
-            logger.warning("%s: continuing from %s instead", error, path)
+        for passed_over in errors:
+            logger.warning("%s: continuing from %s instead", passed_over, path)
         return path
     if errors:
         raise errors[0]
     return None
 
 
-def _write(state: dict[str, Any], file: Any) -> None:
+def _write(state: dict[str, Any] | torch.Tensor, file: Any) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:

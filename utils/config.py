@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _leaves(node: CfgNode, prefix: str = ""):
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[str]:
     for name, value in node.items():
         if isinstance(value, CfgNode):
             yield from _leaves(value, f"{prefix}{name}.")

@@ -4,7 +4,7 @@ import datetime
 import inspect
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,16 +73,15 @@ def on_first_process(function: Callable[[], T]) -> T:
     Raises:
         UserError: on every process, if ``function`` raises it.
     """
-    result, error = None, None
+    box: list[Any] = [None, None]
     if rank() == 0:
         try:
-            result = function()
+            box[0] = function()
         except UserError as raised:
-            error = str(raised)
+            box[1] = str(raised)
     if world_size() > 1:
-        box = [result, error]
         dist.broadcast_object_list(box)
-        result, error = box
+    result, error = box
     if error is not None:
         raise UserError(error)
     return result
@@ -125,9 +124,10 @@ def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataPara
     known = inspect.signature(DistributedDataParallel).parameters
     # torch 2.15 renamed the argument
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{name: False},
+        **options,
     )

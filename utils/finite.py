@@ -1,5 +1,7 @@
 """Updates with a loss or gradient that is not finite leave no trace, on all processes alike."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,9 +21,10 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> No
     state, wait for it.
     """
     if optimizer.defaults.get("fused") and optimizer.state:
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        fused: Any = optimizer  # torch declares neither of the two that it reads
+        fused.grad_scale, fused.found_inf = None, (~finite).float()
         optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
+        del fused.grad_scale, fused.found_inf
     elif finite:
         optimizer.step()
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -19,7 +20,8 @@ class Averages:
     """
 
     def __init__(self) -> None:
-        self._sums, self._names = None, ()
+        self._sums = torch.zeros(0)  # of no meaning before the first update
+        self._names: tuple[str, ...] = ()
         self.updates = 0  # since the last reading, skipped ones included
 
     def add(self, figures: dict[str, torch.Tensor], finite: torch.Tensor) -> None:
@@ -27,7 +29,7 @@ class Averages:
         self._names = tuple(figures)
         values = torch.stack([finite.float(), *(v.float() for v in figures.values())])
         values = torch.where(finite, values, 0)
-        self._sums = values if self._sums is None else self._sums + values
+        self._sums = self._sums + values if self.updates else values
         self.updates += 1
 
     def read(self) -> dict[str, float]:
@@ -38,7 +40,7 @@ class Averages:
         made, *sums = mean_over_processes(self._sums.clone()).tolist()
         means = [total / made if made else math.nan for total in sums]
         skipped = self.updates - round(made)
-        self._sums, self.updates = None, 0
+        self.updates = 0
         return dict(zip(self._names, means, strict=True)) | {"skipped": skipped}
 
 
@@ -77,7 +79,7 @@ class MetricsFile:
                 file.writelines(kept)
             os.replace(temporary, self.path)
 
-    def _guard(self, function, argument) -> None:
+    def _guard(self, function: Callable[..., None], argument: str | int) -> None:
         if self._failed:
             return
         try:

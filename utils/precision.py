@@ -25,7 +25,9 @@ class Precision:
             device.type, enabled=self.enabled and self.dtype == torch.float16
         )
 
-        known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        known: dict[str, bool] = (
+            getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        )
         kinds = [known[name] for name in ("avx512_bf16", "amx_bf16") if name in known]
         self.emulated = self.enabled and bool(kinds) and not any(kinds)
 

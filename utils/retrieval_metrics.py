@@ -1,8 +1,10 @@
 """Scores of the revisited Oxford and Paris benchmarks (arXiv 1803.11285)."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # labels of the images that are right, and of those that are taken out of the ranking
 DIFFICULTIES = {
@@ -11,6 +13,8 @@ DIFFICULTIES = {
     "hard": (("hard",), ("junk", "easy")),
 }
 KS = (1, 5, 10)
+
+Scores = TypedDict("Scores", {"mAP": float, "mP@k": dict[int, float], "AP": list[float]})
 
 
 def rank_images(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -34,7 +38,7 @@ def rank_images(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def positions_without_junk(
-    ranking: np.ndarray, positives: Sequence[int], junk: Sequence[int]
+    ranking: np.ndarray, positives: ArrayLike, junk: ArrayLike
 ) -> np.ndarray:
     """Places of the positives, from 0, each less the junk before it.
 
@@ -93,8 +97,8 @@ def precision_at(positions: np.ndarray, k: int) -> float:
 
 
 def score_difficulty(
-    rankings: np.ndarray, ground_truth: Sequence[Mapping[str, Sequence[int]]], difficulty: str
-) -> dict[str, float | list[float] | dict[int, float]]:
+    rankings: np.ndarray, ground_truth: Sequence[Mapping[str, ArrayLike]], difficulty: str
+) -> Scores:
     """Mean average precision and mean precision at each k of ``KS``.
 
     Queries without positives at this difficulty are left out of the means.

@@ -95,7 +95,7 @@ class Checkpoints:
         self.last_good = self.latest
         self._previous = os.path.join(self.run.folder, PREVIOUS)
         self.run.logger.info("%s saved", " and ".join(filter(None, (self.latest, kept))))
-        if kept:
+        if kept and ended is not None:
             self._prune(ended)
 
     def _prune(self, epoch: int) -> None:

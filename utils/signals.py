@@ -8,7 +8,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -35,8 +37,9 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = ""  # name of the signal
         self._training = False
-        self._first_interrupt = None
-        self._group = self._pending = None
+        self._first_interrupt: float | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
@@ -61,7 +64,8 @@ class StopSignals:
         """
         if world_size() > 1:
             wait = datetime.timedelta(seconds=timeout)
-            self._group = dist.new_group(backend="gloo", timeout=wait)
+            group = dist.new_group(backend="gloo", timeout=wait)
+            self._group = cast(dist.ProcessGroup, group)  # of which every process is a member
         self._training = True
 
     def agree(self, save: bool) -> tuple[bool, bool]:
@@ -122,7 +126,7 @@ def shield_workers(loader: DataLoader) -> None:
     loader.worker_init_fn = partial(_start_shielded, loader.worker_init_fn)
 
 
-def _start_shielded(start, worker: int) -> None:
+def _start_shielded(start: Callable[[int], None] | None, worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if start:

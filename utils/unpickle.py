@@ -4,7 +4,7 @@ import io
 import pickle
 import pickletools
 import re
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def _check_sizes(content: bytes) -> None:
     """Refuse what would need much more memory than the file has bytes."""
     for opcode, argument, _ in pickletools.genops(content):  # refuses lengths beyond the end
         # the memo is an array as long as its highest number
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(content):
             raise pickle.UnpicklingError(f"it numbers an object {argument}")
 
 
@@ -68,7 +68,7 @@ class _Dtype:
 
     def __setstate__(self, state: tuple) -> None:
         # only the byte order: numpy believes forged sizes and flags, and corrupts its memory
-        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        order: Any = state[1].decode() if isinstance(state[1], bytes) else state[1]
         self.dtype = self.dtype.newbyteorder(order)
 
 
@@ -76,7 +76,8 @@ class _Array(np.ndarray):
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, content = state
         array = _from_buffer(content, dtype, shape, "F" if fortran else "C")
-        super().__setstate__(array.__reduce__()[2])
+        reduced: Any = array.__reduce__()  # a tuple, for an array
+        super().__setstate__(reduced[2])
 
 
 def _reconstruct(kind: str, shape: tuple, typecode: str | bytes) -> np.ndarray:
@@ -96,7 +97,7 @@ def _from_buffer(
 
 
 def _scalar(dtype: _Dtype, content: str | bytes) -> np.generic:
-    return _from_buffer(content, dtype, (), "C")[()]
+    return cast(np.generic, _from_buffer(content, dtype, (), "C")[()])
 
 
 def _encode(text: str, encoding: str) -> bytes:

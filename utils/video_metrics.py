@@ -74,13 +74,13 @@ def statistics(values: Sequence[float]) -> tuple[float, float, float]:
     Raises:
         ValueError: no frame.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values):
+    scores = np.asarray(values, dtype=np.float64)
+    if not len(scores):
         raise ValueError("no frame to score")
     # the quarters share the frames at their edges; halves round up
-    edges = np.floor(np.linspace(0, len(values) - 1, 5) + 0.5 + 1e-10).astype(int)
-    decay = values[: edges[1] + 1].mean() - values[edges[3] :].mean()
-    return float(values.mean()), float((values > 0.5).mean()), float(decay)
+    edges = np.floor(np.linspace(0, len(scores) - 1, 5) + 0.5 + 1e-10).astype(int)
+    decay = scores[: edges[1] + 1].mean() - scores[edges[3] :].mean()
+    return float(scores.mean()), float((scores > 0.5).mean()), float(decay)
 
 
 def _dilate(contours: np.ndarray, radius: int) -> np.ndarray:
