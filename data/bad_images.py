@@ -5,7 +5,7 @@ import logging
 import torch
 import torch.distributed as dist
 
-from data.source import FolderSource, ZipSource
+from data.source import ImageSource
 from utils.distributed import world_size
 from utils.errors import UserError
 
@@ -26,9 +26,7 @@ class BadImages:
         UserError: a share outside [0, 1].
     """
 
-    def __init__(
-        self, source: FolderSource | ZipSource, max_fraction: float, logger: logging.Logger
-    ) -> None:
+    def __init__(self, source: ImageSource, max_fraction: float, logger: logging.Logger) -> None:
         if not 0 <= max_fraction <= 1:
             raise UserError(f"DATA.MAX_BAD_FRACTION must lie between 0 and 1, got {max_fraction}")
         self.source, self.max_fraction, self.logger = source, max_fraction, logger

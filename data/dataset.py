@@ -1,6 +1,7 @@
 """The data sets that the loaders read."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from yacs.config import CfgNode
 from data import opencv
 from data.augmentation import MEAN, STD, Augmentation, apply_view, draw_view
 from data.image import decode_rgb
-from data.source import FolderSource, ZipSource
+from data.source import FileSource, ImageSource
 from utils.errors import UserError
 from utils.seed import seed_libraries
 
@@ -35,7 +36,7 @@ class TwoViews(Dataset):
 
     def __init__(
         self,
-        source: FolderSource | ZipSource,
+        source: FileSource,
         augmentations: tuple[Augmentation, Augmentation],
         size: int,
         seed: int,
@@ -60,14 +61,15 @@ class TwoViews(Dataset):
         """
         epoch, index = key
         image, replaced = self._decode_or_replace(epoch, index)
-        if self.backend == "pil":
-            apply, size = apply_view, image.size
-        else:
-            apply, size = opencv.apply_view, image.shape[1::-1]
+        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
         views = []
         for number, augmentation in enumerate(self.augmentations):
             rng = np.random.default_rng((self.seed, epoch, index, number))
-            view = apply(image, draw_view(rng, *size, augmentation), self.size)
+            drawn = draw_view(rng, width, height, augmentation)
+            if isinstance(image, Image.Image):
+                view = apply_view(image, drawn, self.size)
+            else:
+                view = opencv.apply_view(image, drawn, self.size)
             views.append(torch.from_numpy(np.ascontiguousarray(view)))
         return views[0], views[1], replaced
 
@@ -107,7 +109,7 @@ class TrainImages(Dataset):
 
     def __init__(
         self,
-        source: FolderSource | ZipSource,
+        source: ImageSource,
         augment: Callable[[Image.Image, tuple[int, ...]], torch.Tensor],
         seed: int,
     ) -> None:
@@ -154,11 +156,12 @@ class RandAugmented:
     """
 
     def __init__(self, size: int, interpolation: str, aug: CfgNode) -> None:
+        jitter: Any = aug.COLOR_JITTER or None  # timm's type leaves out the None that it takes
         self.transform = create_transform(
             size,
             is_training=True,
             interpolation=interpolation,
-            color_jitter=aug.COLOR_JITTER or None,
+            color_jitter=jitter,
             auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else None,
             re_prob=aug.REPROB,
             re_mode=aug.REMODE,
@@ -188,7 +191,7 @@ class TestImages(Dataset):
 
     def __init__(
         self,
-        source: FolderSource | ZipSource,
+        source: ImageSource,
         size: int,
         interpolation: str = "bicubic",
         crop: bool = True,

@@ -1,7 +1,8 @@
 """The feature extractor of all evaluations."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def extract_features(
 
     Args:
         encoder: images (B, 3, H, W) -> features (B, F), in eval mode on ``run.device``.
-        dataset: items are (uint8 3 x H x W, label).
+        dataset: items are (uint8 3 x H x W, label); it has a length.
         run: device and precision.
         batch_size: images a process and batch.
         num_workers: data workers a process.
@@ -44,7 +45,7 @@ def extract_features(
     Returns:
         features (N, F) in float32 and labels (N, ...), on the CPU of every process.
     """
-    total = len(dataset)
+    total = len(cast(Sized, dataset))
     # all processes encode as many, so that the rows can be gathered; repeats are dropped again
     rows = -(-total // world_size())
     own = [i % total for i in range(rank(), rows * world_size(), world_size())]
@@ -56,7 +57,7 @@ def extract_features(
     )
     shield_workers(loader)  # a training run that measures its encoder ends in order
     shown = rank() == 0 and sys.stderr.isatty()
-    features, labels = None, None
+    features = labels = torch.empty(0)
     filled = 0
     for images, targets in tqdm(loader, desc=label, disable=not shown, leave=False):
         with run.precision.autocast():
@@ -64,7 +65,7 @@ def extract_features(
         output = output.float()
         if normalize:
             output = F.normalize(output, dim=1)
-        if features is None:
+        if not filled:
             features = torch.zeros(rows, output.shape[1])
             labels = torch.zeros(rows, *targets.shape[1:], dtype=targets.dtype)
         features[filled : filled + len(output)] = output.cpu()

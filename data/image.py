@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def open_image(content: bytes) -> Image.Image:
 def usual_size(width: int, height: int) -> bool:
     """Whether an image of these pixels is neither empty, nor a thread, nor far too large."""
     sides = 0 < max(width, height) <= MAX_ASPECT * min(width, height)
-    return sides and width * height <= Image.MAX_IMAGE_PIXELS
+    return sides and width * height <= (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
 def decode_rgb(content: bytes, name: str) -> Image.Image:

@@ -8,30 +8,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.augmentation import view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
 from data.features import extract_features
 from data.sampler import EpochBatches
-from data.source import open_source
+from data.source import FileSource, ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
 from utils.launch import Run
 
 
-def build_source(config: CfgNode, split: str, download: bool = False):
+class TrainingLoader(DataLoader):
+    """Batches in the order of an epoch, from where ``batch_sampler.set_position`` puts it."""
+
+    batch_sampler: EpochBatches
+    dataset: TwoViews | TrainImages
+
+
+def build_source(config: CfgNode, split: str, download: bool = False) -> ImageSource:
     """The labelled images of ``train`` or of ``val`` (the test split of a transfer set).
 
     Args:
         config: DATA.DATASET names the set and DATA.DATA_PATH its folder.
         split: ``train`` or ``val``.
         download: fetch the set if it is missing and torchvision can.
-
-    Returns:
-        an object with ``names``, ``labels``, ``classes`` and ``read_image(index)``.
     """
     data = config.DATA
     if data.DATASET == "imagenet":
@@ -57,7 +61,9 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_labelled_sources(config: CfgNode, download: bool = False, train=None):
+def build_labelled_sources(
+    config: CfgNode, download: bool = False, train: ImageSource | None = None
+) -> tuple[ImageSource, ImageSource]:
     """The images of ``train`` and of ``val``, see ``build_source``, with classes numbered alike.
 
     Args:
@@ -89,7 +95,7 @@ def build_labelled_sources(config: CfgNode, download: bool = False, train=None):
     return train, val
 
 
-def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoader:
+def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingLoader:
     """Batches of ``TwoViews`` through an EpochBatches sampler.
 
     These are two uint8 views, (B, S, S, 3) each, and the indices of bad training images that
@@ -97,9 +103,12 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
     ``config.DATA.TRAINING_IMAGES`` to the number of images.
 
     Raises:
-        UserError: no data, an unknown augmentation, or a batch larger than the data set.
+        UserError: no data, images that are no files, an unknown augmentation, or a batch larger
+            than the data set.
     """
     source = build_source(config, split)
+    if not isinstance(source, FileSource):
+        raise UserError(f"DATA.DATASET {config.DATA.DATASET}: pre-training needs image files")
     try:
         views = view_augmentations(config.AUG.SSL_AUG_TYPE, config.AUG.SSL_AUG_CROP)
     except ValueError as error:
@@ -111,7 +120,7 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> DataLoade
     return _training_loader(config, images)
 
 
-def build_classification_loader(config: CfgNode, source) -> DataLoader:
+def build_classification_loader(config: CfgNode, source: ImageSource) -> TrainingLoader:
     """Batches of one view and its label, through an EpochBatches sampler.
 
     A linear probe sees uint8 crops, fine-tuning normalised float32 ones under AUG; else as
@@ -121,6 +130,7 @@ def build_classification_loader(config: CfgNode, source) -> DataLoader:
         UserError: an augmentation that timm does not know, or a batch larger than the data set.
     """
     data = config.DATA
+    augment: CropAndFlip | RandAugmented
     if config.LINEAR_EVAL.WEIGHTS == "freeze":
         augment = CropAndFlip(data.IMG_SIZE)
     else:
@@ -131,7 +141,7 @@ def build_classification_loader(config: CfgNode, source) -> DataLoader:
     return _training_loader(config, TrainImages(source, augment, config.SEED))
 
 
-def _training_loader(config: CfgNode, dataset: Dataset) -> DataLoader:
+def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> TrainingLoader:
     config.DATA.TRAINING_IMAGES = len(dataset)
     try:
         sampler = EpochBatches(
@@ -145,7 +155,7 @@ def _training_loader(config: CfgNode, dataset: Dataset) -> DataLoader:
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     workers = num_workers(config)
-    return DataLoader(
+    return TrainingLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -163,13 +173,13 @@ def quiet_worker(worker: int) -> None:
         os.dup2(nothing.fileno(), 2)
 
 
-def build_test_images(config: CfgNode, source) -> TestImages:
+def build_test_images(config: CfgNode, source: ImageSource) -> TestImages:
     """The images of ``source`` with the test-time transform of ``config``."""
     return TestImages(source, config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP)
 
 
 def encode_images(
-    config: CfgNode, encoder: nn.Module, source, run: Run, normalize: bool = False
+    config: CfgNode, encoder: nn.Module, source: ImageSource, run: Run, normalize: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features and labels of all images of ``source``, see ``extract_features``."""
     return extract_features(

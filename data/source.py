@@ -5,7 +5,9 @@ import os
 import re
 import threading
 import zipfile
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
@@ -14,6 +16,31 @@ from utils.errors import UserError
 
 SPLITS = ("train", "val")
 _ENTRY = re.compile(r"([^\t]+)\t *(\d{1,5}) *", re.ASCII)  # a number of any length is no class
+
+
+class ImageSource(Protocol):
+    """Images with labels, wherever they lie.
+
+    Attributes:
+        names: what to call each image.
+        labels: class number of each image, or an array with a row of several labels for each.
+        classes: names of the classes.
+    """
+
+    names: list[str]
+    labels: list[int] | np.ndarray
+    classes: list[str]
+
+    def read_image(self, index: int) -> Image.Image:
+        """Image ``index`` in RGB."""
+
+
+@runtime_checkable
+class FileSource(ImageSource, Protocol):
+    """Images that are files."""
+
+    def read(self, index: int) -> bytes:
+        """The file of image ``index``."""
 
 
 class FolderSource:
@@ -43,7 +70,7 @@ class FolderSource:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: {reason}") from error
         self.names = [path for path, _ in samples]
-        self.labels = [label for _, label in samples]
+        self.labels: list[int] | np.ndarray = [label for _, label in samples]
 
     def read(self, index: int) -> bytes:
         """The file of image ``index``."""
@@ -70,7 +97,8 @@ class ZipSource:
     def __init__(self, root: str, split: str) -> None:
         self.archive = os.path.join(root, f"{split}.zip")
         listing = os.path.join(root, f"{split}_map.txt")
-        self.names, self.labels = [], []
+        self.names: list[str] = []
+        labels: list[int] = []
         try:
             with open(listing, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
@@ -84,14 +112,15 @@ class ZipSource:
                     if name.startswith("/") or ".." in name.split("/"):
                         raise UserError(f"{listing}:{number}: {name} lies outside of the archive")
                     self.names.append(name)
-                    self.labels.append(int(label))
+                    labels.append(int(label))
         except OSError as error:
             raise UserError(f"{listing}: cannot read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{listing}: not a UTF-8 text file") from error
         if not self.names:
             raise UserError(f"{listing}: lists no images")
-        self.classes = [str(label) for label in range(max(self.labels) + 1)]
+        self.labels: list[int] | np.ndarray = labels
+        self.classes = [str(label) for label in range(max(labels) + 1)]
         self.cache: dict[int, bytes] = {}
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         self._lock = threading.Lock()

@@ -175,6 +175,7 @@ def open_transfer_set(
                 f"{root}: {name} is not there{missing}; expected {row.layout} "
                 f"from {row.origin}; {how}"
             ) from error
+    assert isinstance(row.reader, ListedFiles)  # no other has ``row.download``
     try:
         row.reader.download(root, getattr(row, split))
     except Exception as error:  # of the network, the archive or the disk

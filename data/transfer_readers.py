@@ -61,7 +61,7 @@ class ImageArrays:
     """Images that lie in one array, ``pixels``, N x H x W x 3 of uint8; else as ImageFiles."""
 
     names: list[str]
-    labels: list[int]
+    labels: list[int] | np.ndarray
     classes: list[str]
     pixels: np.ndarray
 
@@ -93,7 +93,8 @@ class ListedFiles:
             FileNotFoundError, NotADirectoryError, RuntimeError: files are missing.
             Exception: files are damaged, whatever their parser raises.
         """
-        names, labels, classes = [], [], None
+        names, labels = [], []
+        classes: list[str] | None = None
         for part in split.split("+"):
             dataset = _unchecked(self.dataset)(root, loader=str, **self.arguments(part))
             if classes not in (None, dataset.classes):
@@ -103,7 +104,7 @@ class ListedFiles:
                 path, label = dataset[index]
                 names.append(path)
                 labels.append(int(label))
-        return ImageFiles(names, labels, classes)
+        return ImageFiles(names, labels, classes or [])
 
     def download(self, root: str, split: str) -> None:
         """Fetch and unpack what ``open`` reads, as far as torchvision can."""

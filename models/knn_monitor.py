@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from data.dataset import TestImages
 from data.features import extract_features
 from data.loader import build_labelled_sources, build_test_images, num_workers
-from data.source import FolderSource, ZipSource
+from data.source import ImageSource
 from models.knn import knn_classify
 from utils.errors import UserError
 from utils.launch import Run
@@ -33,7 +33,7 @@ class KnnMonitor:
         UserError: no val images, or other classes or labels than k-NN can use.
     """
 
-    def __init__(self, config: CfgNode, train: FolderSource | ZipSource, run: Run) -> None:
+    def __init__(self, config: CfgNode, train: ImageSource, run: Run) -> None:
         self.config, self.run = config, run
         if not config.TRAIN.KNN_FREQ:
             return
