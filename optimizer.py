@@ -1,12 +1,13 @@
 """The optimizer, and which parameters weight decay skips."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import Lars, param_groups_weight_decay
 from torch import nn
 from yacs.config import CfgNode
 
+from models.momentum import MomentumMethod
 from utils.errors import UserError
 
 
@@ -27,7 +28,9 @@ def build_optimizer(
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
     groups = groups or param_groups_weight_decay(
-        model, train.WEIGHT_DECAY, no_weight_decay_list=model.no_weight_decay()
+        model,
+        train.WEIGHT_DECAY,
+        no_weight_decay_list=cast(MomentumMethod, model).no_weight_decay(),
     )
     if options.NAME == "adamw":
         return torch.optim.AdamW(

@@ -2,7 +2,6 @@
 
 import inspect
 
-from torch import nn
 from yacs.config import CfgNode
 
 from models.byol import BYOL
@@ -10,6 +9,7 @@ from models.encoder import create_encoder
 from models.moby import MoBY
 from models.momentum import MomentumMethod
 from models.synco import SynCo
+from models.timm_backbone import Backbone
 from utils.errors import UserError
 
 METHODS: dict[str, type[MomentumMethod]] = {"byol": BYOL, "moby": MoBY, "synco": SynCo}
@@ -64,7 +64,7 @@ def _options(method: type[MomentumMethod], model: CfgNode) -> dict:
     return options
 
 
-def build_encoder(config: CfgNode, drop_path_rate: float) -> nn.Module:
+def build_encoder(config: CfgNode, drop_path_rate: float) -> Backbone:
     """The backbone that ``config`` describes, see ``create_encoder``."""
     model = config.MODEL
     return create_encoder(

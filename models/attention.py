@@ -1,5 +1,7 @@
 """What the class token of a ViT attends to."""
 
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -22,8 +24,8 @@ def class_attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
         raise UserError(f"{type(encoder).__name__} has no class token to draw the attention of")
-    attention = encoder.blocks[-1].attn
-    inputs = []
+    attention: Any = encoder.blocks[-1].attn  # of one of several classes of timm
+    inputs: list[torch.Tensor] = []
     hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
         encoder.forward_features(images)

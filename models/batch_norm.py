@@ -1,22 +1,27 @@
 """Batch normalisation synchronised across processes, on GPUs and on the CPU."""
 
+from typing import TypeVar
+
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.distributed import mean_over_processes, world_size
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _MeanOverProcesses(torch.autograd.Function):
     """The average over the processes, whose gradient reaches the inputs of all of them."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
         return mean_over_processes(x.clone())
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
         return mean_over_processes(gradient.clone())
 
 
@@ -28,6 +33,10 @@ class SyncBatchNorm(nn.BatchNorm1d):
     """
 
     channels = -1  # the dimension
+    momentum: float
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., C), in the type of ``x``."""
@@ -72,7 +81,7 @@ class _CudaSyncBatchNorm(nn.SyncBatchNorm):
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
-def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batch_norm(module: M, device: torch.device) -> M:
     """Move ``module`` to ``device``, its BatchNorms to the kind that synchronises there."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
@@ -83,6 +92,7 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 
 def _synchronized(layer: _BatchNorm, device: torch.device) -> _BatchNorm:
     own = isinstance(layer, SyncBatchNorm)
+    new: _BatchNorm
     if device.type == "cuda":
         if not own:
             return convert_sync_batchnorm(layer)

@@ -8,7 +8,14 @@ from models.momentum import MomentumMethod, Output
 class BYOL(MomentumMethod):
     """The mean over both directions of the squared distance of unit query and key."""
 
-    def loss(self, q1, q2, k1, k2, epoch) -> Output:
+    def loss(
+        self,
+        q1: torch.Tensor,
+        q2: torch.Tensor,
+        k1: torch.Tensor,
+        k2: torch.Tensor,
+        epoch: int,
+    ) -> Output:
         """BYOL, equation 2; the accuracy is that among the keys of the batch."""
         positive1 = (q1 * k2).sum(1)  # B
         positive2 = (q2 * k1).sum(1)

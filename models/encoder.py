@@ -1,18 +1,18 @@
 """The backbones by name."""
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
 from models.batch_norm import SyncBatchNorm
 from models.swin import SwinTransformer
-from models.timm_backbone import PREFIX, create_timm_backbone
+from models.timm_backbone import PREFIX, Backbone, create_timm_backbone
 from models.vit import VisionTransformer
 from utils.errors import UserError
 
-ENCODERS: dict[str, Callable[..., nn.Module]] = {
+ENCODERS: dict[str, partial[VisionTransformer] | partial[SwinTransformer]] = {
     "vit_nano": partial(VisionTransformer, patch_size=8, embed_dim=128, depth=5, num_heads=4),
     "vit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),
     "vit_small": partial(VisionTransformer, embed_dim=384, depth=12, num_heads=12),
@@ -37,7 +37,7 @@ def create_encoder(
     stop_grad_conv1: bool = False,
     replace_ln_with_bn: bool = False,
     use_checkpoint: bool = False,
-) -> nn.Module:
+) -> Backbone:
     """A backbone without a classifier: images (B, 3, H, W) -> features (B, ``num_features``).
 
     Args:
@@ -53,6 +53,7 @@ def create_encoder(
         UserError: unknown name, or an option that the backbone does not have.
     """
     options = {"img_size": img_size, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    encoder: nn.Module
     if name.startswith(PREFIX):
         encoder, _ = create_timm_backbone(name, **options)
     elif name in ENCODERS:
@@ -68,32 +69,34 @@ def create_encoder(
         encoder.patch_embed.requires_grad_(False)
     if replace_ln_with_bn:
         _replace_norms(encoder, name)
+    backbone = cast(Backbone, encoder)
     try:
-        encoder.set_grad_checkpointing(use_checkpoint)
+        backbone.set_grad_checkpointing(use_checkpoint)
     except (AssertionError, AttributeError) as error:
         if use_checkpoint:
             raise UserError(
                 f"TRAIN.USE_CHECKPOINT: {name} has no activation checkpointing, leave it out"
             ) from error
-    return encoder
+    return backbone
 
 
 def _replace_norms(encoder: nn.Module, name: str) -> None:
-    blocks = [
-        block
+    norms = [
+        (block, norm)
         for block in encoder.modules()
-        if isinstance(getattr(block, "norm2", None), nn.LayerNorm) and hasattr(block, "mlp")
+        if isinstance(norm := getattr(block, "norm2", None), nn.LayerNorm) and hasattr(block, "mlp")
     ]
-    if not blocks:
+    if not norms:
         raise UserError(
             f"MODEL.REPLACE_LN_WITH_BN: {name} has no blocks with a LayerNorm before their MLP"
         )
-    for block in blocks:
-        block.norm2 = SyncBatchNorm(block.norm2.normalized_shape[0])
+    for block, norm in norms:
+        block.norm2 = SyncBatchNorm(norm.normalized_shape[0])
 
 
 def use_fused_attention(model: nn.Module, fused: bool) -> None:
     """Let all attention layers of timm in ``model`` run fused or step by step."""
-    for layer in model.modules():
-        if hasattr(layer, "fused_attn"):
-            layer.fused_attn = fused
+    # "Any", as torch's types allow no attributes of other types
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "fused_attn")]
+    for layer in layers:
+        layer.fused_attn = fused

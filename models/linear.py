@@ -10,6 +10,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from yacs.config import CfgNode
 
+from models.timm_backbone import Backbone
 from utils.checkpoint import load_model, read_checkpoint
 from utils.classification_metrics import DIFFICULT, MAP, METRICS, top_k_accuracy
 from utils.errors import UserError
@@ -29,23 +30,22 @@ class LinearClassifiers(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, num_classes: int, num_heads: int, seed: int, frozen: bool
+        self, encoder: Backbone, num_classes: int, num_heads: int, seed: int, frozen: bool
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.heads = nn.ModuleList(
-            nn.Linear(encoder.num_features, num_classes) for _ in range(num_heads)
-        )
-        for head in self.heads:
+        heads = [nn.Linear(encoder.num_features, num_classes) for _ in range(num_heads)]
+        for head in heads:
             generator = torch.Generator().manual_seed(seed)
             nn.init.normal_(head.weight, std=0.01, generator=generator)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
         self.frozen = frozen
         encoder.requires_grad_(not frozen)
         if getattr(encoder, "fixed_positions", False):
             encoder.pos_embed.requires_grad_(False)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "LinearClassifiers":
         """As ``nn.Module.train``, but a frozen encoder stays in eval mode."""
         super().train(mode)
         self.encoder.train(mode and not self.frozen)
@@ -149,7 +149,7 @@ def score_classifier(
 
 
 def read_classifiers(
-    path: str, encoder: nn.Module, num_classes: int
+    path: str, encoder: Backbone, num_classes: int
 ) -> tuple[LinearClassifiers, dict[str, Any]]:
     """A checkpoint of classifiers with an encoder like theirs, for evaluation.
 
@@ -161,8 +161,8 @@ def read_classifiers(
         UserError: another kind of checkpoint, another encoder or number of classes.
     """
     state = read_checkpoint(path)
-    weights = state.get("model")
-    if not {"lr", "epoch"} <= set(state) or "heads.0.bias" not in (weights or ()):
+    weights = state.get("model") or {}
+    if not {"lr", "epoch"} <= set(state) or "heads.0.bias" not in weights:
         raise UserError(f"{path}: not a checkpoint of linear classifiers")
     found = len(weights["heads.0.bias"])
     if found != num_classes:
@@ -177,7 +177,7 @@ def score_heads(
     model: LinearClassifiers, features: torch.Tensor, targets: torch.Tensor, metric: str
 ) -> list[dict[str, float | None] | None]:
     """The figures of each head on features (N, F), see ``score_classifier``."""
-    device = model.heads[0].weight.device
+    device = next(model.heads.parameters()).device
     features, targets = features.to(device), targets.to(device)
     # one after the other: N x C scores a head can fill a GPU
     return [score_classifier(head(features), targets, metric) for head in model.heads]

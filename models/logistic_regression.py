@@ -97,7 +97,7 @@ class LogisticRegression:
             of_weight = scaled[:, :-1] @ to_scaled.T + of_bias * self.mean
             return torch.cat([of_weight, of_bias], 1).norm().item() / self.num_images
 
-        def stop_when_flat(_) -> None:
+        def stop_when_flat(_: np.ndarray) -> None:
             # L-BFGS calls this after the step to the point whose gradient it has just asked for
             if gradient_norm(latest) <= tolerance:
                 raise StopIteration

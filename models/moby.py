@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from models.momentum import MomentumMethod, Output
+from models.timm_backbone import Backbone
 
 
 class MoBY(MomentumMethod):
@@ -23,10 +23,14 @@ class MoBY(MomentumMethod):
         ValueError: a temperature or a length that is not positive.
     """
 
+    queue1: torch.Tensor
+    queue2: torch.Tensor
+    queue_ptr: torch.Tensor
+
     def __init__(
         self,
-        encoder: nn.Module,
-        encoder_k: nn.Module,
+        encoder: Backbone,
+        encoder_k: Backbone,
         proj_num_layers: int = 2,
         pred_num_layers: int = 2,
         temperature: float = 0.2,
@@ -45,7 +49,14 @@ class MoBY(MomentumMethod):
             self.register_buffer(name, keys.T.contiguous().T)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def loss(self, q1, q2, k1, k2, epoch) -> Output:
+    def loss(
+        self,
+        q1: torch.Tensor,
+        q2: torch.Tensor,
+        k1: torch.Tensor,
+        k2: torch.Tensor,
+        epoch: int,
+    ) -> Output:
         """MoBY, section 3: CE(q1 against k2 and queue2) + CE(q2 against k1 and queue1)."""
         loss1, accuracy1, positive1 = self._contrast(q1, k2, self.queue2, epoch)
         loss2, accuracy2, positive2 = self._contrast(q2, k1, self.queue1, epoch)
@@ -53,7 +64,9 @@ class MoBY(MomentumMethod):
             loss1 + loss2, (accuracy1 + accuracy2) / 2, (positive1 + positive2) / 2, (k1, k2)
         )
 
-    def _contrast(self, q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, epoch: int):
+    def _contrast(
+        self, q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(q.device.type, enabled=False):
             positive = (q * k).sum(1, keepdim=True)  # Bx1
             similarity = q @ queue  # BxK

@@ -10,6 +10,7 @@ from torch import nn
 
 from models.batch_norm import has_batch_norm
 from models.head import MLPHead
+from models.timm_backbone import Backbone
 
 
 @dataclass
@@ -47,8 +48,8 @@ class MomentumMethod(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        encoder_k: nn.Module,
+        encoder: Backbone,
+        encoder_k: Backbone,
         proj_num_layers: int = 2,
         pred_num_layers: int = 2,
     ) -> None:
@@ -69,8 +70,8 @@ class MomentumMethod(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
         """Move the parameters of the key branch towards the online ones, before it encodes."""
-        online = [*self.encoder.parameters(), *self.projector.parameters()]
-        keys = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
+        online: list[torch.Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
+        keys: list[torch.Tensor] = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
         torch._foreach_lerp_(keys, online, 1 - momentum)
 
     def forward(self, view1: torch.Tensor, view2: torch.Tensor, epoch: int) -> Output:
@@ -105,7 +106,9 @@ class MomentumMethod(nn.Module):
         """Names of the parameters that weight decay skips."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
-    def _encode(self, encoder: nn.Module, view1: torch.Tensor, view2: torch.Tensor):
+    def _encode(
+        self, encoder: nn.Module, view1: torch.Tensor, view2: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.views_apart:
             return encoder(view1), encoder(view2)
         return encoder(torch.cat([view1, view2])).chunk(2)

@@ -3,17 +3,18 @@
 import torch
 from torch import nn
 
+from models.timm_backbone import Backbone
 from utils.errors import UserError
 
 STRIDE = 16  # pixels
 
 
-def patch_stride(encoder: nn.Module) -> int:
+def patch_stride(encoder: Backbone) -> int:
     """Pixels between the patches of ``patch_features``."""
     return encoder.feature_info[_depth(encoder)]["reduction"]
 
 
-def patch_features(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def patch_features(encoder: Backbone, images: torch.Tensor) -> torch.Tensor:
     """The patch features that DINO's video protocol compares.
 
     A ViT's are its patch tokens after the last LayerNorm; those of a Swin or of a network of

@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models import build_encoder
+from models.timm_backbone import Backbone
 from utils.checkpoint import LATEST, load_model, read_checkpoint
 from utils.errors import UserError
 from utils.launch import Run
@@ -51,7 +52,7 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_pretrained_encoder(
     args: argparse.Namespace, config: CfgNode, run: Run, drop_path_rate: float = 0.0
-) -> nn.Module:
+) -> Backbone:
     """The encoder of ``build_pretrained_encoder``, logged, on the device of ``run``."""
     encoder, said = build_pretrained_encoder(args, config, drop_path_rate)
     run.logger.info(said)
@@ -60,7 +61,7 @@ def load_pretrained_encoder(
 
 def build_pretrained_encoder(
     args: argparse.Namespace, config: CfgNode, drop_path_rate: float = 0.0
-) -> tuple[nn.Module, str]:
+) -> tuple[Backbone, str]:
     """The configured encoder with the weights that ``--pretrained`` names, frozen, in eval mode.
 
     Returns:

@@ -1,5 +1,7 @@
 """Swin transformers (arXiv 2103.14030) on timm's layers."""
 
+from typing import Any
+
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn
 
@@ -46,11 +48,12 @@ class SwinTransformer(TimmSwinTransformer):
             drop_path_rate=drop_path_rate,
             strict_img_size=False,
         )
-        self.patch_embed.dynamic_img_pad = True
+        patches: Any = self.patch_embed  # torch's types allow no attributes of other types
+        patches.dynamic_img_pad = True
         self.register_load_state_dict_pre_hook(_rename_microsoft)
 
 
-def _rename_microsoft(model: SwinTransformer, state_dict: dict, prefix: str, *_) -> None:
+def _rename_microsoft(model: SwinTransformer, state_dict: dict, prefix: str, *_: object) -> None:
     """Turn Microsoft's names, whose ``downsample`` ends the stage before, into timm's, in place.
 
     The buffers that timm derives are dropped.

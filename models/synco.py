@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from models.moby import MoBY
+from models.timm_backbone import Backbone
 from utils.seed import normal
 
 
@@ -64,8 +64,8 @@ class SynCo(MoBY):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        encoder_k: nn.Module,
+        encoder: Backbone,
+        encoder_k: Backbone,
         proj_num_layers: int = 2,
         pred_num_layers: int = 2,
         temperature: float = 0.2,
@@ -95,7 +95,9 @@ class SynCo(MoBY):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.sigma, self.delta, self.eta = sigma, delta, eta
 
-    def negatives(self, q, similarity, queue, epoch) -> list[torch.Tensor]:
+    def negatives(
+        self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, epoch: int
+    ) -> list[torch.Tensor]:
         """The queue and, within the window of epochs, the synthetic negatives."""
         if not self.warmup_epochs <= epoch <= self.cooldown_epochs or not sum(self.counts):
             return [similarity]
@@ -133,7 +135,9 @@ class SynCo(MoBY):
             [c.shape[1] for c in draws.columns], dim=1
         )
 
-        def along_q(qn: torch.Tensor, of_q, of_n) -> torch.Tensor:
+        def along_q(
+            qn: torch.Tensor, of_q: torch.Tensor | float, of_n: torch.Tensor | float
+        ) -> torch.Tensor:
             norm = (of_q**2 + of_n**2 + 2 * of_q * of_n * qn.detach()).sqrt()
             return (of_q * qq + of_n * qn) / norm
 

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import timm
 from torch import nn
@@ -14,7 +15,17 @@ PREFIX = "timm/"
 ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
 
 
-def create_timm_backbone(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+class Backbone(nn.Module):
+    """What a type checker must know of the encoders, whose real classes are timm's and many."""
+
+    num_features: int
+    feature_info: list[dict[str, Any]]
+    no_weight_decay: Callable[[], set[str]]
+    forward_intermediates: Callable[..., Any]
+    set_grad_checkpointing: Callable[[bool], None]
+
+
+def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str, Any]]:
     """A backbone of timm with random weights; nothing is downloaded.
 
     Args:
@@ -36,7 +47,9 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[nn.Module, dict[str
     options = ANY_SIZE | options
     while True:
         try:
-            encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
+            encoder = cast(
+                Backbone, timm.create_model(name, pretrained=False, num_classes=0, **options)
+            )
             break
         except TypeError as error:
             # the constructors tell what they do not know one by one

@@ -26,6 +26,9 @@ class VisionTransformer(TimmVisionTransformer):
     Source: MoCo v3, sections 4 and 5; parameter names and shapes as published.
     """
 
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
+
     def __init__(
         self,
         img_size: int = 224,
@@ -59,7 +62,7 @@ class VisionTransformer(TimmVisionTransformer):
         self.fixed_positions = True  # until a checkpoint brings learned ones
         self.register_load_state_dict_pre_hook(_fit_positions)
 
-    def _sincos(self, grid: tuple[int, int]) -> torch.Tensor:
+    def _sincos(self, grid: tuple[int, ...]) -> torch.Tensor:
         """Positions of an (h, w) grid: 1 x (1 + h w) x width, zero for the class token."""
         positions = build_sincos2d_pos_embed(list(grid), self.embed_dim, interleave_sin_cos=True)
         return torch.cat([torch.zeros(1, self.embed_dim), positions])[None]
@@ -67,6 +70,7 @@ class VisionTransformer(TimmVisionTransformer):
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         # BxhxwxC -> Bx(1+hw)xC
         batch, *grid, width = x.shape
+        positions: torch.Tensor
         if tuple(grid) == tuple(self.patch_embed.grid_size):
             positions = self.pos_embed
         elif self.fixed_positions:
@@ -83,7 +87,7 @@ class VisionTransformer(TimmVisionTransformer):
         return {"pos_embed", "cls_token"}
 
 
-def _fit_positions(model: VisionTransformer, state_dict: dict, prefix: str, *_) -> None:
+def _fit_positions(model: VisionTransformer, state_dict: dict, prefix: str, *_: object) -> None:
     """Fit the positions of a checkpoint, fixed or learned, to the model's grid, in place."""
     loaded = state_dict.get(prefix + "pos_embed")
     if loaded is None or loaded.ndim != 3 or loaded.shape[2] != model.embed_dim:
