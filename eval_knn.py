@@ -45,9 +45,11 @@ def main() -> None:
             os.makedirs(args.dump_features, exist_ok=True)
             for name, tensor in zip(FILES, parts, strict=True):
                 save_checkpoint(tensor, os.path.join(args.dump_features, name))
-    check(*parts)
+    train, train_labels, test, test_labels = parts
+    check(train, train_labels, test, test_labels)
+    given = (args.nb_knn, args.temperature, run.device)
     try:
-        figures = accuracies(*parts, args.nb_knn, args.temperature, run.device)
+        figures = accuracies(train, train_labels, test, test_labels, *given)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data.augmentation import normalize
 from data.features import check_features
 from data.loader import (
+    TrainingLoader,
     add_dataset_arguments,
     build_classification_loader,
     build_labelled_sources,
     encode_images,
 )
+from data.source import ImageSource
 from data.transfer import TRANSFER_SETS
 from lr_scheduler import build_scheduler, scale_learning_rates
 from models import build_encoder
@@ -42,6 +42,7 @@ from models.linear import (
 )
 from models.logistic_regression import choose_strength
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from models.timm_backbone import Backbone
 from optimizer import build_optimizer
 from utils.arguments import number_in, parse_arguments
 from utils.checkpoint import (
@@ -148,7 +149,7 @@ def main() -> None:
 def train_one_epoch(
     config: CfgNode,
     ddp: DistributedDataParallel,
-    loader: DataLoader,
+    loader: TrainingLoader,
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler,
     mixup: Mixup | None,
@@ -196,7 +197,7 @@ def update(
     model: LinearClassifiers = ddp.module
     smoothing = 0.0 if model.frozen else config.MODEL.LABEL_SMOOTHING
     scaler = run.precision.scaler
-    total = 0
+    parts = []
     for number, (images, targets) in enumerate(batch, 1):
         images = images.to(run.device, non_blocking=True)
         targets = targets.to(run.device, non_blocking=True)
@@ -210,7 +211,7 @@ def update(
                 scores = ddp(images)
             losses = head_losses(scores, targets, smoothing, several) / len(batch)
             scaler.scale(losses.sum()).backward()
-        total = total + losses.detach()
+        parts.append(losses.detach())
     scaler.unscale_(optimizer)
     if config.TRAIN.CLIP_GRAD:
         for part in model.heads if model.frozen else [model]:
@@ -218,7 +219,7 @@ def update(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total
+    return sum(parts[1:], parts[0])
 
 
 def judge(
@@ -302,7 +303,7 @@ def report(
     write_results(run, names | {"weights": weights, "best": best, "last": last} | more)
 
 
-def evaluate_saved(config: CfgNode, test, metric: str, run: Run) -> None:
+def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, run: Run) -> None:
     """Log the figures of the best and of the last checkpoint, or of ``--resume``; saves nothing."""
     paths = [os.path.join(run.folder, name) for name in (BEST, LATEST)]
     paths = [config.MODEL.RESUME] if config.MODEL.RESUME else list(filter(os.path.exists, paths))
@@ -317,7 +318,13 @@ def evaluate_saved(config: CfgNode, test, metric: str, run: Run) -> None:
 
 
 def probe_by_lbfgs(
-    config: CfgNode, encoder: nn.Module, train, test, strengths: list[float], metric: str, run: Run
+    config: CfgNode,
+    encoder: Backbone,
+    train: ImageSource,
+    test: ImageSource,
+    strengths: list[float],
+    metric: str,
+    run: Run,
 ) -> None:
     """Logistic regression on the features, with the L2 strength chosen on held-out images."""
     features, labels = encode_images(config, encoder, train, run)
@@ -330,6 +337,8 @@ def probe_by_lbfgs(
     if not fit.converged:
         run.logger.warning("L-BFGS has not converged: take the figures with care")
     figure = score_classifier(fit.scores(test_features), test_labels, metric)
+    if figure is None:
+        raise UserError("L-BFGS has diverged: the scores are not finite")
     found = {"probe": "lbfgs", "l2": l2, "iterations": fit.iterations}
     found |= {"gradient_norm": fit.gradient_norm, "converged": fit.converged}
     best = {"value": figure["value"], "epoch": None, "lr": None}

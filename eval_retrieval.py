@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,9 +57,10 @@ def main() -> None:
             os.makedirs(args.dump_features, exist_ok=True)
             for name, tensor in zip(FILES, features, strict=True):
                 save_checkpoint(tensor, os.path.join(args.dump_features, name))
-    check(*features, truth)
+    database, queries = features
+    check(database, queries, truth)
     if rank() == 0:
-        report(score(*features, truth), args.dataset, run)
+        report(score(database, queries, truth), args.dataset, run)
 
 
 def encode(
@@ -66,7 +68,7 @@ def encode(
 ) -> list[torch.Tensor]:
     """Features of the database (N, F) and of the queries (Q, F), L2-normalised."""
     parts = [RetrievalImages(truth, q, args.imsize, args.crop_query) for q in (False, True)]
-    encoder = load_pretrained_encoder(args, config, run)
+    encoder: nn.Module = load_pretrained_encoder(args, config, run)
     if args.multiscale:
         encoder = MultiScale(encoder)
     return [
@@ -130,7 +132,7 @@ def check(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> 
 def score(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> dict:
     """``mAP`` and ``mP@k`` by difficulty in per cent; None where no query has positives."""
     rankings = rank_images(F.normalize(database).numpy(), F.normalize(queries).numpy())
-    results = {"mAP": {}, "mP@k": {}}
+    results: dict[str, dict[str, Any]] = {"mAP": {}, "mP@k": {}}
     for difficulty in DIFFICULTIES:
         scores = score_difficulty(rankings, truth.labels, difficulty)
         results["mAP"][difficulty] = per_cent(scores["mAP"])

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from data.davis import (
 from models.label_propagation import LabelPropagation
 from models.patch_features import STRIDE, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from models.timm_backbone import Backbone
 from utils.arguments import parse_arguments
 from utils.distributed import rank, world_size
 from utils.errors import UserError
@@ -84,7 +84,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def segment(
-    video: Video, encoder: nn.Module, run: Run, args: argparse.Namespace
+    video: Video, encoder: Backbone, run: Run, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Carry the first mask through a video and write the masks of all frames.
 
@@ -96,15 +96,17 @@ def segment(
     mask = read_mask(video.annotations[0], shape)
     fitted = fit_frame(frame, args.short_side)
     features = encode(encoder, fitted, run)
+    height, width, _ = features.shape
     propagation = LabelPropagation(
         features,
-        one_hot(mask, features.shape[:2]).to(run.device),
+        one_hot(mask, (height, width)).to(run.device),
         args.n_last_frames,
         args.size_mask_neighborhood or None,
         args.topk,
     )
     write(video, 0, frame, mask, run, args.overlay)
     objects = range(1, int(mask.max()) + 1)
+    values: dict[int, dict[str, list[float]]]
     values = {number: {name: [] for name in METRICS} for number in objects}
     for i in range(1, len(video.frames)):
         frame = read_frame(video.frames[i])
@@ -132,7 +134,7 @@ def segment(
     }
 
 
-def encode(encoder: nn.Module, frame: np.ndarray, run: Run) -> torch.Tensor:
+def encode(encoder: Backbone, frame: np.ndarray, run: Run) -> torch.Tensor:
     """A frame, H x W x 3 of uint8 -> patch features, (h, w, C) in float32."""
     with run.precision.autocast():
         features = patch_features(encoder, normalize(to_tensor(frame)[None].to(run.device)))
@@ -191,11 +193,11 @@ def report(per_object: dict[str, dict[str, float]], run: Run) -> None:
     }
     results = {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2} | means
     run.logger.info(" ".join(f"{name} {value:.4f}" for name, value in results.items()))
-    results["per_object"] = {
+    two = {
         name: {column: scores[column] for column in ("J-Mean", "F-Mean")}
         for name, scores in per_object.items()
     }
-    write_results(run, results)
+    write_results(run, {**results, "per_object": two})
     with open(os.path.join(run.folder, "per_object.csv"), "w", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["object", *columns])

@@ -1,5 +1,6 @@
 """The backbones for ``torch.hub.load``, of a clone or of a repository."""
 
+import collections.abc
 import os
 import sys
 
@@ -34,7 +35,7 @@ def _import_own():
 _ENCODERS, _create, _load = _import_own()
 
 
-def _entry(encoder: str):
+def _entry(encoder: str) -> collections.abc.Callable:
     def create(checkpoint=None, key="encoder", **options):
         model = _create(encoder, **options)
         if checkpoint is not None:

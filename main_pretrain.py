@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -15,7 +16,7 @@ from yacs.config import CfgNode
 
 from data.augmentation import normalize
 from data.bad_images import BadImages
-from data.loader import build_pretraining_loader
+from data.loader import TrainingLoader, build_pretraining_loader
 from lr_scheduler import build_scheduler, scale_learning_rates
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
@@ -63,7 +64,7 @@ class Training:
 
     config: CfgNode
     run: Run
-    loader: DataLoader
+    loader: TrainingLoader
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
@@ -251,7 +252,8 @@ def to_device(views: list[torch.Tensor], device: torch.device) -> list[torch.Ten
 
 def queues_of(model: nn.Module) -> tuple[torch.Tensor, ...]:
     """queue1 and queue2, nothing if the method has none."""
-    return (model.queue1, model.queue2) if hasattr(model, "queue1") else ()
+    own: Any = model  # a method outside of this repository may have them too
+    return (own.queue1, own.queue2) if hasattr(own, "queue1") else ()
 
 
 def check_batch(config: CfgNode, model: MomentumMethod) -> None:
