@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data import davis, retrieval
 from data.image import check_head, read_file, read_rgb
 from data.loader import quiet_worker
-from data.source import open_source
+from data.source import ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.errors import UserError
 from utils.launch import run_script
@@ -113,7 +113,7 @@ class Frames(Images):
 class Problems(Dataset):
     """What is wrong with each image of ``source``: one line, or None."""
 
-    def __init__(self, source, fast: bool) -> None:
+    def __init__(self, source: ImageSource | Images, fast: bool) -> None:
         self.source, self.fast = source, fast
 
     def __len__(self) -> int:
@@ -131,8 +131,8 @@ class Problems(Dataset):
         return None
 
 
-def open_split(args: argparse.Namespace, split: str):
-    """The images of a split, with ``names``, ``labels``, ``classes`` and ``read_image(index)``.
+def open_split(args: argparse.Namespace, split: str) -> ImageSource | Images:
+    """The images of a split.
 
     Raises:
         UserError: what is missing or damaged.
@@ -148,7 +148,7 @@ def open_split(args: argparse.Namespace, split: str):
     return open_transfer_set(args.dataset, args.data_path, split)
 
 
-def check_images(source, split: str, args: argparse.Namespace) -> int:
+def check_images(source: ImageSource | Images, split: str, args: argparse.Namespace) -> int:
     """Read every image, print a line for each bad one, and return how many there are."""
     loader = DataLoader(
         Problems(source, args.fast),
@@ -172,7 +172,7 @@ def check_images(source, split: str, args: argparse.Namespace) -> int:
     return bad
 
 
-def summarize(dataset: str, split: str, source, bad: int) -> None:
+def summarize(dataset: str, split: str, source: ImageSource | Images, bad: int) -> None:
     """Print what a split holds, and where it differs from the official one."""
     images, classes = len(source.names), len(source.classes)
     kinds = f" of {classes} classes" if classes else ""

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -32,7 +33,7 @@ from utils.errors import UserError
 from utils.launch import run_script
 
 # the model of timm with the same layers, and what to tell its constructor
-TIMM_MODELS = {
+TIMM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_nano": (
         "vit_tiny_patch16_224",
         {"patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4},
@@ -163,6 +164,7 @@ def write_onnx(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -
         dynamo=True,
         verbose=False,
     )
+    assert program is not None  # with ``dynamo``
     program.model.metadata_props.update(metadata)
     program.save(path)
     try:

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -43,14 +44,14 @@ def draw_map(
     rest = ~np.isin(labels, shown)
     if rest.any():
         name = f"{len(present) - len(shown)} more classes"
-        axes.scatter(*points[rest].T, size / 2, OTHERS, linewidths=0, label=name)
+        x, y = points[rest].T
+        axes.scatter(x, y, size / 2, OTHERS, linewidths=0, label=name)
     for number, label in enumerate(shown):
         marker, colour = MARKERS[number // len(COLOURS)], COLOURS[number % len(COLOURS)]
         name = textwrap.shorten(classes[label].replace("_", " "), 28, placeholder="…")
         name = name if name != "…" else classes[label][:27] + "…"
-        own = points[labels == label].T
-        style = {"marker": marker, "alpha": 0.8, "linewidths": 0}
-        axes.scatter(*own, size, colour, label=name, **style)
+        x, y = points[labels == label].T
+        axes.scatter(x, y, size, colour, marker=marker, alpha=0.8, linewidths=0, label=name)
     axes.set_axis_off()
     axes.margins(0.02)
     # as high as the map: beside it, in as many columns as that takes
@@ -77,6 +78,7 @@ def embed(features: np.ndarray, method: str, seed: int) -> np.ndarray:
     count = len(features)
     if count < 3:
         raise UserError(f"a map needs at least 3 images, got {count}: raise --images")
+    options: dict[str, Any]
     try:
         if method == "umap":
             from umap import UMAP as Layout

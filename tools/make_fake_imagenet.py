@@ -125,7 +125,8 @@ def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray
         light = 7 * turn % 1 < 0.5
     elif texture == "blobs":
         noise = rng.normal(size=(9, 9)).astype(np.float32)
-        light = cv2.remap(noise, *(np.float32(2 * x % 8) for x in (a, b)), cv2.INTER_LINEAR) > 0
+        x, y = ((2 * place % 8).astype(np.float32) for place in (a, b))
+        light = cv2.remap(noise, x, y, cv2.INTER_LINEAR) > 0
     elif texture == "bricks":
         light = np.minimum(2 * b % 1, (a + 0.5 * np.floor(2 * b)) % 1 / 0.8) < 0.25
     elif texture == "dartboard":

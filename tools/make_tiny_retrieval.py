@@ -31,13 +31,13 @@ def write_retrieval(
     """Write ``<folder>/<dataset>/`` with jpg/ and the ground truth; returns its path."""
     root = os.path.join(folder, dataset)
     os.makedirs(os.path.join(root, "jpg"), exist_ok=True)
-    truth = {"imlist": [], "qimlist": [], "gnd": []}
+    truth: dict[str, list] = {"imlist": [], "qimlist": [], "gnd": []}
     for number in range(landmarks):
         rng = np.random.default_rng((seed, number))
         counts = {"easy": 3 if number else 0, "hard": 2 if number > 1 else 0}
         counts |= {"junk": 2 if number != 2 else 0, "other": 3}
         facade = draw_facade(rng)
-        entry = {}
+        entry: dict[str, list] = {}
         for label, count in counts.items():
             entry[label] = list(range(len(truth["imlist"]), len(truth["imlist"]) + count))
             for i in range(count):
@@ -65,7 +65,8 @@ def draw_facade(rng: np.random.Generator) -> np.ndarray:
             corner = np.array([column * 120 / columns, row * 160 / rows]) + 4
             end = corner + np.array([120 / columns, 160 / rows]) * rng.uniform(0.4, 0.8, 2)
             colour = colours[int(rng.integers(2))].tolist()
-            cv2.rectangle(facade, *(tuple(map(int, p)) for p in (corner, end)), colour, -1)
+            first, last = (tuple(map(int, point)) for point in (corner, end))
+            cv2.rectangle(facade, first, last, colour, -1)
     return facade
 
 

@@ -11,6 +11,7 @@ import pickle
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -80,10 +81,11 @@ class Python2Pickler(pickle._Pickler):
     def save_string(self, value: str | bytes) -> None:
         """Write a string."""
         content = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-        self.memoize(value)
+        pickler: Any = self  # the types of pickle leave out what follows
+        pickler.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        pickler.memoize(value)
 
-    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
+    dispatch: ClassVar[Any] = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
 
 
 def write_python2_pickle(path: Path, value: dict) -> None:
@@ -141,7 +143,7 @@ def flowers102(folder: Path) -> None:
     folder = folder / "flowers-102"
     parts = ["trnid", "valid"] + ["tstid"] * TEST
     labels = np.repeat(np.arange(102), len(parts))
-    for number, label in enumerate(labels, 1):
+    for number, label in enumerate(labels.tolist(), 1):
         write_image(folder / "jpg" / f"image_{number:05}.jpg", label)
     numbers = np.arange(1, len(labels) + 1).reshape(102, len(parts))
     ids = {part: numbers[:, np.array(parts) == part].reshape(1, -1) for part in parts}

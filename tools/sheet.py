@@ -28,8 +28,8 @@ class Tile:
 def fit(image: Image.Image) -> Image.Image:
     """The image with a longer side of ``TILE``."""
     scale = TILE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def draw_sheet(rows: list[list[Tile]], notes: tuple[str, ...] = ()) -> Image.Image:

@@ -6,6 +6,7 @@ Run as ``python -m tools.visualize attention --cfg ...`` from the root of the re
 import argparse
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from data.augmentation import normalize
 from data.dataset import to_tensor
 from data.image import read_rgb
 from data.loader import add_dataset_arguments, build_source, encode_images
+from data.source import ImageSource
 from models.attention import class_attention
 from models.patch_features import patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
@@ -86,7 +88,7 @@ class Files:
         if not self.names:
             raise UserError(f"--files {' '.join(paths)}: no images there")
         self.classes: list[str] = []
-        self.labels = [-1] * len(self.names)
+        self.labels: list[int] | np.ndarray = [-1] * len(self.names)
 
     def read_image(self, index: int) -> Image.Image:
         """Image ``index`` in RGB."""
@@ -96,10 +98,10 @@ class Files:
 class Chosen:
     """Some images of a source."""
 
-    def __init__(self, source, indices: np.ndarray) -> None:
+    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices.tolist()
         self.names = [source.names[i] for i in self.indices]
-        self.labels = [source.labels[i] for i in self.indices]
+        self.labels: list[int] | np.ndarray = [source.labels[i] for i in self.indices]
         self.classes = source.classes
 
     def read_image(self, index: int) -> Image.Image:
@@ -121,7 +123,7 @@ def choose(args: argparse.Namespace, config: CfgNode, count: int) -> Chosen:
     return Chosen(source, order[np.argsort(rounds, kind="stable")][: args.images or count])
 
 
-def caption(images, index: int) -> str:
+def caption(images: ImageSource, index: int) -> str:
     """The class of an image, or the name of its file."""
     label = images.labels[index]
     return images.classes[label] if label >= 0 else os.path.basename(images.names[index])
@@ -137,7 +139,14 @@ def resized(image: Image.Image, size: int, encoder: nn.Module) -> Image.Image:
 
 
 @torch.inference_mode()
-def of_patches(function, args, config: CfgNode, images, encoder: nn.Module, run: Run) -> list:
+def of_patches(
+    function: Callable[..., torch.Tensor],
+    args: argparse.Namespace,
+    config: CfgNode,
+    images: ImageSource,
+    encoder: nn.Module,
+    run: Run,
+) -> list[torch.Tensor]:
     """``function(encoder, image)`` of each image by itself, since their sizes differ."""
     size = args.size or 2 * config.DATA.IMG_SIZE
     found = []
@@ -149,7 +158,9 @@ def of_patches(function, args, config: CfgNode, images, encoder: nn.Module, run:
     return found
 
 
-def draw_attention(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+def draw_attention(
+    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
+) -> Image.Image:
     """For each image the attention of the class token: the mean of the heads, then each head."""
     rows = []
     for index, heads in enumerate(of_patches(class_attention, args, config, images, encoder, run)):
@@ -166,7 +177,9 @@ def draw_attention(args, config: CfgNode, images, encoder: nn.Module, run: Run) 
     return draw_sheet(rows, (note,))
 
 
-def draw_components(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+def draw_components(
+    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
+) -> Image.Image:
     """Each image beside its patches coloured by the first three principal components."""
     features = of_patches(patch_features, args, config, images, encoder, run)  # hxwxC each
     coloured = principal_colours(features, args.foreground)
@@ -219,13 +232,15 @@ def principal_components(rows: torch.Tensor, count: int) -> torch.Tensor:
     return centered @ (directions * largest.sign())
 
 
-def _border(grid: tuple[int, int]) -> torch.Tensor:
+def _border(grid: tuple[int, ...]) -> torch.Tensor:
     border = torch.ones(grid, dtype=torch.bool)
     border[1:-1, 1:-1] = False
     return border
 
 
-def draw_neighbours(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+def draw_neighbours(
+    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
+) -> Image.Image:
     """A row for each image: it, then its nearest training images with their similarities."""
     train = build_source(config, "train", args.download)
     if np.ndim(train.labels) > 1:
@@ -249,7 +264,9 @@ def draw_neighbours(args, config: CfgNode, images, encoder: nn.Module, run: Run)
     return draw_sheet(rows, (note,))
 
 
-def draw_features(args, config: CfgNode, images, encoder: nn.Module, run: Run) -> Image.Image:
+def draw_features(
+    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
+) -> Image.Image:
     """The features of the images in the plane, coloured by class."""
     features, labels = encode_images(config, encoder, images, run, normalize=True)
     names = images.classes or ["images"]
