@@ -65,7 +65,7 @@ def main() -> None:
 
 def flatten(results: dict, prefix: str = "") -> list[tuple[str, float]]:
     """Nested results as (dotted name, value)."""
-    pairs = []
+    pairs: list[tuple[str, float]] = []
     for name, value in results.items():
         nested = isinstance(value, dict)
         pairs += flatten(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]

@@ -5,7 +5,10 @@ import logging
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.multiprocessing as mp
@@ -16,6 +19,7 @@ from main_pretrain import update
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import create_encoder, use_fused_attention
 from models.synco import SynCo
+from models.timm_backbone import Backbone
 from optimizer import build_optimizer
 from tools.plain import PlainSynCo, momentum_loop
 from tools.timing import compare, compare_apart
@@ -28,13 +32,17 @@ from utils.precision import Precision
 HEAD_PASSES = 5  # in one timed run: a pass is short beside a change of processes
 
 
-class Nothing(torch.nn.Module):
+Results = SimpleQueue  # what a process of its own returns
+Method = TypeVar("Method", bound=SynCo)
+
+
+class Nothing(Backbone):
     """An encoder for measuring the heads alone."""
 
     num_features = 8
 
 
-def synco(kind: type[SynCo], args: argparse.Namespace, encoder: str | None = None) -> SynCo:
+def synco(kind: type[Method], args: argparse.Namespace, encoder: str | None = None) -> Method:
     """A SynCo of ``kind`` that makes synthetic negatives in every epoch.
 
     Its process allocates memory as the scripts do, except for the plain form.
@@ -42,13 +50,18 @@ def synco(kind: type[SynCo], args: argparse.Namespace, encoder: str | None = Non
     torch.manual_seed(0)
     if kind is SynCo:
         keep_freed_memory()
-    encoders = [
+    online, keys = (
         create_encoder(encoder, args.size, drop_path_rate=rate) if encoder else Nothing()
         for rate in (0.2, 0.0)
-    ]
-    counts = (args.negatives,) * 6
-    method = kind(*encoders, num_negatives=args.queue, n_hard=args.hard, counts=counts)
-    method.warmup_epochs, method.cooldown_epochs = 0, 0
+    )
+    method = kind(
+        online,
+        keys,
+        num_negatives=args.queue,
+        n_hard=args.hard,
+        counts=(args.negatives,) * 6,
+        warmup_epochs=0,
+    )
     return method.to(args.device)
 
 
@@ -58,7 +71,7 @@ def head_pass(method: SynCo, q: torch.Tensor, k: torch.Tensor) -> None:
     method._contrast(q, k, method.queue1, 0)[0].backward()
 
 
-def extra_memory(kind: type[SynCo], args: argparse.Namespace, results) -> None:
+def extra_memory(kind: type[SynCo], args: argparse.Namespace, results: Results) -> None:
     """Put the bytes that a pass takes on top of its inputs into a queue of results."""
     method = synco(kind, args)
     q, k = F.normalize(torch.randn(2, args.head_batch, 256, device=args.device), dim=2)
@@ -81,7 +94,7 @@ def peak_memory() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def in_new_process(function: Callable, *arguments):
+def in_new_process(function: Callable, *arguments: Any) -> Any:
     """What ``function(*arguments, results)`` puts into its queue, from a process of its own."""
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
@@ -167,9 +180,10 @@ def plain_step(method: PlainSynCo, views: torch.Tensor) -> Callable:
         output = method(*views, epoch=0)
         optimizer.zero_grad(set_to_none=False)
         output.loss.backward()
-        norm = sum(p.grad.norm().item() ** 2 for p in learned) ** 0.5
-        for p in learned:
-            p.grad.mul_(min(1.0, 5.0 / norm))
+        gradients = [p.grad for p in learned if p.grad is not None]
+        norm = sum(g.norm().item() ** 2 for g in gradients) ** 0.5
+        for g in gradients:
+            g.mul_(min(1.0, 5.0 / norm))
         optimizer.step()
         method.enqueue(*output.keys)
 
@@ -182,9 +196,14 @@ def matmul_rate(args: argparse.Namespace, dtype: torch.dtype = torch.float32) ->
     for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (6304, 384, 1536), (6304, 1536, 384)):
         a = torch.randn(m, k, device=args.device, dtype=dtype)
         b = torch.randn(k, n, device=args.device, dtype=dtype)
-        seconds = compare(5, product=lambda a=a, b=b: a @ b)["product"]
+        seconds = compare(5, product=partial(torch.matmul, a, b))["product"]
         best = max(best, 2 * m * k * n / seconds)
     return best
+
+
+def note_rate(rates: list[float], args: argparse.Namespace) -> None:
+    """Add what ``matmul_rate`` measures."""
+    rates.append(matmul_rate(args))
 
 
 def build_step(form: str, encoder: str, args: argparse.Namespace) -> Callable:
@@ -215,7 +234,7 @@ def step(args: argparse.Namespace) -> dict:
         times = compare_apart(
             args.rounds,
             args.warm_up,
-            {"limit": lambda limits=limits: limits.append(matmul_rate(args))},
+            {"limit": partial(note_rate, limits, args)},
             **{form: (build_step, (form, encoder, args)) for form in ("plain", "O0", "O1")},
         )
         rate = step_flops(encoder, args) / times["O0"]
@@ -259,7 +278,9 @@ def momentum(args: argparse.Namespace) -> dict:
     }
 
 
-def worker(rank: int, processes: int, address: str, args: argparse.Namespace, results) -> None:
+def worker(
+    rank: int, processes: int, address: str, args: argparse.Namespace, results: Results
+) -> None:
     """Time the updates of one process of a group that computes on the CPU, a core each."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
@@ -270,7 +291,7 @@ def worker(rank: int, processes: int, address: str, args: argparse.Namespace, re
     torch.distributed.destroy_process_group()
 
 
-def group(processes: int, args: argparse.Namespace, results) -> None:
+def group(processes: int, args: argparse.Namespace, results: Results) -> None:
     """Run ``worker`` in a group of processes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (processes, f"file://{folder}/store", args, results)

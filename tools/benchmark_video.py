@@ -4,8 +4,10 @@ Run as ``python -m tools.benchmark_video`` from the root of the repository.
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -67,8 +69,8 @@ def time_video(name: str, frames: int, objects: int, device: torch.device) -> tu
     for _ in range(frames):
         seconds, features = timed(lambda: patch_features(encoder, image)[0], device)
         encoding.append(seconds)
-        propagating.append(timed(lambda f=features: propagation.step(f), device)[0])
-    return tuple(float(torch.tensor(part).median()) for part in (encoding, propagating))
+        propagating.append(timed(partial(propagation.step, features), device)[0])
+    return statistics.median(encoding), statistics.median(propagating)
 
 
 def outside_by_loops(height: int, width: int, radius: int) -> torch.Tensor:

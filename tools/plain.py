@@ -3,8 +3,12 @@
 Eager, float32, one thing after the other, as a first reading of the papers would be written.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from data.augmentation import Augmentation, apply_view, draw_view
 from data.image import decode_rgb
@@ -14,12 +18,14 @@ from models.synco import Draws, SynCo
 class PlainSynCo(SynCo):
     """SynCo that passes each view by itself, builds its negatives, and averages in a loop."""
 
-    def __init__(self, *arguments, **options) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         for name in ("queue1", "queue2"):  # as one would write dim x K
             setattr(self, name, getattr(self, name).contiguous())
 
-    def _encode(self, encoder, view1, view2):
+    def _encode(
+        self, encoder: nn.Module, view1: torch.Tensor, view2: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return encoder(view1), encoder(view2)
 
     @torch.no_grad()
@@ -40,7 +46,9 @@ class PlainSynCo(SynCo):
         normal = torch.randn(batch, self.counts[3], dim, device=hard.device)
         return Draws(columns, uniform, normal)
 
-    def synthetic(self, q, similarity, queue, draws: Draws) -> list[torch.Tensor]:
+    def synthetic(
+        self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, draws: Draws
+    ) -> list[torch.Tensor]:
         """The negatives as unit vectors, B x N_i x dim each, and their products with q."""
         n = [queue.T[columns] for columns in draws.columns]
         query = q.detach()[:, None]
@@ -78,7 +86,9 @@ def momentum_loop(online: torch.nn.Module, keys: torch.nn.Module, momentum: floa
         p_k.data = p_k.data * momentum + p.data * (1 - momentum)
 
 
-def pil_views(content: bytes, augmentations: tuple[Augmentation, ...], size: int, rng) -> list:
+def pil_views(
+    content: bytes, augmentations: tuple[Augmentation, ...], size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Decode and draw views with PIL and torchvision, one operation after the other."""
     image = decode_rgb(content, "image")
     return [apply_view(image, draw_view(rng, *image.size, a), size) for a in augmentations]
