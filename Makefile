@@ -17,10 +17,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the slow tests run scripts in processes of their own, which coverage does not see
+# a core for each of up to four test processes; the slow tests run scripts in processes of their own,
+# which coverage does not see
+test: export OMP_NUM_THREADS = 1
+test: PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
+	$(PYTEST) -m slow
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
