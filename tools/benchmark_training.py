@@ -22,7 +22,7 @@ from models.synco import SynCo
 from models.timm_backbone import Backbone
 from optimizer import build_optimizer
 from tools.plain import PlainSynCo, momentum_loop
-from tools.timing import compare, compare_apart
+from tools.timing import CONTEXT, compare, compare_apart
 from utils.config import load_config
 from utils.distributed import data_parallel, init_process_group
 from utils.launch import Run
@@ -32,6 +32,7 @@ from utils.precision import Precision
 HEAD_PASSES = 5  # in one timed run: a pass is short beside a change of processes
 
 
+CONTEXT.set_forkserver_preload([__name__])
 Results = SimpleQueue  # what a process of its own returns
 Method = TypeVar("Method", bound=SynCo)
 
@@ -96,9 +97,8 @@ def peak_memory() -> int:
 
 def in_new_process(function: Callable, *arguments: Any) -> Any:
     """What ``function(*arguments, results)`` puts into its queue, from a process of its own."""
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=function, args=(*arguments, results))
+    results = CONTEXT.SimpleQueue()
+    process = CONTEXT.Process(target=function, args=(*arguments, results))
     process.start()
     process.join()  # a result is smaller than a pipe, so it ends without a reader
     if process.exitcode:
@@ -295,7 +295,7 @@ def group(processes: int, args: argparse.Namespace, results: Results) -> None:
     """Run ``worker`` in a group of processes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (processes, f"file://{folder}/store", args, results)
-        mp.spawn(worker, arguments, processes)
+        mp.start_processes(worker, arguments, processes, start_method="forkserver")
 
 
 def scaling(args: argparse.Namespace) -> dict:

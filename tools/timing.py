@@ -10,6 +10,8 @@ import torch
 import torch.multiprocessing as mp
 
 Function = Callable[[], object]
+# new processes are copies of one that has imported what they need, and nothing more
+CONTEXT = mp.get_context("forkserver")
 
 
 def compare(rounds: int, **functions: Function) -> dict[str, float]:
@@ -36,11 +38,10 @@ def compare_apart(
     Raises:
         SystemExit: a process ended.
     """
-    context = mp.get_context("spawn")
     pipes, processes = {}, []
     for name, (build, arguments) in builders.items():
-        pipes[name], other = context.Pipe()
-        process = context.Process(target=_host, args=(other, build, arguments), daemon=True)
+        pipes[name], other = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_host, args=(other, build, arguments), daemon=True)
         process.start()
         other.close()  # so that the pipe ends with the process
         processes.append(process)
