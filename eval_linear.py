@@ -338,7 +338,7 @@ def probe_by_lbfgs(
         run.logger.warning("L-BFGS has not converged: take the figures with care")
     figure = score_classifier(fit.scores(test_features), test_labels, metric)
     if figure is None:
-        raise UserError("L-BFGS has diverged: the scores are not finite")
+        raise UserError("L-BFGS has diverged, the scores are not finite: take --probe sgd")
     found = {"probe": "lbfgs", "l2": l2, "iterations": fit.iterations}
     found |= {"gradient_norm": fit.gradient_norm, "converged": fit.converged}
     best = {"value": figure["value"], "epoch": None, "lr": None}

@@ -108,7 +108,10 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
     """
     source = build_source(config, split)
     if not isinstance(source, FileSource):
-        raise UserError(f"DATA.DATASET {config.DATA.DATASET}: pre-training needs image files")
+        raise UserError(
+            f"DATA.DATASET {config.DATA.DATASET}: its images are no files, which pre-training "
+            "needs: lay them out as DATA.DATASET imagenet"
+        )
     try:
         views = view_augmentations(config.AUG.SSL_AUG_TYPE, config.AUG.SSL_AUG_CROP)
     except ValueError as error:

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_images
+from conftest import ROOT, TINY, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,6 +28,7 @@ from data.image import decode_rgb
 from data.loader import build_pretraining_loader
 from data.sampler import EpochBatches
 from data.source import FolderSource, ZipSource, open_source
+from tools.make_tiny_transfer import write_tiny
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -309,3 +310,11 @@ def test_test_images_are_cropped_in_the_middle(tmp_path, crop):
     # of 64 rows after the resize the middle 32 remain, or all 200 became 32
     top = 200 * 16 / 64 if crop else 0
     assert abs(float(image[:, 0].float().mean()) - top) < 6
+
+
+def test_pretraining_needs_images_that_are_files(tmp_path, process_group):
+    write_tiny("cifar10", str(tmp_path))
+    opts = [*TINY, "DATA.DATASET", "cifar10", "DATA.DATA_PATH", str(tmp_path)]
+    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
+    with pytest.raises(UserError, match=r"DATA\.DATASET cifar10: its images are no files"):
+        build_pretraining_loader(config)
