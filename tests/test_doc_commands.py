@@ -74,6 +74,7 @@ def places(imagenet, tmp_path_factory):
     for run in ("synco", "moby"):
         write_run(words["OUT"] / run)
         words[f"OUT/{run}/TAG"] = words["OUT"] / run
+        words[f"demo/runs/demo__{run}__vit_nano/trained"] = words["OUT"] / run
     write_images(root / "photos")
     return words | {"PHOTOS": root / "photos"}
 
