@@ -4,7 +4,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -252,8 +251,7 @@ def to_device(views: list[torch.Tensor], device: torch.device) -> list[torch.Ten
 
 def queues_of(model: nn.Module) -> tuple[torch.Tensor, ...]:
     """queue1 and queue2, nothing if the method has none."""
-    own: Any = model  # a method outside of this repository may have them too
-    return (own.queue1, own.queue2) if hasattr(own, "queue1") else ()
+    return tuple(getattr(model, name) for name in ("queue1", "queue2") if hasattr(model, name))
 
 
 def check_batch(config: CfgNode, model: MomentumMethod) -> None:
