@@ -269,6 +269,16 @@ def test_queues_start_as_unit_noise_alike_everywhere():
     assert not queues[0].queue1.equal(queues[0].queue2)
 
 
+def test_keys_lie_side_by_side_also_after_a_checkpoint():
+    method = MoBY(Features(), Features(), num_negatives=8)
+    published = {name: value.contiguous() for name, value in method.state_dict().items()}
+    method.load_state_dict(published)
+    method.enqueue(*torch.ones(2, 3, method.dim))
+    for queue in (method.queue1, method.queue2):
+        assert queue.shape == published["queue1"].shape == (method.dim, 8)
+        assert queue.T.is_contiguous()
+
+
 @pytest.mark.parametrize(("layers", "out"), [(0, 8), (1, 256), (2, 256), (3, 256)])
 def test_heads(layers, out):
     head = MLPHead(8, num_layers=layers)
