@@ -9,11 +9,14 @@ job=$1 nodes=$2 first=$3
 data=$DATA
 if [ -n "$LOCAL_DISK" ]; then
     data=$LOCAL_DISK/$(basename "$DATA")
-    if [ ! -e "$data/.complete" ]; then
-        mkdir -p "$data"
-        cp -R "$DATA/." "$data"
-        touch "$data/.complete"
-    fi
+    mkdir -p "$data"
+    (
+        flock 9  # jobs that share the disk wait for the first one's copy
+        if [ ! -e "$data/.complete" ]; then
+            cp -R "$DATA/." "$data"
+            touch "$data/.complete"
+        fi
+    ) 9> "$data/.lock"
 fi
 
 # in place of this shell, so that the scheduler's signals reach torchrun

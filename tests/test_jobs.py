@@ -38,6 +38,7 @@ COMMANDS = {
 if [ "$1" = show ]; then echo localhost; echo localhost; else echo "$@" >> "$QUEUE"; fi
 """,
     "qsub": '#!/usr/bin/env bash\necho "$@" >> "$QUEUE"\n',
+    "cp": '#!/usr/bin/env bash\necho "$@" >> "$QUEUE.copies"\nsleep 1\nexec /bin/cp "$@"\n',
     "qstat": '#!/usr/bin/env bash\necho "    Resource_List.walltime = $WALL_TIME"\n',
 }
 
@@ -118,12 +119,21 @@ def wait_for(condition, process: subprocess.Popen, folder: Path) -> None:
         time.sleep(0.2)
 
 
+def succeeds(process: subprocess.Popen, folder: Path) -> None:
+    try:
+        code = process.wait(200)
+    except subprocess.TimeoutExpired:
+        code = "none after 200 seconds"
+    assert code == 0, (folder / "job.txt").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["pretrain.slurm", "pretrain.pbs"])
 def test_two_nodes_train_on_copied_data(job, tmp_path, imagenet, script):
     disk = tmp_path / "disk"
     process = job(script, LOCAL_DISK=str(disk))
-    assert process.wait(240) == 0, (tmp_path / "job.txt").read_text()
+    succeeds(process, tmp_path)
+    assert len((tmp_path / "queue.copies").read_text().splitlines()) == 1  # the nodes share a disk
     folder = tmp_path / "out" / "run" / "default"
     assert (folder / "ckpt_epoch_1.pth").exists() and (folder / "log_rank1.txt").exists()
     assert metrics(tmp_path)[-1]["step"] == 2 * 24 // (NODES * 4)
@@ -137,7 +147,7 @@ def test_slurms_warning_queues_the_job_again_and_it_goes_on(job, tmp_path):
     process = job("pretrain.slurm", *long)
     wait_for(lambda: len(metrics(tmp_path)) > 3, process, tmp_path)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(90) == 0, (tmp_path / "job.txt").read_text()
+    succeeds(process, tmp_path)
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
     saved = metrics(tmp_path)[-1]["step"]
 
@@ -154,6 +164,6 @@ def test_slurms_warning_queues_the_job_again_and_it_goes_on(job, tmp_path):
 def test_pbs_job_counts_its_wall_time(job, tmp_path):
     long = ("TRAIN.EPOCHS", "2000", "MODEL.COOLDOWN_EPOCHS", "3000")
     process = job("pretrain.pbs", *long, WALL_TIME="00:01:00", MARGIN="20")
-    assert process.wait(150) == 0, (tmp_path / "job.txt").read_text()
+    succeeds(process, tmp_path)
     assert (tmp_path / "queue").read_text() == "jobs/pretrain.pbs\n"
     assert (tmp_path / "out" / "run" / "default" / "checkpoint.pth").exists()
