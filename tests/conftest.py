@@ -1,7 +1,9 @@
 """A tiny ImageNet, reference data, and ways to run the scripts."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
+
+PORTS = iter(range(20000, 21000))
 
 # what makes a run tiny, as --opts
 TINY = [
@@ -85,7 +89,7 @@ def run_script(script: str, *arguments, processes: int = 0, launcher: str = "tor
     if processes:
         module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}
         command += ["-m", module[launcher], f"--nproc_per_node={processes}"]
-        command += ["--master_port", str(_free_port())]
+        command += ["--master_port", str(free_port())]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
         [*command, str(ROOT / script), *map(str, arguments)],
@@ -99,12 +103,15 @@ def run_script(script: str, *arguments, processes: int = 0, launcher: str = "tor
     )
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def free_port() -> int:
+    """A port that nothing else takes before its use: none that the kernel lends to connections,
+    and of each process of the tests its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in PORTS:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("", port + 1000 * worker))
+            return port + 1000 * worker
+    raise RuntimeError("no free port")
 
 
 def spawn(function, processes: int, *arguments) -> None:

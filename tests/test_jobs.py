@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, _free_port
+from conftest import ROOT, TINY, free_port
 
 SCRIPTS = sorted((ROOT / "jobs").iterdir())
 NODES = 2
@@ -73,7 +73,7 @@ def job(imagenet, tmp_path):
             "DATA": str(imagenet),
             "OUTPUT": str(tmp_path / "out"),
             "PROCESSES": "1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "FLAGS": " ".join(["--opts", *TINY, "MODEL.NAME", "run", *opts]),
             "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURM_JOB_ID": "7",
@@ -151,7 +151,7 @@ def test_slurms_warning_queues_the_job_again_and_it_goes_on(job, tmp_path):
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
     saved = metrics(tmp_path)[-1]["step"]
 
-    again = job("pretrain.slurm", *long, MASTER_PORT=str(_free_port()))
+    again = job("pretrain.slurm", *long, MASTER_PORT=str(free_port()))
     wait_for(lambda: metrics(tmp_path)[-1]["step"] > saved, again, tmp_path)
     log = (tmp_path / "out" / "run" / "default" / "log_rank0.txt").read_text()
     assert f"at update {saved}" in log

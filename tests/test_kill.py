@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, _free_port
+from conftest import ROOT, TINY, free_port
 from test_main_pretrain import assert_same
 
 from utils.signals import RESUMABLE
@@ -150,7 +150,7 @@ def test_a_signal_before_training_ends_at_once(imagenet, tmp_path):
     """While the program waits for a second process that never comes, inside a library."""
     given = arguments(imagenet, tmp_path)
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main_pretrain.py"), *given],
         env=os.environ | environment,
@@ -195,7 +195,7 @@ def test_a_second_interrupt_ends_at_once(warm, imagenet, tmp_path):
 def torchrun(given: list[str], *flags: str) -> subprocess.Popen:
     """Two processes in a session of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *flags]
-    command += ["--master_port", str(_free_port()), str(ROOT / "main_pretrain.py"), *given]
+    command += ["--master_port", str(free_port()), str(ROOT / "main_pretrain.py"), *given]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -260,7 +260,7 @@ def test_one_of_two_killed_restarts(undisturbed_pair, imagenet, tmp_path):
 @pytest.mark.slow
 def test_the_other_process_ends_in_one_line(imagenet, tmp_path):
     """Without a launcher that would end it."""
-    port = str(_free_port())
+    port = str(free_port())
     given = pair(imagenet, tmp_path)
     processes = []
     for number in range(2):
