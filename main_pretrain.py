@@ -19,7 +19,7 @@ from data.loader import TrainingLoader, build_pretraining_loader
 from lr_scheduler import build_scheduler, scale_learning_rates
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
-from models.encoder import use_fused_attention
+from models.kernels import choose_kernels
 from models.knn_monitor import KnnMonitor
 from models.momentum import MomentumMethod, key_momentum
 from optimizer import build_optimizer
@@ -101,8 +101,7 @@ def pretrain(signals: StopSignals) -> None:
     steps_per_epoch = len(loader) // max(1, config.TRAIN.ACCUMULATION_STEPS)
 
     model = synchronize_batch_norm(build_method(config), run.device)
-    # the fused kernel's backward pass in bfloat16 is slow on the CPU
-    use_fused_attention(model, not (run.precision.enabled and run.device.type == "cpu"))
+    choose_kernels(model, run.precision)
     if config.COMPILE:
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()

@@ -1,7 +1,7 @@
 """The backbones by name."""
 
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
@@ -92,11 +92,3 @@ def _replace_norms(encoder: nn.Module, name: str) -> None:
         )
     for block, norm in norms:
         block.norm2 = SyncBatchNorm(norm.normalized_shape[0])
-
-
-def use_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Let all attention layers of timm in ``model`` run fused or step by step."""
-    # "Any", as torch's types allow no attributes of other types
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "fused_attn")]
-    for layer in layers:
-        layer.fused_attn = fused

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from models.kernels import linear
 from models.momentum import MomentumMethod, Output
 from models.timm_backbone import Backbone
 
@@ -69,7 +70,7 @@ class MoBY(MomentumMethod):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(q.device.type, enabled=False):
             positive = (q * k).sum(1, keepdim=True)  # Bx1
-            similarity = q @ queue  # BxK
+            similarity = linear(q, queue.T)  # BxK
             negatives = self.negatives(q, similarity, queue, epoch)
             logits = torch.cat([positive, *negatives], dim=1) / self.temperature
             target = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from main_pretrain import update
+from models import kernels
 from models.batch_norm import synchronize_batch_norm
-from models.encoder import create_encoder, use_fused_attention
+from models.encoder import create_encoder
 from models.synco import SynCo
 from models.timm_backbone import Backbone
 from optimizer import build_optimizer
@@ -46,11 +47,14 @@ class Nothing(Backbone):
 def synco(kind: type[Method], args: argparse.Namespace, encoder: str | None = None) -> Method:
     """A SynCo of ``kind`` that makes synthetic negatives in every epoch.
 
-    Its process allocates memory as the scripts do, except for the plain form.
+    Its process allocates memory as the scripts do, and the plain form's as Python does; that one
+    computes by torch's own kernels alone.
     """
     torch.manual_seed(0)
     if kind is SynCo:
         keep_freed_memory()
+    else:
+        kernels.ONEDNN = False
     online, keys = (
         create_encoder(encoder, args.size, drop_path_rate=rate) if encoder else Nothing()
         for rate in (0.2, 0.0)
@@ -155,7 +159,7 @@ def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callab
     config = load_config(str(Path(__file__).parent.parent / "configs/synco_vit_small.yaml"))
     run = Run("", device, Precision(level, device), logging.getLogger())
     method = synchronize_batch_norm(method, device)
-    use_fused_attention(method, not (run.precision.enabled and device.type == "cpu"))
+    kernels.choose_kernels(method, run.precision)
     optimizer = build_optimizer(config, method)
     ddp = data_parallel(method, device)
     size = (2, args.batch, args.size, args.size, 3)
@@ -219,7 +223,9 @@ def step_flops(encoder: str, args: argparse.Namespace) -> float:
     """Floating-point operations of an update: products, convolutions and attention."""
     images = 2  # the rest are alike
     method = synco(SynCo, args, encoder)
-    use_fused_attention(method, False)  # the fused kernel of the CPU is not counted
+    layers: list[Any] = list(method.modules())
+    for layer in layers:
+        layer.fused_attn = False  # the fused kernel of the CPU is not counted
     views = torch.randn(2, images, 3, args.size, args.size, device=args.device)
     with FlopCounterMode(display=False) as counter:
         method(*views, epoch=-1).loss.backward()
