@@ -194,20 +194,19 @@ def plain_step(method: PlainSynCo, views: torch.Tensor) -> Callable:
     return step
 
 
-def matmul_rate(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> float:
-    """The best floating-point operations a second of a matrix product over a few shapes."""
+def product_rate(product: Callable, args: argparse.Namespace) -> float:
+    """The best floating-point operations a second of ``product`` over a few shapes, in float32."""
     best = 0.0
     for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (6304, 384, 1536), (6304, 1536, 384)):
-        a = torch.randn(m, k, device=args.device, dtype=dtype)
-        b = torch.randn(k, n, device=args.device, dtype=dtype)
-        seconds = compare(5, product=partial(torch.matmul, a, b))["product"]
+        a, b = torch.randn(m, k, device=args.device), torch.randn(n, k, device=args.device)
+        seconds = compare(5, product=partial(product, a, b))["product"]
         best = max(best, 2 * m * k * n / seconds)
     return best
 
 
-def note_rate(rates: list[float], args: argparse.Namespace) -> None:
-    """Add what ``matmul_rate`` measures."""
-    rates.append(matmul_rate(args))
+def note_rates(rates: list[tuple[float, float]], args: argparse.Namespace) -> None:
+    """Add the rates of torch's own product and of the one that linear layers run on."""
+    rates.append((product_rate(F.linear, args), product_rate(kernels.linear, args)))
 
 
 def build_step(form: str, encoder: str, args: argparse.Namespace) -> Callable:
@@ -236,15 +235,16 @@ def step(args: argparse.Namespace) -> dict:
     """An update of SynCo: plain, float32 and autocast, and its share of the product rate."""
     results = {}
     for encoder in args.encoders:
-        limits: list[float] = []
+        rates: list[tuple[float, float]] = []
         times = compare_apart(
             args.rounds,
             args.warm_up,
-            {"limit": partial(note_rate, limits, args)},
+            {"rates": partial(note_rates, rates, args)},
             **{form: (build_step, (form, encoder, args)) for form in ("plain", "O0", "O1")},
         )
         rate = step_flops(encoder, args) / times["O0"]
-        limit = statistics.median(limits)
+        matmul, linear = (statistics.median(kind) for kind in zip(*rates, strict=True))
+        limit = max(matmul, linear)
         results[encoder] = {
             "plain_s": times["plain"],
             "O0": {
@@ -253,6 +253,8 @@ def step(args: argparse.Namespace) -> dict:
                 "gflops": rate / 1e9,
                 "limit_gflops": limit / 1e9,
                 "share_of_limit": rate / limit,
+                "matmul_gflops": matmul / 1e9,
+                "share_of_matmul": rate / matmul,
             },
             "O1": {"s": times["O1"], "ratio": times["O1"] / times["plain"]},
         }
