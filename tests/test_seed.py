@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from utils.seed import normal
+from utils.seed import PART, normal
 
 CPU = torch.device("cpu")
 
@@ -41,3 +41,18 @@ def test_draws_follow_from_torchs_seed():
         draws.append(normal((32, 6, 64), CPU))
     assert draws[0].equal(draws[1])
     assert not draws[0].equal(normal((32, 6, 64), CPU))
+
+
+def test_the_number_of_threads_changes_nothing(monkeypatch):
+    draws = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.manual_seed(5)
+        draws.append(normal((3, PART, 2), CPU))
+        product = torch.randn(300, 300) @ torch.ones(300)  # threads of OpenMP come back
+        assert product.isfinite().all()
+    assert draws[0].equal(draws[1]) and draws[0].equal(draws[2])
+    values = draws[0].flatten()
+    assert len(values[:PART].unique()) > 0.9 * PART
+    for part in values.split(PART)[1:]:
+        assert abs(np.corrcoef(values[:PART].numpy(), part.numpy())[0, 1]) < 5 / PART**0.5
