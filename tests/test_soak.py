@@ -13,7 +13,7 @@ from tools.soak import GROWTH, NAMES, report
 def samples(growing: str = "") -> np.ndarray:
     columns = [np.arange(100.0), *(np.full(100, 50.0) for _ in NAMES[1:])]
     if growing:
-        columns[NAMES.index(growing)] += np.linspace(0, 5, 100)
+        columns[NAMES.index(growing)] += np.linspace(0, 15, 100)
     return np.stack(columns, 1)
 
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 NAMES = ("seconds", "memory_mb", "files", "threads", "processes")
-GROWTH = {"memory_mb": 0.03, "files": 0.0, "threads": 0.0}  # shares that the end may add
+# shares that the end may add; files come and go with batches
+GROWTH = {"memory_mb": 0.03, "files": 0.1, "threads": 0.0}
+MEMORY = ("Pss_Anon", "Pss_Shmem")
 METRICS = Path("soak", "default", "metrics.jsonl")
 OPTS = [
     *("DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "16", "DATA.NUM_WORKERS", "2"),
@@ -70,14 +72,18 @@ def watch(process: subprocess.Popen, seconds: float, every: float) -> list[tuple
 
 
 def measure(pid: int) -> tuple[float, int, int, int] | None:
-    """Memory in MB (shared pages in parts), files, threads, and the number of processes."""
+    """Memory in MB, files, threads, and the number of processes.
+
+    Of the memory, shared pages in parts, without those of files: how many of these a process is
+    said to hold depends on what else runs.
+    """
     pids, memory, files, threads = [pid], 0, 0, 0
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
             pids += map(int, (task / "children").read_text().split())
         for each in pids:
             status = Path(f"/proc/{each}/smaps_rollup").read_text()
-            memory += int(status.split("\nPss:")[1].split()[0])
+            memory += sum(int(status.split(f"\n{k}:")[1].split()[0]) for k in MEMORY)
             files += len(os.listdir(f"/proc/{each}/fd"))
             threads += len(os.listdir(f"/proc/{each}/task"))
     except (OSError, IndexError):  # one of them is just ending
