@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 from yacs.config import CfgNode
 
-from data.features import check_features
-from data.loader import add_dataset_arguments, build_labelled_sources, encode_images
+from data.loader import add_dataset_arguments, build_labelled_sources
 from data.transfer import TRANSFER_SETS
-from models.knn import knn_classify
+from evaluation.classification_metrics import MAP
+from evaluation.features import check_features, encode_images
+from evaluation.knn import knn_classify
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_tensor, save_checkpoint
-from utils.classification_metrics import MAP
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.launch import Run, run_script, start, write_results
+from utils.run import Run, run_script, start, write_results
 
 # features and labels of the training images, then of the test images
 FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")

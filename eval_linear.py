@@ -17,20 +17,17 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data.augmentation import normalize
-from data.features import check_features
 from data.loader import (
     TrainingLoader,
     add_dataset_arguments,
     build_classification_loader,
     build_labelled_sources,
-    encode_images,
 )
 from data.source import ImageSource
 from data.transfer import TRANSFER_SETS
-from lr_scheduler import build_scheduler, scale_learning_rates
-from models import build_encoder
-from models.batch_norm import synchronize_batch_norm
-from models.linear import (
+from evaluation.classification_metrics import MAP
+from evaluation.features import check_features, encode_images
+from evaluation.linear import (
     LinearClassifiers,
     build_mixup,
     describe,
@@ -40,26 +37,28 @@ from models.linear import (
     score_heads,
     weights_digest,
 )
-from models.logistic_regression import choose_strength
+from evaluation.logistic_regression import choose_strength
+from evaluation.protocols import apply_protocol
+from lr_scheduler import build_scheduler, scale_learning_rates
+from models import build_encoder
+from models.batch_norm import synchronize_batch_norm
+from models.encoder import Backbone
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from models.timm_backbone import Backbone
 from optimizer import build_optimizer
 from utils.arguments import number_in, parse_arguments
 from utils.checkpoint import (
     LATEST,
-    checkpoint_to_resume,
     read_checkpoint,
     restore_training,
     save_checkpoint,
     training_state,
 )
-from utils.classification_metrics import MAP
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
-from utils.launch import Run, run_script, start, write_results
-from utils.measure import duration, measure_throughput, memory
-from utils.protocols import apply_protocol
+from utils.progress import checkpoint_to_resume
+from utils.run import Run, run_script, start, write_results
 from utils.seed import seed_libraries
+from utils.training_log import duration, measure_throughput, memory
 
 BEST = "best.pth"
 THROUGHPUT_STEPS = 30

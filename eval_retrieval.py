@@ -10,16 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
-from data.features import extract_features
 from data.loader import num_workers
 from data.retrieval import DATASETS, GroundTruth, RetrievalImages, read_ground_truth
+from evaluation.features import extract_features
+from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_tensor, save_checkpoint
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.launch import Run, run_script, start, write_results
-from utils.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
+from utils.run import Run, run_script, start, write_results
 
 FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
 SCALES = (1, 1 / math.sqrt(2), 1 / 2)

@@ -23,15 +23,15 @@ from data.davis import (
     read_videos,
     write_mask,
 )
-from models.label_propagation import LabelPropagation
+from evaluation.label_propagation import LabelPropagation
+from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
+from models.encoder import Backbone
 from models.patch_features import STRIDE, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from models.timm_backbone import Backbone
 from utils.arguments import parse_arguments
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.launch import Run, run_script, start, write_results
-from utils.video_metrics import contour_accuracy, region_similarity, statistics
+from utils.run import Run, run_script, start, write_results
 
 METRICS = {"J": region_similarity, "F": contour_accuracy}
 STATISTICS = ("Mean", "Recall", "Decay")

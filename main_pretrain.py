@@ -14,19 +14,17 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data.augmentation import normalize
-from data.bad_images import BadImages
-from data.loader import TrainingLoader, build_pretraining_loader
+from data.loader import BadImages, TrainingLoader, build_pretraining_loader
+from evaluation.knn_monitor import KnnMonitor
 from lr_scheduler import build_scheduler, scale_learning_rates
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
 from models.kernels import choose_kernels
-from models.knn_monitor import KnnMonitor
 from models.momentum import MomentumMethod, key_momentum
 from optimizer import build_optimizer
 from utils.agreement import check_agreement, digest
 from utils.arguments import parse_arguments
 from utils.checkpoint import training_state
-from utils.collapse import similarity_figures
 from utils.distributed import (
     all_gather_batch,
     data_parallel,
@@ -35,7 +33,19 @@ from utils.distributed import (
     world_size,
 )
 from utils.errors import UserError
-from utils.finite import (
+from utils.progress import Checkpoints, images_per_update, resume
+from utils.run import Run, run_script, start, write_config
+from utils.seed import seed_step
+from utils.signals import RESUMABLE, StopSignals, shield_workers
+from utils.trackers import add_tracker_arguments
+from utils.training_log import (
+    Averages,
+    TrainingLog,
+    duration,
+    measure_throughput,
+    similarity_figures,
+)
+from utils.update import (
     SkippedInARow,
     copy_buffers,
     gradient_norms,
@@ -43,15 +53,6 @@ from utils.finite import (
     restore_buffers,
     step_if_finite,
 )
-from utils.launch import Run, run_script, start, write_config
-from utils.measure import duration, measure_throughput
-from utils.metrics import Averages
-from utils.progress import images_per_update, resume
-from utils.saving import Checkpoints
-from utils.seed import seed_step
-from utils.signals import RESUMABLE, StopSignals, shield_workers
-from utils.trackers import add_tracker_arguments
-from utils.training_log import TrainingLog
 
 COMPONENTS = ("encoder", "projector", "predictor")
 THROUGHPUT_STEPS = 30

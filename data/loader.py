@@ -1,25 +1,80 @@
 """The loaders of the scripts."""
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
 from data.augmentation import view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
-from data.features import extract_features
-from data.sampler import EpochBatches
 from data.source import FileSource, ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
-from utils.launch import Run
+from utils.seed import derive_seed
+
+
+class EpochBatches(Sampler):
+    """The batches of one process in one epoch, each a list of (epoch, index).
+
+    All processes shuffle alike, by seed and epoch, and cut the order into global batches, of
+    which each takes its part: N processes read the images of one process with an N times larger
+    batch. A last global batch that is not full is left out.
+
+    Args:
+        num_images: images in the data set.
+        batch_size: images a process and batch.
+        rank, world_size: this process and the number of processes.
+        seed: the run's seed.
+        multiple: keep a number of batches that this divides (micro-batches of an update).
+
+    Raises:
+        ValueError: not even one global batch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        multiple: int = 1,
+    ) -> None:
+        self.batches = num_images // (batch_size * world_size * multiple) * multiple
+        if not self.batches:
+            raise ValueError(
+                f"one update takes {batch_size * world_size * multiple} images, but there are "
+                f"only {num_images}"
+            )
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.first, self.shift = 0, 0, 0
+
+    def set_position(self, epoch: int, first: int = 0, shift: int = 0) -> None:
+        """Let the next iteration be of ``epoch``, from batch ``first`` on.
+
+        All batches start ``shift`` images earlier: what was read with global batches of another
+        size need not end where a batch ends.
+        """
+        self.epoch, self.first, self.shift = epoch, first, shift
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch) >> 1)
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        for batch in range(self.first, self.batches):
+            start = (batch * self.world_size + self.rank) * self.batch_size - self.shift
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
 
 
 class TrainingLoader(DataLoader):
@@ -181,21 +236,69 @@ def build_test_images(config: CfgNode, source: ImageSource) -> TestImages:
     return TestImages(source, config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP)
 
 
-def encode_images(
-    config: CfgNode, encoder: nn.Module, source: ImageSource, run: Run, normalize: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and labels of all images of ``source``, see ``extract_features``."""
-    return extract_features(
-        encoder,
-        build_test_images(config, source),
-        run,
-        batch_size=config.DATA.BATCH_SIZE,
-        num_workers=num_workers(config),
-        normalize=normalize,
-    )
-
-
 def num_workers(config: CfgNode) -> int:
     """DATA.NUM_WORKERS, but no more than this process's share of the cores."""
     share = max(1, (os.cpu_count() or 1) // local_world_size())
     return min(config.DATA.NUM_WORKERS, share)
+
+
+NAMED = 3  # bad images in the error
+
+
+class BadImages:
+    """Collects the bad images of all processes, logs each once, and stops when they are many.
+
+    A resumed run starts to count anew, and meets them again.
+
+    Args:
+        source: the images.
+        max_fraction: the run goes on while no larger share of the images is bad.
+        logger: of this process.
+
+    Raises:
+        UserError: a share outside [0, 1].
+    """
+
+    def __init__(self, source: ImageSource, max_fraction: float, logger: logging.Logger) -> None:
+        if not 0 <= max_fraction <= 1:
+            raise UserError(f"DATA.MAX_BAD_FRACTION must lie between 0 and 1, got {max_fraction}")
+        self.source, self.max_fraction, self.logger = source, max_fraction, logger
+        self.bad: dict[int, str] = {}  # of all processes: index and reason
+        self._new: dict[int, str] = {}  # of this process, since the last check
+
+    def note(self, replaced: torch.Tensor) -> None:
+        """Remember the third item of a batch of ``TwoViews``: an index where one was replaced."""
+        for index in replaced[replaced >= 0].tolist():
+            if index not in self.bad and index not in self._new:
+                self._new[index] = self._reason(index)
+
+    def check(self) -> None:
+        """Exchange and log what was noted; every process has to call it.
+
+        Raises:
+            UserError: on every process, if more than ``max_fraction`` of the images are bad.
+        """
+        noted = [self._new]
+        if world_size() > 1:
+            noted = [{}] * world_size()
+            dist.all_gather_object(noted, self._new)
+        self._new = {}
+        for process, new in enumerate(noted):
+            for index in sorted(new.keys() - self.bad.keys()):
+                self.bad[index] = new[index]
+                self.logger.warning("process %d replaced a bad image: %s", process, new[index])
+        total = len(self.source.names)
+        if len(self.bad) > self.max_fraction * total:
+            some = "; ".join(list(self.bad.values())[:NAMED])
+            raise UserError(
+                f"{len(self.bad)} of {total} images are bad, which is more than "
+                f"DATA.MAX_BAD_FRACTION {self.max_fraction:g} (python -m tools.check_data lists "
+                f"all): {some}"
+            )
+
+    def _reason(self, index: int) -> str:
+        try:
+            self.source.read_image(index)
+        except UserError as error:
+            return str(error)
+        return f"{self.source.names[index]}: could be read only at a second try"

@@ -13,6 +13,7 @@ from torchvision import datasets
 from data.source import FolderSource
 from data.transfer_readers import (
     CALTECH101_SPLITS,
+    DIFFICULT,
     CaltechFiles,
     CifarArrays,
     ClassFolders,
@@ -24,8 +25,10 @@ from data.transfer_readers import (
     SunFiles,
     VocFiles,
 )
-from utils.classification_metrics import DIFFICULT, MAP, MEAN_PER_CLASS, TOP1
 from utils.errors import UserError
+
+# words that evaluation.classification_metrics looks up
+TOP1, MEAN_PER_CLASS, MAP = "top1", "mean_per_class", "mAP"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class TransferSet:
         reader: reads it, and downloads it if ``download`` is set.
         train, test: the reader's names of the splits.
         classes: number of classes.
-        metric: a key of ``METRICS``; with ``MAP`` an image can have several labels.
+        metric: TOP1, MEAN_PER_CLASS or MAP; with ``MAP`` an image can have several labels.
         layout: the files expected under the data path.
         origin: the data set's home.
         download: whether ``--download`` can fetch it.

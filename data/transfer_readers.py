@@ -17,8 +17,9 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from data.image import decode_rgb, read_file
 from data.source import FolderSource
-from utils.classification_metrics import DIFFICULT
 from utils.unpickle import load_plain_pickle
+
+DIFFICULT = -1  # a label among several of an image: neither positive nor negative
 
 CALTECH101_SPLITS = ("30 images a class", "the others")
 SUN397_PARTITIONS = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"

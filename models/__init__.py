@@ -5,11 +5,10 @@ import inspect
 from yacs.config import CfgNode
 
 from models.byol import BYOL
-from models.encoder import create_encoder
+from models.encoder import Backbone, create_encoder
 from models.moby import MoBY
 from models.momentum import MomentumMethod
 from models.synco import SynCo
-from models.timm_backbone import Backbone
 from utils.errors import UserError
 
 METHODS: dict[str, type[MomentumMethod]] = {"byol": BYOL, "moby": MoBY, "synco": SynCo}

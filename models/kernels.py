@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.precision import Precision
+from utils.update import Precision
 
 
 def choose_kernels(model: nn.Module, precision: Precision) -> None:

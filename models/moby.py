@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from models.encoder import Backbone
 from models.kernels import linear
 from models.momentum import MomentumMethod, Output
-from models.timm_backbone import Backbone
 
 
 class MoBY(MomentumMethod):

@@ -11,10 +11,10 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models import build_encoder
-from models.timm_backbone import Backbone
+from models.encoder import Backbone
 from utils.checkpoint import LATEST, load_model, read_checkpoint
 from utils.errors import UserError
-from utils.launch import Run
+from utils.run import Run
 
 # where checkpoints of this field keep their weights, the innermost last
 CONTAINERS = ("model", "state_dict", "teacher", "student")

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from models.encoder import Backbone
 from models.kernels import linear
 from models.moby import MoBY
-from models.timm_backbone import Backbone
 from utils.seed import normal
 
 # what torch says of every sparse tensor

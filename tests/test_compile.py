@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 
 import main_pretrain
 from models.encoder import create_encoder
 from models.kernels import choose_kernels
 from models.moby import MoBY
-from utils.precision import Precision
+from utils.update import Precision
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, write_images
-from test_plot_run import write_run
+from helpers import ROOT, TINY, write_images, write_run
 
 from data.transfer import TRANSFER_SETS
 from models import build_method
@@ -23,7 +22,7 @@ SMALLER = {
     "tools.visualize": ["--images", "4"],
     "eval_knn.py": ["--nb-knn", "5"],
     "eval_video_seg.py": ["--short-side", "64"],
-    "tools/benchmark.py": ["--quick"],
+    "tools.benchmark": ["--quick"],
 }
 
 
@@ -121,5 +120,8 @@ def filled_in(words: list[str], places: dict, folder) -> tuple[str, list[str]]:
 def test_command_runs(run_main, places, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     name, arguments = filled_in(COMMANDS[place], places, tmp_path)
-    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    name = name.removesuffix(".py")
+    module = importlib.import_module(
+        "tools.benchmark.__main__" if name == "tools.benchmark" else name
+    )
     run_main(module, *arguments)

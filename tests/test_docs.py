@@ -1,6 +1,6 @@
 """What the documentation says about the code."""
 
-from conftest import ROOT
+from helpers import ROOT
 
 from data.transfer import markdown_table
 

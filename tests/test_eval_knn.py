@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, reference, run_script
+from helpers import ROOT, reference, run_script
 
 import eval_knn
 from tools.make_tiny_transfer import write_tiny

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 
 import eval_linear
 from tools.make_tiny_transfer import write_tiny
@@ -140,8 +140,8 @@ def test_probing_leaves_the_encoder_and_fine_tuning_changes_it(run_main, tinted,
 
 
 def test_a_frozen_encoder_keeps_no_activations(monkeypatch):
+    from evaluation.linear import LinearClassifiers
     from models.encoder import create_encoder
-    from models.linear import LinearClassifiers
 
     model = LinearClassifiers(create_encoder("vit_nano", 32, drop_path_rate=0.5), 4, 2, 0, True)
     model.train()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 from torch import nn
 
 import eval_retrieval

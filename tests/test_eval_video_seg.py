@@ -8,15 +8,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 from PIL import Image
 
 import eval_video_seg
 from data.davis import palette, read_frame, read_mask, read_videos
 from eval_video_seg import decide, one_hot
+from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
 from tools.make_tiny_davis import UNUSUAL, write_davis
 from utils.errors import UserError
-from utils.video_metrics import contour_accuracy, region_similarity, statistics
 
 # height and width such that a short side of 64 pixels keeps the ratio
 SIZE = (64, 128)

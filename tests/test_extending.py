@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 
 import main_pretrain
 import models

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from fuzzing import CASES, IMAGES, damage, fuzz, outcome
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import opencv
 from data.augmentation import view_augmentations
 from data.dataset import TwoViews
-from data.features import check_features
 from data.image import decode_rgb
 from data.retrieval import read_ground_truth
 from data.source import FolderSource, ZipSource
 from data.transfer import open_transfer_set
+from evaluation.features import check_features
 from tools.make_tiny_retrieval import write_retrieval
 from tools.make_tiny_transfer import write_tiny
 from tools.zip_images import pack

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 
 import main_pretrain
 from models import METHODS, build_method

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import hubconf
 from models.encoder import ENCODERS, create_encoder

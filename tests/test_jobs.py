@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, free_port
+from helpers import ROOT, TINY, free_port
 
 SCRIPTS = sorted((ROOT / "jobs").iterdir())
 NODES = 2

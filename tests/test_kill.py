@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, free_port
-from test_main_pretrain import assert_same
+from helpers import ROOT, TINY, assert_same, free_port
 
 from utils.signals import RESUMABLE
 

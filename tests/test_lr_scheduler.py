@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, reference
+from helpers import ROOT, reference
 
 from lr_scheduler import build_scheduler, scale_learning_rates
 from utils.config import load_config

@@ -6,47 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
+from helpers import ROOT, arguments, assert_same, run_script, tiny, weights
 
 import main_pretrain
 from models import METHODS, build_method
 from optimizer import build_optimizer
 from utils.config import load_config
 from utils.errors import UserError
-from utils.precision import Precision
+from utils.update import Precision
 
 ENCODERS = ["vit_nano", "swin_tiny"]
 RATES = {"byol": 2e-4, "moby": 1e-3, "synco": 1e-3}  # BASE_LR of the recipes
-
-
-def arguments(method: str, imagenet, output, *opts):
-    return [
-        *("--cfg", ROOT / f"configs/{method}_vit_tiny.yaml", "--data-path", imagenet),
-        *("--output", output, "--opts", *TINY, "MODEL.NAME", "run", *opts),
-    ]
-
-
-def tiny(recipe: str, *opts) -> tuple:
-    """A configuration of small images, and what ``start`` would return for it."""
-    device = torch.device("cpu")
-    opts = ["MODEL.ENCODER", "vit_nano", "DATA.IMG_SIZE", "32", *opts]
-    run = SimpleNamespace(device=device, precision=Precision("O0", device))
-    return load_config(str(ROOT / recipe), opts), run
-
-
-def weights(folder, name="checkpoint.pth"):
-    return torch.load(folder / "run" / "default" / name, weights_only=True)
-
-
-def assert_same(one: dict, other: dict) -> None:
-    """Equal bit for bit, model and optimizer."""
-    assert one["step"] == other["step"]
-    assert set(one["model"]) == set(other["model"])
-    for name, value in one["model"].items():
-        assert value.equal(other["model"][name]), name
-    for i, state in one["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert value.equal(other["optimizer"]["state"][i][name]), (i, name)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -6,18 +6,16 @@ import math
 
 import pytest
 import torch
-from conftest import spawn
-from test_main_pretrain import arguments, tiny, weights
+from helpers import arguments, spawn, tiny, weights
 
 import main_pretrain
 from models import METHODS, build_method
 from models.momentum import MomentumMethod
 from optimizer import build_optimizer
-from utils.collapse import collapsed, queue_spread, similarity_figures
 from utils.distributed import data_parallel, rank
 from utils.errors import UserError
-from utils.finite import SkippedInARow, gradient_norms
-from utils.metrics import Averages, MetricsFile
+from utils.training_log import Averages, MetricsFile, collapsed, queue_spread, similarity_figures
+from utils.update import SkippedInARow, gradient_norms
 
 VIEWS = (2, 4, 32, 32, 3)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from models import build_method
 from optimizer import build_optimizer

@@ -8,17 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
-from test_main_pretrain import arguments, assert_same, weights
+from helpers import arguments, assert_same, run_script, weights
 
 import main_pretrain
 from data.dataset import TwoViews
-from data.sampler import EpochBatches
-from utils import checkpoint, saving
+from data.loader import EpochBatches
+from utils import checkpoint, progress
 from utils.config import DEFAULTS
 from utils.errors import UserError
-from utils.progress import locate
-from utils.saving import Checkpoints
+from utils.progress import Checkpoints, locate
 
 
 class Killed(Exception):
@@ -192,7 +190,7 @@ def test_the_newest_of_the_run_stay(tmp_path):
 
 def test_saving_by_steps_and_by_time(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     keeper = checkpoints(tmp_path, SAVE_STEPS=3, SAVE_MINUTES=2.0)
     assert [step for step in range(1, 10) if keeper.due(step)] == [3, 6, 9]
     answers = []

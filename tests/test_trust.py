@@ -4,7 +4,7 @@ import ast
 import socket
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from models.encoder import create_encoder
 

@@ -17,7 +17,7 @@ def main() -> None:
     import torch
 
     import main_pretrain
-    from utils.launch import run_script
+    from utils.run import run_script
 
     torch.set_num_threads(1)
     print("ready", flush=True)

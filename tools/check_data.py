@@ -20,7 +20,7 @@ from data.loader import quiet_worker
 from data.source import ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.errors import UserError
-from utils.launch import run_script
+from utils.run import run_script
 
 TRAIN_AND_TEST = ("train", "test")
 SPLITS = {

@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD
 from models import build_encoder
-from models.encoder import ENCODERS
+from models.encoder import ENCODERS, PREFIX, create_timm_backbone
 from models.pretrained import (
     add_pretrained_arguments,
     build_pretrained_encoder,
@@ -26,11 +26,10 @@ from models.pretrained import (
     pretrained_path,
 )
 from models.swin import WINDOW
-from models.timm_backbone import PREFIX, create_timm_backbone
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.launch import run_script
+from utils.run import run_script
 
 # the model of timm with the same layers, and what to tell its constructor
 TIMM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {

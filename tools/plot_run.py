@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from utils.errors import UserError
-from utils.launch import run_script
-from utils.metrics import METRICS
+from utils.run import run_script
+from utils.training_log import METRICS
 
 # told apart by colour-blind readers too (Okabe and Ito), the yellow left out
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from data.image import read_rgb
 from data.retrieval import DATASETS, GroundTruth, crop_to_box, read_ground_truth
+from evaluation.retrieval_metrics import DIFFICULTIES, rank_images
 from utils.checkpoint import read_tensor
 from utils.errors import UserError
-from utils.launch import run_script
-from utils.retrieval_metrics import DIFFICULTIES, rank_images
+from utils.run import run_script
 
 TILE, BORDER = 128, 6  # pixels
 COLOURS = {"right": (30, 160, 60), "wrong": (210, 40, 40), "junk": (150, 150, 150)}

@@ -9,7 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.image import read_rgb
 from utils.errors import UserError
-from utils.launch import run_script
+from utils.run import run_script
 
 
 def main() -> None:

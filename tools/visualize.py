@@ -17,17 +17,17 @@ from yacs.config import CfgNode
 from data.augmentation import normalize
 from data.dataset import to_tensor
 from data.image import read_rgb
-from data.loader import add_dataset_arguments, build_source, encode_images
+from data.loader import add_dataset_arguments, build_source
 from data.source import ImageSource
-from models.attention import class_attention
-from models.patch_features import patch_features
+from evaluation.features import encode_images
+from models.patch_features import class_attention, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from tools.feature_map import METHODS, draw_map
 from tools.sheet import NEUTRAL, RIGHT, WRONG, Tile, draw_sheet, fit, overlay, resize_map
 from utils.arguments import number_in, parse_arguments
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.launch import Run, run_script, start
+from utils.run import Run, run_script, start
 
 WIDEST = 4  # times the short side, beyond which an image is made smaller
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.source import SPLITS, FolderSource
 from utils.errors import UserError
-from utils.launch import run_script
+from utils.run import run_script
 
 
 def main() -> None:

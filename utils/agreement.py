@@ -11,6 +11,7 @@ from utils.distributed import all_gather_objects
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+ROOMS = ("models", "data", "evaluation", "utils")
 # may differ from one machine to the next
 LOCAL_KEYS = ("LOCAL_RANK", "DATA.DATA_PATH", "DATA.NUM_WORKERS")
 
@@ -43,7 +44,7 @@ def configuration_facts(config: CfgNode) -> dict[str, object]:
 
 def code_facts() -> dict[str, object]:
     """A digest of the program's source, file by file in one."""
-    files = [*ROOT.glob("*.py"), *(p for d in ("models", "data", "utils") for p in _sources(d))]
+    files = [*ROOT.glob("*.py"), *(p for d in ROOMS for p in _sources(d))]
     named = ((str(path.relative_to(ROOT)), path.read_bytes()) for path in sorted(files))
     return {"the program's source (sha256)": digest(part for pair in named for part in pair)}
 

@@ -1,25 +1,20 @@
 """Checkpoints: written whole or not at all, read without running what they hold."""
 
 import contextlib
-import logging
 import os
 import pickle
-import re
 import shutil
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.distributed import on_first_process
 from utils.errors import UserError
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
-EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 
 def save_checkpoint(
@@ -155,57 +150,6 @@ def restore_training(
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: state of another optimizer ({error})") from error
     scaler.load_state_dict(state["scaler"])
-
-
-def latest_checkpoint(folder: str) -> str | None:
-    """Path of the newest checkpoint of a run folder, None if it has none."""
-    path = os.path.join(folder, LATEST)
-    return path if os.path.exists(path) else None
-
-
-def checkpoint_to_resume(config: CfgNode, folder: str, logger: logging.Logger) -> str | None:
-    """MODEL.RESUME, or with TRAIN.AUTO_RESUME the newest readable checkpoint of ``folder``.
-
-    Every process has to call it; all get what the first finds. When the launcher has restarted
-    the processes, what they have written goes before MODEL.RESUME.
-
-    Returns:
-        its path, None if there is none.
-
-    Raises:
-        UserError: the folder has checkpoints, but none can be read.
-    """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if config.MODEL.RESUME and not restarted:
-        return config.MODEL.RESUME
-    found = None
-    if config.TRAIN.AUTO_RESUME:
-        found = on_first_process(lambda: _newest_readable(folder, logger))
-    return found or config.MODEL.RESUME or None
-
-
-def epoch_checkpoints(folder: str) -> dict[int, str]:
-    """The paths of the files ``ckpt_epoch_N.pth`` of a run folder by N, the last epoch first."""
-    found = {m: p for p in Path(folder).glob("*") if (m := EPOCH.fullmatch(p.name))}
-    return {int(m[1]): str(p) for m, p in sorted(found.items(), key=lambda x: -int(x[0][1]))}
-
-
-def _newest_readable(folder: str, logger: logging.Logger) -> str | None:
-    names = [os.path.join(folder, name) for name in (LATEST, PREVIOUS)]
-    paths = [p for p in [*names, *epoch_checkpoints(folder).values()] if os.path.exists(p)]
-    errors = []
-    for path in paths:
-        try:
-            read_checkpoint(path)
-        except UserError as error:
-            errors.append(error)
-            continue
-        for passed_over in errors:
-            logger.warning("%s: continuing from %s instead", passed_over, path)
-        return path
-    if errors:
-        raise errors[0]
-    return None
 
 
 def _write(state: dict[str, Any] | torch.Tensor, file: Any) -> None:

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from utils.config import as_dict
 from utils.distributed import on_first_process
 from utils.errors import UserError
-from utils.launch import Run
+from utils.run import Run
 
 
 class Writer(Protocol):

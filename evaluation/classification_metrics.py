@@ -1,0 +1,135 @@
+"""Metrics of classification: top-k accuracy, mean per class, 11-point mean average precision."""
+
+import torch
+
+from data.transfer import MAP, MEAN_PER_CLASS, TOP1
+from data.transfer_readers import DIFFICULT
+
+
+def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int = 1) -> float:
+    """Share of images whose class is among the ``k`` of the highest scores.
+
+    Of equal scores the lower class number comes first, on every device.
+
+    Args:
+        scores: (N, C), without NaN.
+        labels: (N,), class numbers.
+        k: how many classes may be named; all are if ``k`` exceeds C.
+
+    Returns:
+        per cent.
+
+    Raises:
+        ValueError: wrong sizes, no image, a class number outside of [0, C), or NaN.
+    """
+    return 100 * (_ranks(scores, labels) < k).double().mean().item()
+
+
+def mean_per_class_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 accuracy of each class, averaged; a class without images is left out.
+
+    Args, returns and errors as for ``top_k_accuracy``.
+    """
+    right = (_ranks(scores, labels) == 0).double()
+    images = torch.bincount(labels, minlength=scores.shape[1])
+    hits = torch.bincount(labels, right, minlength=scores.shape[1])
+    present = images > 0
+    return 100 * (hits[present] / images[present]).mean().item()
+
+
+def mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """The 11-point average precision of each class, averaged; one without positives is left out.
+
+    The metric of PASCAL VOC 2007 (Everingham et al. 2010), used for transfer by
+    Kornblith et al. 2019. An image counts for a class unless its objects of that class are all
+    marked "difficult".
+
+    Args:
+        scores: (N, C), without NaN.
+        targets: (N, C), 1 for a positive, 0 for a negative, ``DIFFICULT`` to leave out.
+
+    Returns:
+        per cent.
+
+    Raises:
+        ValueError: wrong sizes, another value in ``targets``, NaN, or no class with positives.
+    """
+    if scores.ndim != 2 or scores.shape != targets.shape:
+        raise ValueError(
+            f"scores and targets must be (N, C) both, got {tuple(scores.shape)} "
+            f"and {tuple(targets.shape)}"
+        )
+    if not ((targets == 1) | (targets == 0) | (targets == DIFFICULT)).all():
+        raise ValueError(f"targets must be 1, 0 or {DIFFICULT}")
+    precisions = []
+    for column, target in zip(scores.unbind(1), targets.unbind(1), strict=True):
+        counted = target != DIFFICULT
+        if (target == 1).any():
+            precisions.append(average_precision(column[counted], target[counted] == 1))
+    if not precisions:
+        raise ValueError("no class has a positive image")
+    return sum(precisions) / len(precisions)
+
+
+def average_precision(scores: torch.Tensor, positive: torch.Tensor) -> float:
+    """The 11-point average precision: mean over recalls 0, 0.1, ..., 1 of the best precision.
+
+    The best is over all thresholds that reach the recall. Equal scores lie on the same side of
+    every threshold, so the result does not depend on the order of the images, and equal scores
+    for all give the share of positives. Whether a recall is reached is decided in integers.
+
+    Args:
+        scores: (N,), without NaN.
+        positive: (N,) of bool, at least one true.
+
+    Returns:
+        per cent.
+
+    Raises:
+        ValueError: wrong sizes, NaN, or no positive.
+    """
+    if scores.ndim != 1 or scores.shape != positive.shape:
+        raise ValueError(
+            f"scores and positive must be (N,) both, got {tuple(scores.shape)} "
+            f"and {tuple(positive.shape)}"
+        )
+    total = int(positive.sum())
+    if not total:
+        raise ValueError("no image is positive")
+    _refuse_nan(scores)
+    ordered, order = scores.sort(descending=True)
+    last_of_equal = torch.ones_like(ordered, dtype=torch.bool)
+    last_of_equal[:-1] = ordered[:-1] != ordered[1:]
+    found = positive[order].long().cumsum(0)[last_of_equal]
+    named = torch.nonzero(last_of_equal).flatten() + 1
+    precision = found.double() / named
+    best = [precision[10 * found >= tenth * total].max() for tenth in range(11)]
+    return 100 * torch.stack(best).mean().item()
+
+
+METRICS = {
+    TOP1: top_k_accuracy,
+    MEAN_PER_CLASS: mean_per_class_accuracy,
+    MAP: mean_average_precision,
+}
+
+
+def _ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many classes come before the right one, (N,)."""
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
+        raise ValueError(
+            f"scores must be (N, C) and labels (N,) with N > 0, got {tuple(scores.shape)} "
+            f"and {tuple(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() >= scores.shape[1]:
+        raise ValueError(f"labels must lie in [0, {scores.shape[1]})")
+    _refuse_nan(scores)
+    own = scores.gather(1, labels[:, None])
+    earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(1)
+
+
+def _refuse_nan(scores: torch.Tensor) -> None:
+    # NaN compares as false with all, which would count as right
+    if scores.isnan().any():
+        raise ValueError("scores hold NaN")

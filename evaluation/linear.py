@@ -1,0 +1,219 @@
+"""Linear classifiers on an encoder: several on a frozen one, or one trained with it."""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from yacs.config import CfgNode
+
+from data.transfer_readers import DIFFICULT
+from evaluation.classification_metrics import MAP, METRICS, top_k_accuracy
+from models.encoder import Backbone
+from utils.checkpoint import load_model, read_checkpoint
+from utils.errors import UserError
+
+
+class LinearClassifiers(nn.Module):
+    """An encoder with linear heads side by side, each of which learns as if it were alone.
+
+    All heads begin with the same weights, so that nothing but their rates sets them apart.
+
+    Args:
+        encoder: images (B, 3, H, W) -> features (B, F), with its ``num_features``.
+        num_classes: number of classes.
+        num_heads: number of heads.
+        seed: of the heads' weights.
+        frozen: the encoder is used as it is, in eval mode; else it learns too.
+    """
+
+    def __init__(
+        self, encoder: Backbone, num_classes: int, num_heads: int, seed: int, frozen: bool
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        heads = [nn.Linear(encoder.num_features, num_classes) for _ in range(num_heads)]
+        for head in heads:
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.normal_(head.weight, std=0.01, generator=generator)
+            nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
+        self.frozen = frozen
+        encoder.requires_grad_(not frozen)
+        if getattr(encoder, "fixed_positions", False):
+            encoder.pos_embed.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LinearClassifiers":
+        """As ``nn.Module.train``, but a frozen encoder stays in eval mode."""
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> scores of each head (heads, B, classes) in float32."""
+        # without a gradient the encoder keeps no activations
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.encoder(images)  # BxF
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.stack([head(features.float()) for head in self.heads])
+
+    def head_groups(self, rates: list[float], weight_decay: float) -> list[dict]:
+        """A group a head, with its rate as the ``lr_scale`` of timm's schedulers."""
+        return [
+            {"params": list(head.parameters()), "lr_scale": rate, "weight_decay": weight_decay}
+            for head, rate in zip(self.heads, rates, strict=True)
+        ]
+
+    def layer_groups(self, weight_decay: float, layer_decay: float) -> list[dict]:
+        """Groups of encoder and heads, with rates that fall by ``layer_decay`` a layer down.
+
+        Weight decay skips one-dimensional parameters and what the encoder names.
+
+        Source: BEiT (arXiv 2106.08254), as MAE (arXiv 2111.06377) uses it.
+        """
+        groups = param_groups_layer_decay(
+            self.encoder,
+            weight_decay,
+            no_weight_decay_list=self.encoder.no_weight_decay(),
+            layer_decay=layer_decay,
+        )
+        weights, biases = ([getattr(h, n) for h in self.heads] for n in ("weight", "bias"))
+        return groups + [
+            {"params": weights, "lr_scale": 1.0, "weight_decay": weight_decay},
+            {"params": biases, "lr_scale": 1.0, "weight_decay": 0.0},
+        ]
+
+    def with_head(self, index: int) -> dict[str, torch.Tensor]:
+        """The state of a model that has head ``index`` alone."""
+        own = f"heads.{index}."
+        return {
+            name.replace(own, "heads.0."): value
+            for name, value in self.state_dict().items()
+            if name.startswith(own) or not name.startswith("heads.")
+        }
+
+
+def classification_loss(
+    scores: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0, multi_label: bool = False
+) -> torch.Tensor:
+    """The mean over images of the loss of one classifier.
+
+    Args:
+        scores: (B, C).
+        targets: class numbers (B,), probabilities (B, C), or for several labels an image
+            (B, C) of 1, 0 and ``DIFFICULT``.
+        smoothing: label smoothing of class numbers.
+        multi_label: the sum over classes of the binary cross-entropies, without those marked
+            difficult; else cross-entropy.
+    """
+    if not multi_label:
+        return F.cross_entropy(scores, targets, label_smoothing=smoothing)
+    losses = F.binary_cross_entropy_with_logits(
+        scores, targets.clamp(min=0).to(scores.dtype), reduction="none"
+    )
+    return (losses * (targets != DIFFICULT)).sum(1).mean()
+
+
+def head_losses(
+    scores: torch.Tensor, targets: torch.Tensor, smoothing: float, multi_label: bool
+) -> torch.Tensor:
+    """The loss of each head, (heads, B, C) -> (heads,), see ``classification_loss``."""
+    return torch.stack([classification_loss(s, targets, smoothing, multi_label) for s in scores])
+
+
+def score_classifier(
+    scores: torch.Tensor, targets: torch.Tensor, metric: str
+) -> dict[str, float | None] | None:
+    """The figures of one classifier on all images.
+
+    Args:
+        scores: (N, C).
+        targets: (N,) or, for the metric mAP, (N, C) as in ``classification_loss``.
+        metric: a key of ``METRICS``.
+
+    Returns:
+        ``value`` of the metric, ``top1`` and ``top5`` in per cent, None where an image has
+        several labels, and ``loss``; None for scores that are not finite.
+    """
+    if not scores.isfinite().all():
+        return None
+    several = metric == MAP
+    return {
+        "value": METRICS[metric](scores, targets),
+        "top1": None if several else top_k_accuracy(scores, targets),
+        "top5": None if several else top_k_accuracy(scores, targets, 5),
+        "loss": classification_loss(scores, targets, multi_label=several).item(),
+    }
+
+
+def read_classifiers(
+    path: str, encoder: Backbone, num_classes: int
+) -> tuple[LinearClassifiers, dict[str, Any]]:
+    """A checkpoint of classifiers with an encoder like theirs, for evaluation.
+
+    Returns:
+        the classifiers in eval mode, and the checkpoint with ``lr``, the rate of each head, and
+        ``epoch``.
+
+    Raises:
+        UserError: another kind of checkpoint, another encoder or number of classes.
+    """
+    state = read_checkpoint(path)
+    weights = state.get("model") or {}
+    if not {"lr", "epoch"} <= set(state) or "heads.0.bias" not in weights:
+        raise UserError(f"{path}: not a checkpoint of linear classifiers")
+    found = len(weights["heads.0.bias"])
+    if found != num_classes:
+        raise UserError(f"{path}: of {found} classes, the data set has {num_classes}")
+    model = LinearClassifiers(encoder, num_classes, len(state["lr"]), 0, frozen=True)
+    load_model(model, weights, path)
+    return model.eval(), state
+
+
+@torch.no_grad()
+def score_heads(
+    model: LinearClassifiers, features: torch.Tensor, targets: torch.Tensor, metric: str
+) -> list[dict[str, float | None] | None]:
+    """The figures of each head on features (N, F), see ``score_classifier``."""
+    device = next(model.heads.parameters()).device
+    features, targets = features.to(device), targets.to(device)
+    # one after the other: N x C scores a head can fill a GPU
+    return [score_classifier(head(features), targets, metric) for head in model.heads]
+
+
+def describe(figure: dict[str, float | None] | None) -> str:
+    """A line of the figures of one classifier."""
+    if figure is None:
+        return "diverged"
+    return " ".join(f"{name} {v:.4f}" for name, v in figure.items() if v is not None)
+
+
+def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix of the section AUG, None if both are off."""
+    aug = config.AUG
+    if not (aug.MIXUP or aug.CUTMIX or aug.CUTMIX_MINMAX):
+        return None
+    if config.DATA.BATCH_SIZE % 2:
+        raise UserError("mixup pairs images: make --batch-size even or set AUG.MIXUP and CUTMIX 0")
+    return Mixup(
+        aug.MIXUP,
+        aug.CUTMIX,
+        aug.CUTMIX_MINMAX,
+        aug.MIXUP_PROB,
+        aug.MIXUP_SWITCH_PROB,
+        aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A checksum of all weights, which tells one encoder from another."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,319 @@
+"""Sources, decoding, augmentation, sampling and loaders."""
+
+import io
+import itertools
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, TINY, write_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+
+from data.augmentation import (
+    MEAN,
+    STD,
+    Augmentation,
+    apply_view,
+    draw_box,
+    draw_view,
+    normalize,
+    view_augmentations,
+)
+from data.dataset import TestImages, TwoViews
+from data.image import decode_rgb
+from data.loader import EpochBatches, build_pretraining_loader
+from data.source import FolderSource, ZipSource, open_source
+from tools.make_tiny_transfer import write_tiny
+from utils.config import load_config
+from utils.errors import UserError
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+GRADIENT = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
+GREY = Image.fromarray(GRADIENT)
+COLOUR = Image.fromarray(np.stack([GRADIENT, GRADIENT.T, 255 - GRADIENT], 2))
+CLEAR = np.dstack([np.asarray(COLOUR), np.where(GRADIENT < 128, 0, 255).astype(np.uint8)])
+ON_WHITE = np.where(GRADIENT[..., None] < 128, 255, np.asarray(COLOUR))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "tolerance"),
+    [
+        (encoded(COLOUR), COLOUR, 0),
+        (encoded(COLOUR, "JPEG", quality=100, subsampling=0), COLOUR, 4),
+        (encoded(COLOUR.convert("CMYK"), "TIFF"), COLOUR, 2),
+        (encoded(GREY), GREY.convert("RGB"), 0),
+        (encoded(GREY.convert("1")), GREY.convert("1").convert("RGB"), 0),
+        (encoded(COLOUR.quantize(64)), COLOUR, 24),
+        (encoded(Image.fromarray(CLEAR)), ON_WHITE, 0),
+        (encoded(Image.fromarray(np.dstack([GRADIENT, CLEAR[..., 3]]), "LA")),
+         np.where(GRADIENT < 128, 255, GRADIENT)[..., None].repeat(3, 2), 0),
+        (encoded(Image.fromarray(GRADIENT.astype(np.uint16) * 257)), GREY.convert("RGB"), 0),
+        (encoded(Image.fromarray(GRADIENT.astype(np.float32)), "TIFF"), GREY.convert("RGB"), 0),
+        (encoded(Image.fromarray(GRADIENT / np.float32(255)), "TIFF"), GREY.convert("RGB"), 1),
+    ],
+)  # fmt: skip
+def test_any_mode_becomes_rgb(content, expected, tolerance):
+    image = decode_rgb(content, "x")
+    assert image.mode == "RGB"
+    difference = np.abs(np.asarray(image, int) - np.asarray(expected, int))
+    assert difference.max() <= tolerance
+
+
+@pytest.mark.parametrize("cut", [0, 20, 0.5])
+def test_what_is_no_image_is_named(cut):
+    content = encoded(COLOUR.resize((64, 64)), "JPEG")
+    cut = int(cut * len(content)) if isinstance(cut, float) else cut
+    with pytest.raises(UserError, match=r"photo\.jpg: not a readable image"):
+        decode_rgb(content[:cut], "photo.jpg")
+
+
+def make_zip(root, folder_root):
+    for split in ("train", "val"):
+        source = FolderSource(str(folder_root), split)
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            lines = []
+            for path, label in zip(source.names, source.labels, strict=True):
+                name = "/".join(path.split("/")[-2:])
+                archive.write(path, name)
+                lines.append(f"{name}\t{label}\n")
+        (root / f"{split}_map.txt").write_text("".join(lines))
+
+
+def test_folders_are_read_in_order_of_their_names(imagenet):
+    source = FolderSource(str(imagenet), "val")
+    assert source.classes == ["class0", "class1"]
+    assert source.labels == [0, 0, 0, 0, 1, 1, 1]
+    assert source.names[4].endswith("val/class1/0.jpg")
+
+
+@pytest.mark.parametrize("cache", ["no", "part", "full"])
+def test_zip_holds_what_the_folder_holds(imagenet, tmp_path, cache):
+    make_zip(tmp_path, imagenet)
+    zipped = open_source(str(tmp_path), "train", True, cache, rank=1, world=2)
+    folder = open_source(str(imagenet), "train")
+    assert zipped.labels == folder.labels
+    assert len(zipped.cache) == {"no": 0, "part": 12, "full": 24}[cache]
+    for i in range(len(folder.names)):
+        assert zipped.read_image(i).tobytes() == folder.read_image(i).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class0/0.jpg 0\n", r"train_map\.txt:1: expected a path, a tab and a class number"),
+        ("class0/0.jpg\tcat\n", r"train_map\.txt:1: expected"),
+        ("class0/0.jpg\t0\nclass9/0.jpg\t0\n", r"class9/0\.jpg is not in .*train\.zip"),
+        ("", "lists no images"),
+    ],
+)
+def test_mistakes_in_a_zip_are_named(imagenet, tmp_path, text, message):
+    make_zip(tmp_path, imagenet)
+    (tmp_path / "train_map.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        ZipSource(str(tmp_path), "train")
+
+
+def test_what_is_no_zip_is_named(imagenet, tmp_path):
+    make_zip(tmp_path, imagenet)
+    (tmp_path / "train.zip").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"train\.zip: not a readable zip"):
+        ZipSource(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("missing", ["root", "split", "images"])
+def test_missing_data_is_named(tmp_path, missing):
+    if missing == "root":
+        root, message = tmp_path / "none", "none: the data path does not exist"
+    elif missing == "split":
+        root, message = tmp_path, "no folder train/ in the data path"
+    else:
+        (tmp_path / "train" / "cat").mkdir(parents=True)
+        root, message = tmp_path, "cat"
+    with pytest.raises(UserError, match=message):
+        FolderSource(str(root), "train")
+
+
+PLAIN = {"crop": (1.0, 1.0), "jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 0.0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.floats(0.01, 1),
+)
+def test_crops_lie_in_the_image(seed, width, height, smallest):
+    rng = np.random.default_rng(seed)
+    left, top, w, h = draw_box(rng, width, height, (smallest, 1.0))
+    assert left >= 0 and top >= 0 and w >= 1 and h >= 1
+    assert left + w <= width and top + h <= height
+
+
+def test_crops_are_distributed_as_torchvisions():
+    rng, torchs = np.random.default_rng(0), []
+    torch.manual_seed(0)
+    image = torch.zeros(3, 300, 400)
+    own = np.array([draw_box(rng, 400, 300, (0.08, 1.0)) for _ in range(4000)])
+    for _ in range(4000):
+        top, left, h, w = transforms.RandomResizedCrop.get_params(
+            image, (0.08, 1.0), (3 / 4, 4 / 3)
+        )
+        torchs.append((left, top, w, h))
+    for column in range(4):
+        for q in (0.1, 0.5, 0.9):
+            one, other = np.quantile(own[:, column], q), np.quantile(np.array(torchs)[:, column], q)
+            assert abs(one - other) <= 12, (column, q)
+
+
+JITTER = {
+    "brightness": (0.6, 1.4),
+    "contrast": (0.6, 1.4),
+    "saturation": (0.8, 1.2),
+    "hue": (-0.1, 0.1),
+}
+
+
+def test_probabilities_of_the_views():
+    first, second = view_augmentations("byol", 0.08)
+    for augmentation, blur, solarize in ((first, 1.0, 0.0), (second, 0.1, 0.2)):
+        rng = np.random.default_rng(0)
+        views = [draw_view(rng, 100, 100, augmentation) for _ in range(3000)]
+        assert np.mean([v.sigma > 0 for v in views]) == pytest.approx(blur, abs=0.03)
+        assert np.mean([v.solarize for v in views]) == pytest.approx(solarize, abs=0.03)
+        assert np.mean([v.flip for v in views]) == pytest.approx(0.5, abs=0.03)
+        assert np.mean([v.grey for v in views]) == pytest.approx(0.2, abs=0.03)
+        assert np.mean([bool(v.jitter) for v in views]) == pytest.approx(0.8, abs=0.03)
+        for name, (low, high) in JITTER.items():
+            amounts = [dict(v.jitter)[name] for v in views if v.jitter]
+            assert low <= min(amounts) < low + 0.02
+            assert high - 0.02 < max(amounts) <= high
+        assert len({tuple(n for n, _ in v.jitter) for v in views}) == 25  # all orders, and none
+    simclr = view_augmentations("simclr", 0.08)
+    assert simclr[0] == simclr[1]
+    assert (simclr[0].crop, simclr[0].saturation, simclr[0].blur_prob) == ((0.2, 1.0), 0.4, 0.5)
+
+
+@pytest.mark.parametrize(("kind", "crop"), [("mixed", 0.1), ("byol", 0.0), ("byol", 1.5)])
+def test_unknown_augmentations_are_refused(kind, crop):
+    with pytest.raises(ValueError, match="must"):
+        view_augmentations(kind, crop)
+
+
+def test_operations_equal_torchvisions():
+    rng = np.random.default_rng(3)
+    image = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
+    plain = draw_view(rng, 80, 60, Augmentation(**PLAIN))
+    crop = transforms.functional.resized_crop(
+        image, plain.box[1], plain.box[0], plain.box[3], plain.box[2], [32, 32]
+    )
+    expected = transforms.functional.hflip(crop) if plain.flip else crop
+    # PIL crops and resizes in one go, without the border that two steps lose
+    assert np.abs(apply_view(image, plain, 32).astype(int) - np.asarray(expected)).max() <= 2
+
+
+def test_views_depend_on_seed_epoch_image_and_view_alone(imagenet):
+    source = FolderSource(str(imagenet), "train")
+
+    def views(seed, epoch, index):
+        augmentations = view_augmentations("byol", 0.08)
+        return torch.stack(TwoViews(source, augmentations, 32, seed)[epoch, index][:2])
+
+    base = views(0, 1, 2)
+    assert base.equal(views(0, 1, 2)) and base.dtype == torch.uint8
+    assert not base[0].equal(base[1])
+    assert not base.equal(views(1, 1, 2))
+    assert not base.equal(views(0, 2, 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(imagenet, workers, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    loaded = []
+    for number in (0, workers):
+        opts = f"DATA.IMG_SIZE 32 DATA.BATCH_SIZE 5 DATA.NUM_WORKERS {number}".split()
+        config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
+        config.DATA.DATA_PATH = str(imagenet)
+        loader = build_pretraining_loader(config)
+        assert loader.num_workers == number
+        epochs = []
+        for epoch in (0, 1):
+            loader.batch_sampler.set_position(epoch)
+            epochs += [torch.stack(views) for *views, _ in loader]
+        loaded.append(torch.stack(epochs))
+    assert loaded[0].shape == (8, 2, 5, 32, 32, 3)
+    assert loaded[0].equal(loaded[1])
+    assert not loaded[0][:4].equal(loaded[0][4:])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    images=st.integers(1, 200),
+    batch=st.integers(1, 12),
+    world=st.integers(1, 4),
+    multiple=st.integers(1, 3),
+    first=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+)
+def test_processes_share_the_batches_of_one(images, batch, world, multiple, first, epoch):
+    if images < batch * world * multiple:
+        with pytest.raises(ValueError, match="only"):
+            EpochBatches(images, batch, 0, world, multiple=multiple)
+        return
+    alone = EpochBatches(images, batch * world, multiple=multiple)
+    alone.set_position(epoch)
+    parts = [EpochBatches(images, batch, r, world, multiple=multiple) for r in range(world)]
+    for part in parts:
+        part.set_position(epoch, first)
+    everything = list(alone)
+    assert len(everything) % multiple == 0
+    joined = [list(itertools.chain(*b)) for b in zip(*parts, strict=True)]
+    assert joined == everything[first:]
+    seen = [index for b in everything for _, index in b]
+    assert len(set(seen)) == len(seen) and all(e == epoch for b in everything for e, _ in b)
+
+
+def test_epochs_are_shuffled_differently():
+    sampler = EpochBatches(50, 10)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_position(epoch)
+        orders.append([i for batch in sampler for _, i in batch])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_normalisation_is_imagenets():
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    expected = transforms.Normalize(MEAN, STD)(images.float() / 255)
+    torch.testing.assert_close(normalize(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_test_images_are_cropped_in_the_middle(tmp_path, crop):
+    write_images(tmp_path / "val", classes=1, images=1)
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (1, 200, 3))
+    path = tmp_path / "val" / "class0" / "0.jpg"
+    Image.fromarray(ramp).save(path, quality=95)
+    image, label = TestImages(FolderSource(str(tmp_path), "val"), 32, crop=crop)[0]
+    assert image.shape == (3, 32, 32) and label == 0
+    # of 64 rows after the resize the middle 32 remain, or all 200 became 32
+    top = 200 * 16 / 64 if crop else 0
+    assert abs(float(image[:, 0].float().mean()) - top) < 6
+
+
+def test_pretraining_needs_images_that_are_files(tmp_path, process_group):
+    write_tiny("cifar10", str(tmp_path))
+    opts = [*TINY, "DATA.DATASET", "cifar10", "DATA.DATA_PATH", str(tmp_path)]
+    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
+    with pytest.raises(UserError, match=r"DATA\.DATASET cifar10: its images are no files"):
+        build_pretraining_loader(config)

@@ -1,0 +1,157 @@
+"""Reference data, tiny runs, and ways to start the scripts."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from models.encoder import create_encoder
+from utils.config import load_config
+from utils.update import Precision
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = Path(__file__).parent / "reference"
+
+PORTS = iter(range(20000, 21000))
+
+# what makes a run tiny, as --opts
+TINY = [
+    *("DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "1"),
+    *("TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "PRINT_FREQ", "1"),
+    *("MODEL.CONTRAST_NUM_NEGATIVE", "32", "MODEL.N_HARD", "8"),
+    *("MODEL.WARMUP_EPOCHS", "1", "MODEL.ENCODER", "vit_nano"),
+]
+
+
+def reference(name: str):
+    """A reference file: arrays of an .npz, or the content of a .json."""
+    path = REFERENCE / name
+    return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
+
+
+def write_images(folder: Path, classes: int = 2, images: int = 12, size: int = 40) -> None:
+    """``classes`` folders of JPEGs of smooth noise."""
+    rng = np.random.default_rng(len(str(folder.name)))
+    for number in range(classes):
+        (folder / f"class{number}").mkdir(parents=True)
+        for i in range(images):
+            coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+            image = cv2.resize(coarse, (size + i % 3, size), interpolation=cv2.INTER_CUBIC)
+            cv2.imwrite(str(folder / f"class{number}" / f"{i}.jpg"), image)
+
+
+def run_script(script: str, *arguments, processes: int = 0, launcher: str = "torchrun"):
+    """Run a script, or a module by its name, in a process of its own, or in a group of them by a
+    launcher of torch.
+
+    Returns the finished process with its output as text; standard error is in ``stdout``.
+    """
+    command = [sys.executable]
+    words = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    if processes:
+        module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}
+        command += ["-m", module[launcher], f"--nproc_per_node={processes}"]
+        command += ["--master_port", str(free_port())]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [*command, *words, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    """A port that nothing else takes before its use: none that the kernel lends to connections,
+    and of each process of the tests its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in PORTS:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("", port + 1000 * worker))
+            return port + 1000 * worker
+    raise RuntimeError("no free port")
+
+
+def spawn(function, processes: int, *arguments) -> None:
+    """Run ``function(rank, *arguments)`` in a gloo group of processes."""
+    store = Path(arguments[0]) / f"store_{function.__name__}"
+    torch.multiprocessing.spawn(_join, (function, processes, str(store), arguments), processes)
+
+
+def _join(rank: int, function, processes: int, store: str, arguments) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=processes)
+    function(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def arguments(method: str, imagenet, output, *opts):
+    return [
+        *("--cfg", ROOT / f"configs/{method}_vit_tiny.yaml", "--data-path", imagenet),
+        *("--output", output, "--opts", *TINY, "MODEL.NAME", "run", *opts),
+    ]
+
+
+def tiny(recipe: str, *opts) -> tuple:
+    """A configuration of small images, and what ``start`` would return for it."""
+    device = torch.device("cpu")
+    opts = ["MODEL.ENCODER", "vit_nano", "DATA.IMG_SIZE", "32", *opts]
+    run = SimpleNamespace(device=device, precision=Precision("O0", device))
+    return load_config(str(ROOT / recipe), opts), run
+
+
+def weights(folder, name="checkpoint.pth"):
+    return torch.load(folder / "run" / "default" / name, weights_only=True)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    """Equal bit for bit, model and optimizer."""
+    assert one["step"] == other["step"]
+    assert set(one["model"]) == set(other["model"])
+    for name, value in one["model"].items():
+        assert value.equal(other["model"][name]), name
+    for i, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert value.equal(other["optimizer"]["state"][i][name]), (i, name)
+
+
+def write_run(folder, epochs: int = 4, steps: int = 50, **more) -> None:
+    """Metrics of a run: loss 5 / step with a ripple, k-NN 0.1 x epoch."""
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(1, epochs * steps + 1):
+        place = {"epoch": (step - 1) // steps, "step": step, "epochs": step / steps}
+        figures = {"loss": 5 / step + 0.1 * (-1) ** step, "lr": 0.1, "positive": 0.5}
+        lines.append({"kind": "train"} | place | figures | more)
+        if step % steps == 0:
+            lines.append({"kind": "epoch"} | place | {"seconds": 1, "knn": 0.1 * step / steps})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def fresh(name, seed=0):
+    """An encoder and its weights, which differ from those of another seed."""
+    torch.manual_seed(seed)
+    encoder = create_encoder(name)
+    for parameter in encoder.parameters():
+        if parameter.ndim == 1:  # those begin alike
+            torch.nn.init.normal_(parameter.data)
+    return encoder, {k: v.clone() for k, v in encoder.state_dict().items()}
+
+
+def run_tool(monkeypatch, module, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
+    module.main()

@@ -1,0 +1,176 @@
+"""Backbones against the published ones, at any size, and through their options."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import reference
+
+from models.encoder import ENCODERS, create_encoder
+from models.vit import VisionTransformer
+from utils.errors import UserError
+
+PUBLISHED = ["vit_small", "vit_base", "swin_tiny", "swin_small", "swin_base"]
+SMALL = ["vit_nano", "vit_tiny", "swin_tiny"]
+
+
+def published_weights(name: str) -> dict[str, torch.Tensor]:
+    """The weights of the formula beside the reference features, under the published names."""
+    shapes = reference("state_dict.json")[name]["parameters"]
+    weights = {}
+    for j, key in enumerate(sorted(shapes)):
+        if key == "pos_embed":
+            weights[key] = torch.from_numpy(reference("backbones.npz")["vit_small_pos_embed"])
+            continue
+        count = int(np.prod(shapes[key]))
+        values = 0.04 * np.sin(0.37 * np.arange(count) + j)
+        weights[key] = torch.from_numpy(values.astype(np.float32)).view(shapes[key])
+        if key.endswith("weight") and len(shapes[key]) == 1:
+            weights[key] += 1
+    return weights
+
+
+@pytest.mark.parametrize("name", ["vit_small", "swin_tiny"])
+def test_features_equal_the_published_ones(name):
+    encoder = create_encoder(name).eval()
+    encoder.load_state_dict(published_weights(name))
+    image = torch.sin(0.01 * torch.arange(2 * 3 * 224 * 224, dtype=torch.float64))
+    with torch.no_grad():
+        features = encoder(image.float().view(2, 3, 224, 224))
+    torch.testing.assert_close(
+        features, torch.from_numpy(reference("backbones.npz")[name]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_positions_equal_the_published_ones():
+    expected = torch.from_numpy(reference("backbones.npz")["vit_small_pos_embed"])
+    torch.testing.assert_close(create_encoder("vit_small").pos_embed.data, expected)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_and_shapes_are_the_published_ones(name):
+    published = reference("state_dict.json")[name]
+    with torch.device("meta"):
+        encoder = create_encoder(name) if name.startswith("swin") else None
+    encoder = encoder or create_encoder(name)
+    assert encoder.num_features == published["num_features"]
+    shapes = {k: list(v.shape) for k, v in encoder.named_parameters()}
+    if name.startswith("vit"):
+        assert shapes == published["parameters"]
+        frozen = [k for k, v in encoder.named_parameters() if not v.requires_grad]
+        assert frozen == published["frozen"]
+    else:
+        moved = {  # timm puts the downsampling at the start of the next stage
+            k.replace(f"layers.{i}.downsample", f"layers.{i - 1}.downsample"): v
+            for k, v in shapes.items()
+            for i in [int(k.split(".")[1]) if k.startswith("layers") else 0]
+        }
+        assert moved == published["parameters"]
+
+
+def test_published_buffers_are_no_hindrance():
+    published = reference("state_dict.json")["swin_tiny"]
+    weights = {k: torch.ones(v) for k, v in published["parameters"].items()}
+    buffers = {k: torch.ones(v) for k, v in published["buffers"].items()}
+    encoder = create_encoder("swin_tiny")
+    encoder.load_state_dict(weights | buffers)
+    assert all(bool((p == 1).all()) for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (96, 64)])
+def test_any_image_size(name, size):
+    encoder = create_encoder(name, img_size=64).eval()
+    with torch.no_grad():
+        features = encoder(torch.randn(2, 3, *size))
+    assert features.shape == (2, encoder.num_features)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_checkpoint_serves_every_size(name):
+    torch.manual_seed(0)
+    first = create_encoder(name, img_size=64).eval()
+    second = create_encoder(name, img_size=32).eval()
+    second.load_state_dict(first.state_dict())
+    image = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(second(image), first(image))
+
+
+def test_learned_positions_are_interpolated():
+    encoder = create_encoder("vit_nano", img_size=32).eval()
+    state = encoder.state_dict() | {"pos_embed": torch.randn(1, 37, 128)}  # a grid of 6 x 6
+    encoder.load_state_dict(state)
+    assert not encoder.fixed_positions
+    assert encoder.pos_embed.shape == (1, 17, 128)
+    assert encoder.pos_embed.abs().max() > 1.5  # sines and cosines are not
+
+
+def test_positions_of_an_oblong_grid_follow_rows_and_columns():
+    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=1)
+    square, oblong = encoder._sincos((4, 4))[0, 1:], encoder._sincos((2, 4))[0, 1:]
+    torch.testing.assert_close(oblong, square[:8])  # the first two of four rows
+
+
+def test_initialisation_is_moco_v3s():
+    torch.manual_seed(0)
+    encoder = create_encoder("vit_small")
+    block = encoder.blocks[3]
+    for weight, limit in (
+        (block.attn.qkv.weight, np.sqrt(6 / (384 + 384))),  # q, k and v each by itself
+        (block.mlp.fc1.weight, np.sqrt(6 / (384 + 1536))),
+        (encoder.patch_embed.proj.weight, np.sqrt(6 / (3 * 16 * 16 + 384))),
+    ):
+        assert 0.98 * limit < weight.abs().max() <= limit
+    assert block.attn.qkv.bias.abs().max() == 0 == encoder.patch_embed.proj.bias.abs().max()
+    assert 0 < encoder.cls_token.abs().max() < 1e-5
+    assert encoder.blocks[0].norm1.eps == 1e-6
+
+
+def test_heads_of_vits():
+    heads = {n: create_encoder(n, img_size=32).blocks[0].attn.num_heads for n in ENCODERS if
+             n.startswith("vit_")}  # fmt: skip
+    assert heads == {"vit_nano": 4, "vit_tiny": 3, "vit_small": 12, "vit_base": 12}
+
+
+def test_the_smallest_vit_has_about_a_million_parameters():
+    assert 0.9e6 < sum(p.numel() for p in create_encoder("vit_nano", 64).parameters()) < 1.1e6
+
+
+def test_frozen_patch_projection():
+    encoder = create_encoder("vit_nano", img_size=32, stop_grad_conv1=True)
+    encoder(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is None for p in encoder.patch_embed.parameters())
+    assert encoder.blocks[0].attn.qkv.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "swin_tiny"])
+def test_batch_norm_before_the_mlp(name):
+    encoder = create_encoder(name, img_size=32, replace_ln_with_bn=True)
+    blocks = [m for m in encoder.modules() if hasattr(m, "norm2") and hasattr(m, "mlp")]
+    depth = {"vit_nano": 5, "swin_tiny": 12}[name]
+    assert len(blocks) == depth
+    assert all(isinstance(b.norm2, torch.nn.BatchNorm1d) for b in blocks)
+    encoder(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(b.norm2.weight.grad is not None and b.norm2.running_mean.any() for b in blocks)
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "swin_tiny"])
+def test_activation_checkpointing_changes_no_gradient(name):
+    gradients = []
+    for use_checkpoint in (False, True):
+        torch.manual_seed(0)
+        encoder = create_encoder(
+            name, img_size=32, drop_path_rate=0.3, use_checkpoint=use_checkpoint
+        )
+        torch.manual_seed(1)
+        encoder(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match=r"resnet9.* is unknown, choose from"):
+        create_encoder("resnet9")
+    with pytest.raises(UserError, match="STOP_GRAD_CONV1"):
+        create_encoder("swin_tiny", stop_grad_conv1=True)

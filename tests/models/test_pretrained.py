@@ -1,0 +1,195 @@
+"""Every family of checkpoints, under its own names, loads whole or is refused."""
+
+import pytest
+import torch
+from helpers import ROOT, fresh, reference
+
+from models import build_method
+from models.encoder import create_encoder
+from models.pretrained import load_encoder_weights
+from utils.config import load_config
+from utils.errors import UserError
+
+
+def microsoft(weights):
+    """Swin's weights under Microsoft's names, with the buffers that its checkpoints have."""
+    published = reference("state_dict.json")["swin_tiny"]
+    named = {}
+    for name, value in weights.items():
+        layer = name.split(".")[1] if ".downsample." in name else None
+        if layer:  # there it ends the stage before
+            name = name.replace(f"layers.{layer}.", f"layers.{int(layer) - 1}.")
+        named[name] = value
+    assert set(named) == set(published["parameters"])
+    return named | {name: torch.zeros(shape) for name, shape in published["buffers"].items()}
+
+
+def prefixed(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def wrapper(weights, other):
+    """The published MoBY or SynCo-v2: two encoders, heads and queues."""
+    shapes = reference("state_dict.json")["moby_wrapper"]
+    rest = {name: torch.zeros([min(s, 2) for s in shape]) for name, shape in shapes.items()}
+    return {"model": prefixed("encoder.", weights) | prefixed("encoder_k.", other) | rest}
+
+
+def dino(weights, other):
+    heads = {"module.head.mlp.0.weight": torch.zeros(2), "module.head.last_layer.weight_g": 1}
+    heads = {name: torch.as_tensor(value) for name, value in heads.items()}
+    return {
+        "student": prefixed("module.backbone.", other) | heads,
+        "teacher": prefixed("backbone.", weights) | heads,
+        "epoch": 300,
+    }
+
+
+def moco(weights, other):
+    heads = {
+        f"module.{part}.0.weight": torch.zeros(2) for part in ("base_encoder.head", "predictor")
+    }
+    both = prefixed("module.base_encoder.", weights) | prefixed("module.momentum_encoder.", other)
+    return {"state_dict": both | heads, "optimizer": {}, "arch": "vit_small"}
+
+
+def learned(weights, extra=()):
+    """timm's and DeiT's ViT, whose positions are learned, with a classifier."""
+    head = {"head.weight": torch.zeros(10, 384), "head.bias": torch.zeros(10)}
+    return weights | {"pos_embed": torch.randn(1, 197, 384)} | head | dict(extra)
+
+
+DISTILLED = {"head_dist.weight": torch.zeros(10, 384), "head_dist.bias": torch.zeros(10)}
+# encoder, what the file holds, the family that is named
+FAMILIES = {
+    "this project": ("vit_tiny", lambda w, o: wrapper(w, o), "this project, SynCo-v2 or MoBY"),
+    "published SynCo-v2 or MoBY": (
+        "swin_tiny",
+        lambda w, o: wrapper(microsoft(w), microsoft(o)),
+        "this project, SynCo-v2 or MoBY",
+    ),
+    "Microsoft's Swin": (
+        "swin_tiny",
+        lambda w, _: {
+            "model": microsoft(w)
+            | {"head.weight": torch.zeros(10, 768), "head.bias": torch.zeros(10)}
+        },
+        "Microsoft's Swin",
+    ),
+    "DINO": ("vit_small", dino, "DINO"),
+    "DINO, from a module": (
+        "vit_small",
+        lambda w, _: {"teacher": prefixed("module.backbone.", w)},
+        "DINO",
+    ),
+    "DINO, backbone alone": ("vit_small", lambda w, _: w, "timm"),
+    "MoCo v3": ("vit_small", moco, "MoCo v3"),
+    "timm": ("vit_small", lambda w, _: learned(w), "timm"),
+    "DeiT": ("vit_small", lambda w, _: {"model": learned(w)}, "DeiT"),
+    "DeiT, distilled head": ("vit_small", lambda w, _: {"model": learned(w, DISTILLED)}, "DeiT"),
+    "timm under DistributedDataParallel": (
+        "vit_small",
+        lambda w, _: {"state_dict": prefixed("module.", learned(w))},
+        "timm under DistributedDataParallel",
+    ),
+    "linear probe": (
+        "vit_small",
+        lambda w, _: {
+            "model": prefixed("encoder.", w) | {"heads.0.weight": torch.zeros(2, 384)},
+            "lr": [1.0],
+        },
+        "this project",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_loads_whole(tmp_path, family):
+    name, write, label = FAMILIES[family]
+    _, weights = fresh(name)
+    _, other = fresh(name, 1)
+    state = write(dict(weights), other)
+    path = str(tmp_path / "weights.pth")
+    torch.save(state, path)
+    encoder, before = fresh(name, 2)
+    said = load_encoder_weights(encoder, path)
+    assert label in said
+    count = len(weights)
+    assert f"{count} of {count} loaded" in said
+    for key, value in encoder.state_dict().items():
+        if key == "pos_embed" and not encoder.fixed_positions:
+            assert value.shape == weights[key].shape and not value.equal(weights[key])
+        else:
+            assert value.equal(weights[key]), key
+        assert key == "pos_embed" or not value.equal(before[key]), key
+
+
+@pytest.mark.parametrize("family", ["this project", "MoCo v3"])
+def test_the_momentum_encoder_on_demand(tmp_path, family):
+    name, write, _ = FAMILIES[family]
+    _, weights = fresh(name)
+    encoder, other = fresh(name, 1)
+    path = str(tmp_path / "weights.pth")
+    torch.save(write(weights, other), path)
+    encoder, _ = fresh(name, 2)
+    load_encoder_weights(encoder, path, "encoder_k")
+    assert all(value.equal(other[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["byol", "moby", "synco"])
+def test_what_this_project_trains_loads(tmp_path, method):
+    opts = ["MODEL.ENCODER", "vit_nano", "MODEL.CONTRAST_NUM_NEGATIVE", "8", "MODEL.N_HARD", "4"]
+    model = build_method(load_config(str(ROOT / f"configs/{method}_vit_tiny.yaml"), opts))
+    path = str(tmp_path / "weights.pth")
+    torch.save({"model": model.state_dict(), "epoch": 3}, path)
+    encoder = create_encoder("vit_nano")
+    load_encoder_weights(encoder, path)
+    for key, value in model.encoder.state_dict().items():
+        assert encoder.state_dict()[key].equal(value), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_missing_weight_is_named(tmp_path, family):
+    """Whichever family: one line with the name of what is missing, and no guess."""
+    name, write, _ = FAMILIES[family]
+    _, weights = fresh(name)
+    state = write(dict(weights), fresh(name, 1)[1])
+    removed = 0
+    for part in [state, *(v for v in state.values() if isinstance(v, dict))]:
+        for key in [k for k in part if k.endswith("blocks.1.mlp.fc1.weight")]:
+            del part[key]
+            removed += 1
+    assert removed
+    path = str(tmp_path / "weights.pth")
+    torch.save(state, path)
+    with pytest.raises(UserError) as error:
+        load_encoder_weights(create_encoder(name), path)
+    message = str(error.value)
+    assert "weights.pth: " in message and "blocks.1.mlp.fc1.weight" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"model": {"encoder.cls_token": torch.zeros(1)}}, "no encoder weights found"),
+        ({"epoch": 3}, "it holds no tensors"),
+        ({}, "it holds no tensors"),
+        ([1, 2], "expected a dict"),
+    ],
+)
+def test_what_is_no_encoder_is_named(tmp_path, state, message):
+    path = str(tmp_path / "weights.pth")
+    torch.save(state, path)
+    with pytest.raises(UserError, match=message) as error:
+        load_encoder_weights(create_encoder("vit_nano"), path)
+    assert "weights.pth: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("vit_tiny", "vit_small"), ("vit_tiny", "swin_tiny")])
+def test_another_encoder_is_named(tmp_path, saved, asked):
+    path = str(tmp_path / "weights.pth")
+    torch.save(fresh(saved)[1], path)
+    with pytest.raises(UserError, match=r"weights\.pth: checkpoint of another model") as error:
+        load_encoder_weights(create_encoder(asked), path)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,106 @@
+"""tools/zip_images.py: what the zips hold, and what they cannot."""
+
+import os
+import shutil
+import zipfile
+
+import pytest
+import torch
+from helpers import ROOT
+
+from data.loader import build_pretraining_loader
+from data.source import FolderSource, ZipSource
+from tools import zip_images
+from utils.config import load_config
+from utils.errors import UserError
+
+
+@pytest.fixture
+def pack(monkeypatch):
+    """Run the tool."""
+
+    def run(*arguments) -> None:
+        monkeypatch.setattr("sys.argv", ["zip_images.py", *map(str, arguments)])
+        zip_images.main()
+
+    return run
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_zip_has_the_images_and_labels_of_the_folder(imagenet, tmp_path, pack, split):
+    pack(imagenet, tmp_path / "new")
+    folder, zipped = FolderSource(str(imagenet), split), ZipSource(str(tmp_path / "new"), split)
+    assert zipped.labels == folder.labels
+    assert [f"{imagenet}/{split}/{name}" for name in zipped.names] == folder.names
+    for index in range(len(folder.names)):
+        assert zipped.read(index) == folder.read(index)
+    names = {"train.zip", "train_map.txt", "val.zip", "val_map.txt"}
+    assert set(os.listdir(tmp_path / "new")) == names  # and no temporary file
+    with zipfile.ZipFile(tmp_path / "new" / f"{split}.zip") as archive:
+        assert {i.compress_type for i in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache", ["no", "part", "full"])
+def test_training_sees_the_same_batches(imagenet, tmp_path, pack, monkeypatch, workers, cache):
+    """Each of several workers opens the archive for itself."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    pack(imagenet, tmp_path)
+    batches = []
+    for path, zipped in ((imagenet, False), (tmp_path, True)):
+        config = load_config(
+            str(ROOT / "configs/moby_vit_tiny.yaml"),
+            [
+                *("DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", str(workers)),
+                *("DATA.DATA_PATH", str(path), "DATA.ZIP_MODE", str(zipped)),
+                *("DATA.CACHE_MODE", cache),
+            ],
+        )
+        loader = build_pretraining_loader(config)
+        batches.append([torch.stack(views) for *views, _ in loader])
+    assert len(batches[0]) == 6
+    for one, other in zip(*batches, strict=True):
+        assert one.equal(other)
+
+
+def test_only_what_is_there_is_packed(imagenet, tmp_path, pack, capsys):
+    shutil.copytree(imagenet / "val", tmp_path / "data" / "val")
+    pack(tmp_path / "data", tmp_path)
+    assert not (tmp_path / "train.zip").exists()
+    assert capsys.readouterr().out == f"val: 7 images in {tmp_path}/val.zip\n"
+
+
+@pytest.mark.parametrize("name", ["a\tb.jpg", "a\nb.jpg", "a\udcffb.jpg"])
+def test_names_that_a_list_cannot_hold_are_refused(imagenet, tmp_path, pack, name):
+    shutil.copytree(imagenet / "val", tmp_path / "data" / "val")
+    shutil.copy(imagenet / "val/class0/0.jpg", tmp_path / "data/val/class0" / name)
+    with pytest.raises(UserError, match="cannot be listed: rename it") as error:
+        pack(tmp_path / "data", tmp_path / "out")
+    assert str(error.value).isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_leaves_the_old_zip(imagenet, tmp_path, pack, monkeypatch):
+    pack(imagenet, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
+    with pytest.raises(UserError, match=r"cannot pack train \(No space left on device\)"):
+        pack(imagenet, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("missing", ["data", "splits", "file"])
+def test_mistakes_are_named(imagenet, tmp_path, pack, missing):
+    data, out = tmp_path / "data", tmp_path / "out"
+    if missing != "data":
+        data.mkdir()
+    if missing == "file":
+        shutil.copytree(imagenet / "val", data / "val")
+        (data / "val/class1/broken.jpg").symlink_to("nowhere")
+    message = r"broken\.jpg: cannot pack val" if missing == "file" else "holds neither"
+    with pytest.raises(UserError, match=message):
+        pack(data, out)

@@ -1,0 +1,84 @@
+"""Processes that run something else than the first are found at the start."""
+
+import shutil
+
+import pytest
+from helpers import ROOT, arguments, run_script, spawn
+
+from utils.agreement import check_agreement, code_facts, configuration_facts, digest
+from utils.config import load_config
+from utils.distributed import on_first_process, rank
+from utils.errors import UserError
+
+
+def disagree(_, folder: str) -> None:
+    for facts, message in (
+        ({"images": 5}, None),
+        ({"images": 5 + rank()}, "process 1 differs from process 0: images is 6, not 5: start"),
+        ({f"key{rank()}": 1}, "process 1 differs from process 0: key"),
+    ):
+        if message is None:
+            check_agreement(facts)
+            continue
+        with pytest.raises(UserError, match=message):
+            check_agreement(facts)
+
+    def fail():
+        assert rank() == 0
+        raise UserError("no space")
+
+    assert on_first_process(lambda: rank() + 7) == 7
+    with pytest.raises(UserError, match="no space"):
+        on_first_process(fail)
+
+
+@pytest.mark.slow
+def test_every_process_is_told(tmp_path):
+    spawn(disagree, 2, str(tmp_path))
+
+
+def test_what_may_differ_between_machines():
+    recipe = str(ROOT / "configs/demo.yaml")
+    base = configuration_facts(load_config(recipe))
+    local = load_config(recipe, ["DATA.DATA_PATH", "/elsewhere", "DATA.NUM_WORKERS", "3"])
+    assert configuration_facts(local) == base
+    assert configuration_facts(load_config(recipe, ["TRAIN.BASE_LR", "3"])) != base
+    assert base["TRAIN.OPTIMIZER.NAME"] == "'adamw'"
+
+
+def test_the_code_is_compared(monkeypatch, tmp_path):
+    before = code_facts()
+    assert before == code_facts()
+    for name in ("models", "data", "evaluation", "utils"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr("utils.agreement.ROOT", tmp_path)
+    assert before == code_facts()
+    for name in ("main_pretrain.py", "models/moby.py"):
+        with open(tmp_path / name, "a") as file:
+            file.write("# another version\n")
+        assert before != code_facts()
+        before = code_facts()
+
+
+def test_parts_do_not_run_into_each_other():
+    assert digest(["ab", "c"]) != digest(["a", "bc"]) and digest([b"a"]) == digest(["a"])
+
+
+@pytest.mark.slow
+def test_another_data_set_on_one_machine_ends_in_one_line(imagenet, tmp_path):
+    for number in (0, 1):
+        shutil.copytree(imagenet, tmp_path / f"data{number}")
+    (tmp_path / "data1/train/class0/3.jpg").unlink()
+    script = tmp_path / "own_path.py"
+    script.write_text(
+        f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"path = {str(tmp_path / 'data')!r} + os.environ['RANK']\n"
+        "sys.argv[sys.argv.index('--data-path') + 1] = path\n"
+        f"runpy.run_path({str(ROOT / 'main_pretrain.py')!r}, run_name='__main__')\n"
+    )
+    done = run_script(script, *arguments("moby", imagenet, tmp_path / "out"), processes=2)
+    assert done.returncode != 0
+    assert "process 1 differs from process 0: the " in done.stdout
+    assert "Traceback" not in done.stdout.split("elastic")[0]

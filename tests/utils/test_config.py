@@ -1,0 +1,191 @@
+"""Configuration files, --opts and the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.arguments import parse_arguments
+from utils.config import DEFAULTS, as_dict, load_config, to_json
+from utils.errors import UserError
+
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+PUBLISHED = sorted(p for p in RECIPES if p.stem.split("_")[0] in ("moby", "byol", "synco"))
+
+
+def write(folder: Path, text: str, name: str = "c.yaml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_there_are_18_recipes():
+    assert len(PUBLISHED) == 18
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_recipe_says_what_the_paper_says(path):
+    config = load_config(str(path))
+    method, encoder = path.stem.split("_", 1)
+    byol = method == "byol"
+    assert (method, encoder) == (config.MODEL.TYPE, config.MODEL.ENCODER)
+    assert config.MODEL.NAME.startswith(f"{method}__{encoder}__odpr02_tdpr0_cm099")
+    assert (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS) == (300, 5)
+    assert (2e-4 if byol else 1e-3) == config.TRAIN.BASE_LR
+    assert (0.03 if byol else 0.05) == config.TRAIN.WEIGHT_DECAY
+    assert (0.996 if byol else 0.99) == config.MODEL.CONTRAST_MOMENTUM
+    assert config.AUG.SSL_AUG and config.AUG.SSL_AUG_TYPE == "byol"
+
+
+def test_every_key_of_a_published_file_loads(tmp_path):
+    """All keys, in the forms in which YAML files write numbers."""
+    text = """
+DATA: {BATCH_SIZE: 128, DATA_PATH: d, DATASET: imagenet, IMG_SIZE: 224, INTERPOLATION: bicubic,
+  PIN_MEMORY: True, NUM_WORKERS: 8, ZIP_MODE: False, CACHE_MODE: part, TRAINING_IMAGES: 1}
+MODEL: {TYPE: moby, ENCODER: swin_tiny, NAME: n, RESUME: '', NUM_CLASSES: 1000, DROP_RATE: 0,
+  DROP_PATH_RATE: 0.1, LABEL_SMOOTHING: 0.1, ONLINE_DROP_PATH_RATE: 0.2,
+  TARGET_DROP_PATH_RATE: 0.0, CONTRAST_MOMENTUM: 0.99, CONTRAST_TEMPERATURE: 0.2,
+  CONTRAST_NUM_NEGATIVE: 4096, PROJ_NUM_LAYERS: 2, PRED_NUM_LAYERS: 2, STOP_GRAD_CONV1: False,
+  REPLACE_LN_WITH_BN: False, N_HARD: 256, N1: 128, N2: 128, N3: 128, N4: 128, N5: 128, N6: 128,
+  WARMUP_EPOCHS: 30, COOLDOWN_EPOCHS: 100}
+TRAIN: {START_EPOCH: 0, EPOCHS: 300, WARMUP_EPOCHS: 20, WEIGHT_DECAY: 0.05, BASE_LR: 1e-3,
+  WARMUP_LR: 5e-7, MIN_LR: 5e-6, CLIP_GRAD: 5, AUTO_RESUME: True, ACCUMULATION_STEPS: 0,
+  USE_CHECKPOINT: False, LR_SCHEDULER: {NAME: cosine, DECAY_EPOCHS: 30, DECAY_RATE: 0.1},
+  OPTIMIZER: {NAME: adamw, EPS: 1e-8, BETAS: [0.9, 0.95], MOMENTUM: 0.9}}
+LINEAR_EVAL: {PRETRAINED: '', WEIGHTS: freeze}
+AUG: {COLOR_JITTER: 0.4, AUTO_AUGMENT: rand-m9-mstd0.5-inc1, REPROB: 0.25, REMODE: pixel,
+  RECOUNT: 1, MIXUP: 0.8, CUTMIX: 1.0, CUTMIX_MINMAX: [0.1, 0.9], MIXUP_PROB: 1.0,
+  MIXUP_SWITCH_PROB: 0.5, MIXUP_MODE: batch, SSL_AUG: True, SSL_AUG_TYPE: byol,
+  SSL_AUG_CROP: 0.08, SSL_LINEAR_AUG: False}
+TEST: {CROP: True}
+AMP_OPT_LEVEL: O1
+OUTPUT: o
+TAG: t
+SAVE_FREQ: 1
+PRINT_FREQ: 10
+SEED: 0
+EVAL_MODE: False
+THROUGHPUT_MODE: False
+LOCAL_RANK: 0
+"""
+    config = load_config(write(tmp_path, text))
+    assert config.TRAIN.BASE_LR == 1e-3
+    assert config.TRAIN.CLIP_GRAD == 5.0 and isinstance(config.TRAIN.CLIP_GRAD, float)
+    assert config.TRAIN.OPTIMIZER.BETAS == (0.9, 0.95)
+    assert config.AUG.CUTMIX_MINMAX == [0.1, 0.9]
+
+
+def test_base_files_come_first_and_relative(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub", "TRAIN: {EPOCHS: 7, WARMUP_EPOCHS: 3}", "a.yaml")
+    write(tmp_path, "BASE: [sub/a.yaml]\nTRAIN: {EPOCHS: 8}\nTAG: mid", "b.yaml")
+    config = load_config(write(tmp_path, "BASE: [b.yaml]\nTAG: top"))
+    assert (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.TAG) == (8, 3, "top")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("TRAIN: {EPOCH: 3}", "c.yaml: unknown configuration key TRAIN.EPOCH, did you mean"),
+        ("FOO: 1", "c.yaml: unknown configuration key FOO"),
+        ("TRAIN: 3", "c.yaml: TRAIN is a section"),
+        ("TRAIN: {EPOCHS: many}", "c.yaml: TRAIN.EPOCHS must be a int, got 'many'"),
+        ("TRAIN: {EPOCHS: 2.5}", "TRAIN.EPOCHS must be a int"),
+        ("AUG: {SSL_AUG: 1}", "AUG.SSL_AUG must be a bool"),
+        ("TAG: 5", "TAG must be a str"),
+        ("MODEL: {ALPHA: [0.1]}", "MODEL.ALPHA must be a list"),
+        ("TRAIN: {BASE_LR: fast}", "TRAIN.BASE_LR must be a float"),
+        ("- 1\n- 2", "c.yaml: a configuration is a YAML mapping"),
+        ("TRAIN: {EPOCHS: [}", "c.yaml: not a valid YAML file"),
+        ("BASE: [none.yaml]", "none.yaml: cannot read the configuration"),
+        ("BASE: [c.yaml]", "BASE files include each other"),
+        ("TRAIN: !!python/object/apply:os.system ['true']", "c.yaml: not a valid YAML file"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["TRAIN.EPOCHS"], "has no value"),
+        (["TRAIN.EPOCHSS", "3"], "did you mean TRAIN.EPOCHS?"),
+        (["TRAIN", "3"], "TRAIN is a section"),
+        (["TRAIN.EPOCHS.X", "3"], "unknown configuration key TRAIN.EPOCHS.X"),
+        (["TRAIN.EPOCHS", "x"], "TRAIN.EPOCHS must be a int"),
+        (["AUG.SSL_AUG", "maybe"], "AUG.SSL_AUG must be a bool"),
+    ],
+)
+def test_mistakes_in_opts_are_named(opts, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        load_config(str(RECIPES[0]), opts)
+
+
+def test_opts_take_the_type_of_their_key():
+    opts = ["TRAIN.BASE_LR", "1e-3", "TRAIN.EPOCHS", "5", "TAG", "17", "AUG.SSL_AUG", "true"]
+    config = load_config(str(RECIPES[0]), [*opts, "TRAIN.OPTIMIZER.BETAS", "(0.8,0.9)"])
+    assert config.TRAIN.BASE_LR == 1e-3 and config.TRAIN.EPOCHS == 5
+    assert config.TAG == "17" and config.AUG.SSL_AUG is True
+    assert config.TRAIN.OPTIMIZER.BETAS == (0.8, 0.9)
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_any_opts_end_in_a_configuration_or_an_error(key, value):
+    try:
+        load_config(str(RECIPES[0]), [key, value])
+    except UserError as error:
+        assert str(error)
+
+
+def test_json_holds_the_whole_configuration():
+    config = load_config(str(RECIPES[0]))
+    assert json.loads(to_json(config)) == json.loads(json.dumps(as_dict(config)))
+    assert set(json.loads(to_json(config))) == set(DEFAULTS)
+
+
+def test_flags_reach_the_configuration():
+    _, config = parse_arguments(
+        "test",
+        argv=f"--cfg {RECIPES[0]} --batch-size 3 --data-path d --output o --tag t --resume r "
+        "--accumulation-steps 2 --use-checkpoint --amp-opt-level O1 --zip --cache-mode full "
+        "--eval --throughput --opts MODEL.NAME n".split(),
+    )
+    assert (config.DATA.BATCH_SIZE, config.DATA.DATA_PATH) == (3, "d")
+    assert (config.DATA.ZIP_MODE, config.DATA.CACHE_MODE) == (True, "full")
+    assert (config.MODEL.RESUME, config.TRAIN.ACCUMULATION_STEPS) == ("r", 2)
+    assert config.TRAIN.USE_CHECKPOINT and config.EVAL_MODE and config.THROUGHPUT_MODE
+    assert (config.AMP_OPT_LEVEL, config.OUTPUT) == ("O1", "o/n/t")
+
+
+@pytest.mark.parametrize("flag", ["--local-rank=3", "--local_rank 3"])
+def test_both_spellings_of_local_rank(flag, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    _, config = parse_arguments("test", argv=["--cfg", str(RECIPES[0]), *flag.split()])
+    assert config.LOCAL_RANK == 3
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    _, config = parse_arguments("test", argv=["--cfg", str(RECIPES[0]), *flag.split()])
+    assert config.LOCAL_RANK == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--cfg"),
+        (["--cfg", "nowhere.yaml"], "nowhere.yaml: cannot read"),
+        (["--cfg", str(RECIPES[0]), "--frobnicate"], "--frobnicate"),
+        (["--cfg", str(RECIPES[0]), "--batch", "3"], "--batch"),
+        (["--cfg", str(RECIPES[0]), "--batch-size", "0"], "DATA.BATCH_SIZE must be at least 1"),
+        (["--cfg", str(RECIPES[0]), "--amp-opt-level", "O9"], "O9"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, message):
+    with pytest.raises(UserError) as error:
+        parse_arguments("test", argv=arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,73 @@
+"""Measure speed as ratios in one run, against plain forms and against the machine's limits.
+
+    python -m tools.benchmark head step pipeline momentum knn scaling --json FILE --markdown FILE
+
+Whatever is compared runs in turn (A B A B), and medians are taken. A ratio is time over the plain
+form's time, a speedup its inverse, a share is of the limit measured in the same run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from tools.benchmark.data import knn, pipeline
+from tools.benchmark.training import head, momentum, scaling, step
+
+ENCODERS = ("vit_small", "swin_tiny")
+PARTS = {f.__name__: f for f in (head, step, pipeline, momentum, knn, scaling)}
+
+
+def main() -> None:
+    """Run the parts that are named, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
+    for flag, value, what in (
+        ("rounds", 5, "timed runs of each"),
+        ("warm-up", 3, "runs of steps and heads that do not count"),
+        ("batch", 16, "images of a step"),
+        ("size", 224, "side of an image in pixels"),
+        ("head-batch", 128, "queries of the head"),
+        ("queue", 4096, "length of the queue"),
+        ("hard", 256, "N_HARD"),
+        ("negatives", 128, "synthetic negatives of each type"),
+        ("images", 48, "JPEGs of the pipeline"),
+        ("features", 40000, "training features of k-NN"),
+    ):
+        parser.add_argument(f"--{flag}", type=int, default=value, help=f"{what} ({value})")
+    parser.add_argument("--encoders", nargs="+", default=list(ENCODERS))
+    args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown part {unknown.pop()}, choose from {', '.join(PARTS)}")
+    if args.quick:
+        args.rounds, args.warm_up, args.batch, args.size, args.head_batch = 1, 1, 2, 32, 4
+        args.queue, args.hard, args.negatives = 64, 8, 4
+        args.images, args.features = 2, 4000
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    results = {name: PARTS[name](args) for name in args.parts or PARTS}
+    rows = [f"| {name} | {value:.3g} |" for name, value in flatten(results)]
+    table = "\n".join(["| figure | value |", "| --- | --- |", *rows])
+    print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    if args.markdown:
+        Path(args.markdown).write_text(table + "\n")
+
+
+def flatten(results: dict, prefix: str = "") -> list[tuple[str, float]]:
+    """Nested results as (dotted name, value)."""
+    pairs: list[tuple[str, float]] = []
+    for name, value in results.items():
+        nested = isinstance(value, dict)
+        pairs += flatten(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
+    return pairs
+
+
+if __name__ == "__main__":
+    main()

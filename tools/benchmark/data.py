@@ -1,0 +1,83 @@
+"""The parts of python -m tools.benchmark about data and features."""
+
+import argparse
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from data import opencv
+from data.augmentation import draw_view, view_augmentations
+from evaluation.knn import knn_classify
+from tools.benchmark.plain import pil_views
+from tools.benchmark.timing import compare
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEGs of 500 x 375 with the detail of photographs: noise of all scales."""
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        image = np.zeros((375, 500, 3), np.float32)
+        for side in (3, 8, 20, 60, 150):
+            layer = Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8))
+            image += np.asarray(layer.resize((500, 375), Image.Resampling.BICUBIC)) / side**0.5
+        image *= 255 / image.max()
+        file = io.BytesIO()
+        Image.fromarray(image.astype(np.uint8)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def pipeline(args: argparse.Namespace) -> dict:
+    """Two views of each JPEG on one core: PIL, OpenCV, and decoding alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a data worker has it
+    files = photographs(args.images)
+    kinds = view_augmentations("byol", 0.08)
+
+    def fast() -> None:
+        for i, content in enumerate(files):
+            image = opencv.decode_array(content, "image")
+            for number, kind in enumerate(kinds):
+                rng = np.random.default_rng((0, 0, i, number))
+                height, width = image.shape[:2]
+                view = draw_view(rng, width, height, kind)
+                opencv.apply_view(image, view, args.size)
+
+    def plain() -> None:
+        for i, content in enumerate(files):
+            pil_views(content, kinds, args.size, np.random.default_rng((0, 0, i)))
+
+    def decode() -> None:
+        for content in files:
+            opencv.decode_array(content, "image")
+
+    times = compare(args.rounds, plain=plain, fast=fast, decode=decode)
+    torch.set_num_threads(threads)
+    rates = {name: len(files) / seconds for name, seconds in times.items()}
+    return {
+        **{f"{name}_images_per_s": rate for name, rate in rates.items()},
+        "speedup": times["plain"] / times["fast"],
+        "share_of_decode": times["decode"] / times["fast"],
+    }
+
+
+def knn(args: argparse.Namespace) -> dict:
+    """Four values of k from one pass of similarities, and by a pass each."""
+    train = F.normalize(torch.randn(args.features, 384, device=args.device), dim=1)
+    test = F.normalize(torch.randn(args.features // 20, 384, device=args.device), dim=1)
+    labels = torch.randint(1000, (args.features,), device=args.device)
+    ks = [10, 20, 100, 200]
+
+    def classify(ks: list[int]) -> None:
+        knn_classify(train, labels, test, ks, 0.07, 1000)
+
+    def passes() -> None:
+        for k in ks:
+            classify([k])
+
+    times = compare(args.rounds, one_pass=lambda: classify(ks), passes=passes)
+    return {"one_pass_s": times["one_pass"], "ratio": times["one_pass"] / times["passes"]}
