@@ -15,6 +15,7 @@ from evaluation.knn import knn_classify
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_tensor, save_checkpoint
+from utils.config import run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.run import Run, run_script, start, write_results
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Features of both splits, neighbours, figures."""
     args, config = parse_arguments(__doc__, add_arguments)
-    run = start(config, os.path.join(config.OUTPUT, f"knn_{config.DATA.DATASET}"))
+    run = start(config, os.path.join(run_folder(config), f"knn_{config.DATA.DATASET}"))
     if args.load_features:
         parts = [read_tensor(os.path.join(args.load_features, name)) for name in FILES]
     else:

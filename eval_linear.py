@@ -3,20 +3,14 @@
 import argparse
 import math
 import os
-import sys
 import time
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.scheduler.scheduler import Scheduler
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from yacs.config import CfgNode
 
-from data.augmentation import normalize
 from data.loader import (
     TrainingLoader,
     add_dataset_arguments,
@@ -24,14 +18,14 @@ from data.loader import (
     build_labelled_sources,
 )
 from data.source import ImageSource
-from data.transfer import TRANSFER_SETS
-from evaluation.classification_metrics import MAP
+from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
 from evaluation.linear import (
+    Judged,
     LinearClassifiers,
     build_mixup,
-    describe,
-    head_losses,
+    by_name,
+    forward_images,
     read_classifiers,
     score_classifier,
     score_heads,
@@ -39,7 +33,7 @@ from evaluation.linear import (
 )
 from evaluation.logistic_regression import choose_strength
 from evaluation.protocols import apply_protocol
-from lr_scheduler import build_scheduler, scale_learning_rates
+from lr_scheduler import build_scheduler, scaled_rates
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import Backbone
@@ -53,12 +47,21 @@ from utils.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from utils.distributed import data_parallel, mean_over_processes, rank, world_size
+from utils.config import run_folder
+from utils.distributed import data_parallel, rank
 from utils.errors import UserError
-from utils.progress import checkpoint_to_resume
-from utils.run import Run, run_script, start, write_results
+from utils.progress import (
+    Checkpoints,
+    Progress,
+    checkpoint_to_resume,
+    locate,
+    warn_of_changes,
+)
+from utils.run import Run, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
-from utils.training_log import duration, measure_throughput, memory
+from utils.signals import StopSignals, end_stopped
+from utils.training_log import TrainingLog, duration, measure_throughput
+from utils.update import Update
 
 BEST = "best.pth"
 THROUGHPUT_STEPS = 30
@@ -85,204 +88,159 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    """Data, encoder, heads, resume, loop, figures."""
-    args, config = parse_arguments(__doc__, add_arguments)
-    rates = apply_protocol(config, args.opts, args.lr)
-    frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
-    if args.probe == "lbfgs" and not frozen:
-        raise UserError("--probe lbfgs needs a frozen encoder: leave LINEAR_EVAL.WEIGHTS at freeze")
-    kind = "linprob" if frozen else "ft"
-    run = start(config, os.path.join(config.OUTPUT, f"linear_{config.DATA.DATASET}_{kind}"))
-    train, test = build_labelled_sources(config, args.download)
-    metric = TRANSFER_SETS[config.DATA.DATASET].metric
-    if config.EVAL_MODE:
-        return evaluate_saved(config, test, metric, run)
-    encoder = load_pretrained_encoder(args, config, run, 0.0 if frozen else args.drop_path_rate)
-    if args.probe == "lbfgs":
-        strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
-        return probe_by_lbfgs(config, encoder, train, test, strengths, metric, run)
-
-    loader = build_classification_loader(config, train)
-    steps_per_epoch = len(loader) // max(1, config.TRAIN.ACCUMULATION_STEPS)
-    # an interrupted run is continued only by one that agrees in these
-    identity = {"encoder": weights_digest(encoder), "lr": rates, "classes": len(train.classes)}
-    model = LinearClassifiers(encoder, len(train.classes), len(rates), config.SEED, frozen)
-    model = synchronize_batch_norm(model, run.device)
-    scale_learning_rates(config, world_size())
-    if frozen:
-        groups = model.head_groups(rates, config.TRAIN.WEIGHT_DECAY)
-        # the heads compute in float32: one that diverges must not stop the steps of the others
-        run.precision.scaler = torch.amp.GradScaler(run.device.type, enabled=False)
-    else:
-        groups = model.layer_groups(config.TRAIN.WEIGHT_DECAY, args.layer_decay)
-    optimizer = build_optimizer(config, model, groups)
-    scheduler = build_scheduler(config, optimizer, steps_per_epoch)
-    mixup = None if frozen or metric == MAP else build_mixup(config, len(train.classes))
-    run.logger.info(
-        "%s on %s: %d training and %d test images, %d classes, %d updates an epoch, base rates %s",
-        *(config.LINEAR_EVAL.WEIGHTS, config.DATA.DATASET, len(train.names), len(test.names)),
-        *(len(train.classes), steps_per_epoch, rates),
-    )
-
-    done = resume(config, model, optimizer, identity, run)
-    ddp = data_parallel(model, run.device)
-    if config.THROUGHPUT_MODE:
-        step = partial(update, config, ddp, optimizer, mixup, run)
-        ddp.train()
-        return measure_throughput(loader, config, THROUGHPUT_STEPS, step, run)
-    if frozen:  # its features of the test images stay as they are
-        features, labels = encode_images(config, model.encoder, test, run)
-        check_features(features, labels, "test")
-    started = time.time()
-    for epoch in range(done["epoch"] + 1, config.TRAIN.EPOCHS):
-        train_one_epoch(config, ddp, loader, optimizer, scheduler, mixup, epoch, run)
-        if not frozen:
-            features, labels = encode_images(config, model.eval().encoder, test, run)
-        figures = score_heads(model, features, labels, metric)
-        done = judge(figures, metric, rates, epoch, done["best"], run)
-        save(config, model, optimizer, identity, done, run)
-    run.logger.info("training took %s", duration(time.time() - started))
-    report(config, metric, done["best"], done["figures"][rates.index(done["best"]["lr"])], run)
-
-
-def train_one_epoch(
-    config: CfgNode,
-    ddp: DistributedDataParallel,
-    loader: TrainingLoader,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler,
-    mixup: Mixup | None,
-    epoch: int,
-    run: Run,
-) -> None:
-    """Train for one epoch; all that is random follows from seed, epoch, image and update."""
-    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    steps_per_epoch = len(loader) // micro_batches
-    ddp.train()
-    loader.batch_sampler.set_position(epoch)
-    batches = iter(loader)
-    sums, count = torch.zeros(len(ddp.module.heads), device=run.device), 0
-    started = time.time()
-    hidden = rank() > 0 or not sys.stderr.isatty()
-    for index in tqdm(range(steps_per_epoch), f"epoch {epoch}", disable=hidden, leave=False):
-        step = epoch * steps_per_epoch + index
-        scheduler.step_update(step)
-        batch = [next(batches) for _ in range(micro_batches)]
-        seed_libraries(config.SEED, rank(), step)
-        sums += update(config, ddp, optimizer, mixup, run, batch)
-        count += 1
-        if (index + 1) % config.PRINT_FREQ == 0 or index + 1 == steps_per_epoch:
-            losses = mean_over_processes(sums / count).tolist()
-            seconds = (time.time() - started) / (index + 1)
-            run.logger.info(
-                "Train: [%d/%d][%d/%d] lr %.6f time %.4f loss %s mem %.0fMB",
-                *(epoch, config.TRAIN.EPOCHS, index + 1, steps_per_epoch),
-                *(optimizer.param_groups[-1]["lr"], seconds),
-                *(" ".join(f"{loss:.4f}" for loss in losses), memory(run.device)),
+    """Data, encoder, heads, resume, loop, figures; a signal stops it so that it can be resumed."""
+    with StopSignals() as signals:
+        args, config = parse_arguments(__doc__, add_arguments)
+        config, rates = apply_protocol(config, args.opts, args.lr)
+        frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
+        if args.probe == "lbfgs" and not frozen:
+            raise UserError(
+                "--probe lbfgs needs a frozen encoder: leave LINEAR_EVAL.WEIGHTS at freeze"
             )
-            sums.zero_()
-            count = 0
+        kind = "linprob" if frozen else "ft"
+        run = start(
+            config, os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
+        )
+
+        train, test = build_labelled_sources(config, args.download)
+        metric = TRANSFER_SETS[config.DATA.DATASET].metric
+        if config.EVAL_MODE:
+            return evaluate_saved(config, test, metric, run)
+        encoder = load_pretrained_encoder(args, config, run, 0.0 if frozen else args.drop_path_rate)
+        if args.probe == "lbfgs":
+            strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
+            return probe_by_lbfgs(config, encoder, train, test, strengths, metric, run)
+        loader = build_classification_loader(config, train)
+
+        # an interrupted run is continued only by one that agrees in these
+        identity = {"encoder": weights_digest(encoder), "lr": rates, "classes": len(train.classes)}
+        model = LinearClassifiers(encoder, len(train.classes), len(rates), config.SEED, frozen)
+        model = synchronize_batch_norm(model, run.device)
+        ddp = data_parallel(model, run.device)
+
+        scaled = scaled_rates(config, loader.size.images_per_update)
+        effective = write_config(
+            config, run.folder, {"DATA.TRAINING_IMAGES": loader.size.images} | scaled.by_key()
+        )
+        groups = weight_groups(config, model, rates, args.layer_decay)
+        optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
+        schedulers = [build_scheduler(config, o, scaled, loader.size.updates) for o in optimizers]
+        update = Update(ddp, optimizers, run.precision, config.TRAIN.CLIP_GRAD, scale=not frozen)
+        mixup = None if frozen or metric == MAP else build_mixup(config, len(train.classes))
+        smoothing = 0.0 if frozen else config.MODEL.LABEL_SMOOTHING
+        forward = partial(forward_images, ddp, run.device, smoothing, mixup)
+        run.logger.info(
+            "%s on %s: %d training and %d test images, %d classes, %d updates an epoch, "
+            "base rates %s",
+            config.LINEAR_EVAL.WEIGHTS,
+            config.DATA.DATASET,
+            len(train.names),
+            len(test.names),
+            len(train.classes),
+            loader.size.updates,
+            rates,
+        )
+
+        progress, judged, resumed_from = resume(effective, model, update, loader, identity, run)
+        if config.THROUGHPUT_MODE:
+            ddp.train()
+            step = partial(update, forward=forward)
+            return measure_throughput(loader, loader.size, THROUGHPUT_STEPS, step, run)
+
+        def state() -> dict[str, Any]:
+            place = progress.state_dict() | identity | judged.state_dict()
+            return training_state(effective, model, update, **place)
+
+        # the weights of a head that diverges are kept as they are, beside those of the others
+        kept = {"keep_epochs": False, "check_weights": not frozen}
+        checkpoints = Checkpoints(config, run, progress, state, resumed_from, **kept)
+        names = [f"{rate:.12g}" for rate in rates] if frozen else [""]
+        log = TrainingLog(config, run, progress, optimizers, names)
+        if frozen:  # its features of the test images stay as they are
+            features, labels = encode_images(config, model.encoder, test, run)
+            check_features(features, labels, "test")
+        signals.training(config.DIST_TIMEOUT)
+        started = time.time()
+
+        while progress.epoch < config.TRAIN.EPOCHS:
+            ddp.train()
+            loader.start_at(progress.epoch, progress.images_seen)
+            for micro_batches in log.watch(loader):
+                for scheduler in schedulers:
+                    scheduler.step_update(progress.step)
+                seed_libraries(config.SEED, rank(), progress.step)
+                result = update(micro_batches, forward)
+                progress.advance()
+
+                stop, time_is_up = signals.agree(checkpoints.time_is_up())
+                if log.update(result, {}, stop):
+                    advice = f"lower --lr {' '.join(names)}" if frozen else checkpoints.advice()
+                    judged.leave_out(update.check_skipped(config.TRAIN.MAX_SKIPPED_UPDATES, advice))
+                # at its end an epoch is saved with its figures, but a signal leaves no time
+                if stop or (not progress.epoch_ended and (time_is_up or checkpoints.due())):
+                    checkpoints.save()
+                if stop:
+                    end_stopped(run.logger, progress.step)
+            if not frozen:
+                features, labels = encode_images(config, model.eval().encoder, test, run)
+            figures = score_heads(model, features, labels, metric, judged.left_out)
+            judged.add(progress.epoch, figures)
+            judged.log(metric, run.logger)
+            log.end_epoch(by_name(figures, names))
+            checkpoints.save()
+            judged.save_best(model, os.path.join(run.folder, BEST))
+            progress.next_epoch()
+        run.logger.info("training took %s", duration(time.time() - started))
+        best, last = judged.outcome()
+        report(config, metric, best, last, run)
 
 
-def update(
-    config: CfgNode,
-    ddp: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    mixup: Mixup | None,
-    run: Run,
-    batch: list[list[torch.Tensor]],
-) -> torch.Tensor:
-    """One update from a list of micro-batches; returns the loss of each head on the device."""
-    model: LinearClassifiers = ddp.module
-    smoothing = 0.0 if model.frozen else config.MODEL.LABEL_SMOOTHING
-    scaler = run.precision.scaler
-    parts = []
-    for number, (images, targets) in enumerate(batch, 1):
-        images = images.to(run.device, non_blocking=True)
-        targets = targets.to(run.device, non_blocking=True)
-        several = targets.ndim == 2
-        if images.dtype == torch.uint8:
-            images = normalize(images)
-        if mixup:
-            images, targets = mixup(images, targets)
-        with nullcontext() if number == len(batch) else ddp.no_sync():
-            with run.precision.autocast():
-                scores = ddp(images)
-            losses = head_losses(scores, targets, smoothing, several) / len(batch)
-            scaler.scale(losses.sum()).backward()
-        parts.append(losses.detach())
-    scaler.unscale_(optimizer)
-    if config.TRAIN.CLIP_GRAD:
-        for part in model.heads if model.frozen else [model]:
-            torch.nn.utils.clip_grad_norm_(part.parameters(), config.TRAIN.CLIP_GRAD)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return sum(parts[1:], parts[0])
-
-
-def judge(
-    figures: list[dict[str, float | None] | None],
-    metric: str,
-    rates: list[float],
-    epoch: int,
-    best: dict[str, Any] | None,
-    run: Run,
-) -> dict[str, Any]:
-    """Log the figures of every head after an epoch, and keep the best so far."""
-    for rate, figure in zip(rates, figures, strict=True):
-        run.logger.info("epoch %d, lr %g: %s %s", epoch, rate, metric, describe(figure))
-        if figure and (best is None or figure["value"] > best["value"]):
-            best = {"value": figure["value"], "epoch": epoch, "lr": rate}
-    if best is None:
-        raise UserError(f"training diverged with all rates {rates}: lower --lr")
-    return {"epoch": epoch, "best": best, "figures": figures}
-
-
-def save(
-    config: CfgNode,
-    model: LinearClassifiers,
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-    done: dict[str, Any],
-    run: Run,
-) -> None:
-    """Write checkpoint.pth, and best.pth, which has the best head alone, if this epoch is best."""
-    if rank() > 0:
-        return
-    scaler = run.precision.scaler
-    state = training_state(config, model, optimizer, scaler, **identity, **done)
-    save_checkpoint(state, os.path.join(run.folder, LATEST))
-    if done["best"]["epoch"] == done["epoch"]:
-        rate = done["best"]["lr"]
-        alone = model.with_head(identity["lr"].index(rate))
-        save_checkpoint({"model": alone, "lr": [rate], **done}, os.path.join(run.folder, BEST))
+def weight_groups(
+    config: CfgNode, model: LinearClassifiers, rates: list[float], layer_decay: float
+) -> list[list[dict]]:
+    """The groups of each optimizer: one a head of a probe, a single one of fine-tuning."""
+    if not model.frozen:
+        return [model.layer_groups(config.TRAIN.WEIGHT_DECAY, layer_decay)]
+    return [[group] for group in model.head_groups(rates, config.TRAIN.WEIGHT_DECAY)]
 
 
 def resume(
-    config: CfgNode,
+    effective: CfgNode,
     model: LinearClassifiers,
-    optimizer: torch.optim.Optimizer,
+    update: Update,
+    loader: TrainingLoader,
     identity: dict[str, Any],
     run: Run,
-) -> dict[str, Any]:
-    """Load the checkpoint to continue from, if there is one; returns what it had achieved.
+) -> tuple[Progress, Judged, str | None]:
+    """Load the checkpoint to continue from, if there is one.
 
     One that is found, not named, is left aside if it belongs to other weights, rates or classes.
+
+    Returns:
+        the place, what was achieved so far, and the checkpoint's path.
     """
-    path = checkpoint_to_resume(config, run.folder, run.logger)
-    if path:
-        state = read_checkpoint(path, run.device)
-        other = [name for name, value in identity.items() if state.get(name) != value]
-        if not other:
-            also = ("epoch", "best", "figures")
-            restore_training(state, path, model, optimizer, run.precision.scaler, also)
-            run.logger.info("resumed from %s after epoch %d", path, state["epoch"])
-            return {name: state[name] for name in also}
-        if config.MODEL.RESUME:
-            raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
+    progress, judged = Progress(loader.size), Judged(identity["lr"])
+    path = checkpoint_to_resume(effective, run.folder, run.logger)
+    if not path:
+        return progress, judged, None
+    state = read_checkpoint(path, run.device)
+    other = [name for name, value in identity.items() if state.get(name) != value]
+    if other and effective.MODEL.RESUME:
+        raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
+    if other:
         run.logger.warning("%s is of another %s: starting anew", path, ", ".join(other))
-    return {"epoch": -1, "best": None, "figures": []}
+        return progress, judged, None
+    restore_training(state, path, model, update, ("epoch", "best", "figures"))
+    judged.load_state_dict(state)
+    progress = locate(state, loader.size)
+    if progress.epoch > state["epoch"] > judged.epoch:
+        # trained to its end, but a signal came before it was judged
+        progress = replace(progress, epoch=state["epoch"], images_seen=loader.size.images)
+    warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
+    run.logger.info(
+        "resumed from %s at update %d, after epoch %d", path, progress.step, judged.epoch
+    )
+    return progress, judged, path
 
 
 def report(
@@ -312,8 +270,9 @@ def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, run: Run) ->
         model, state = read_classifiers(path, build_encoder(config, 0.0), len(test.classes))
         features, labels = encode_images(config, model.encoder.to(run.device), test, run)
         run.logger.info("%s", path)
-        figures = score_heads(model.to(run.device), features, labels, metric)
-        judge(figures, metric, state["lr"], state["epoch"], None, run)
+        judged = Judged(state["lr"])
+        judged.add(state["epoch"], score_heads(model.to(run.device), features, labels, metric))
+        judged.log(metric, run.logger)
 
 
 def probe_by_lbfgs(

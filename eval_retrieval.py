@@ -17,6 +17,7 @@ from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_diffic
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_tensor, save_checkpoint
+from utils.config import run_folder
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.run import Run, run_script, start, write_results
@@ -47,7 +48,7 @@ def main() -> None:
     args, config = parse_arguments(__doc__, add_arguments)
     if args.imsize < 1:
         raise UserError(f"--imsize must be at least 1, got {args.imsize}")
-    run = start(config, os.path.join(config.OUTPUT, f"retrieval_{args.dataset}"))
+    run = start(config, os.path.join(run_folder(config), f"retrieval_{args.dataset}"))
     truth = read_ground_truth(config.DATA.DATA_PATH, args.dataset)
     if args.load_features:
         features = [read_tensor(os.path.join(args.load_features, name)) for name in FILES]

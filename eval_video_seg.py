@@ -11,7 +11,6 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.augmentation import normalize
 from data.dataset import to_tensor
 from data.davis import (
     MULTIPLE,
@@ -23,12 +22,14 @@ from data.davis import (
     read_videos,
     write_mask,
 )
+from data.loader import normalize
 from evaluation.label_propagation import LabelPropagation
 from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
 from models.encoder import Backbone
 from models.patch_features import STRIDE, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
+from utils.config import run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.run import Run, run_script, start, write_results
@@ -65,7 +66,7 @@ def main() -> None:
         )
     if args.short_side < MULTIPLE or args.short_side % STRIDE:
         raise UserError(f"--short-side must be a multiple of {STRIDE}, at least {MULTIPLE}")
-    run = start(config, os.path.join(config.OUTPUT, "video_segmentation_davis2017"))
+    run = start(config, os.path.join(run_folder(config), "video_segmentation_davis2017"))
     videos = read_videos(config.DATA.DATA_PATH)
     encoder = load_pretrained_encoder(args, config, run)
 

@@ -1,5 +1,7 @@
 """The learning rate of each update, on timm's schedulers."""
 
+from dataclasses import dataclass
+
 import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -10,21 +12,38 @@ from utils.errors import UserError
 REFERENCE_BATCH = 512  # images an update for which the configured rates hold
 
 
-def scale_learning_rates(config: CfgNode, world_size: int) -> None:
-    """Scale BASE_LR, WARMUP_LR and MIN_LR, in place, to the images of one update."""
-    images = config.DATA.BATCH_SIZE * world_size * max(1, config.TRAIN.ACCUMULATION_STEPS)
-    for key in ("BASE_LR", "WARMUP_LR", "MIN_LR"):
-        config.TRAIN[key] *= images / REFERENCE_BATCH
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates: the highest, that at the start of the warm-up, and that at the end."""
+
+    base: float
+    warmup: float
+    minimum: float
+
+    def by_key(self) -> dict[str, float]:
+        """By the names of the keys that they stand for in ``config.json``."""
+        return {
+            "TRAIN.BASE_LR": self.base,
+            "TRAIN.WARMUP_LR": self.warmup,
+            "TRAIN.MIN_LR": self.minimum,
+        }
+
+
+def scaled_rates(config: CfgNode, images_per_update: int) -> Rates:
+    """BASE_LR, WARMUP_LR and MIN_LR of the section TRAIN, scaled to the images of one update."""
+    train, scale = config.TRAIN, images_per_update / REFERENCE_BATCH
+    return Rates(train.BASE_LR * scale, train.WARMUP_LR * scale, train.MIN_LR * scale)
 
 
 def build_scheduler(
-    config: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+    config: CfgNode, optimizer: torch.optim.Optimizer, rates: Rates, steps_per_epoch: int
 ) -> Scheduler:
     """The schedule that ``config.TRAIN`` names; ``step_update(t)`` sets the rate of update ``t``.
 
     Args:
-        config: the configuration with its rates already scaled.
+        config: its section TRAIN names the schedule and its epochs.
         optimizer: its groups are set.
+        rates: from ``scaled_rates``.
         steps_per_epoch: updates an epoch.
 
     Raises:
@@ -33,18 +52,18 @@ def build_scheduler(
     train = config.TRAIN
     total = train.EPOCHS * steps_per_epoch
     warmup = train.WARMUP_EPOCHS * steps_per_epoch
-    shared = {"warmup_t": warmup, "warmup_lr_init": train.WARMUP_LR, "t_in_epochs": False}
+    shared = {"warmup_t": warmup, "warmup_lr_init": rates.warmup, "t_in_epochs": False}
     name = train.LR_SCHEDULER.NAME
     if name == "cosine":
         return CosineLRScheduler(
-            optimizer, t_initial=total, lr_min=train.MIN_LR, warmup_prefix=False, **shared
+            optimizer, t_initial=total, lr_min=rates.minimum, warmup_prefix=False, **shared
         )
     if name == "linear":
         return PolyLRScheduler(
             optimizer,
             t_initial=max(1, total - warmup),
             power=1.0,
-            lr_min=0.01 * train.BASE_LR,
+            lr_min=0.01 * rates.base,
             warmup_prefix=True,
             **shared,
         )

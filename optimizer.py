@@ -12,13 +12,17 @@ from utils.errors import UserError
 
 
 def build_optimizer(
-    config: CfgNode, model: nn.Module, groups: list[dict[str, Any]] | None = None
+    config: CfgNode,
+    model: nn.Module,
+    base_lr: float,
+    groups: list[dict[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that ``config.TRAIN.OPTIMIZER`` names, for the parameters that learn.
 
     Args:
-        config: the configuration with its rates already scaled.
+        config: its section TRAIN has the optimizer's settings.
         model: what learns.
+        base_lr: the rate, scaled to the images of an update.
         groups: its parameters in groups of torch, in which timm's ``lr_scale`` multiplies the
             scheduled rate. By default weight decay skips one-dimensional parameters, biases and
             what ``model.no_weight_decay()`` names; LARS adapts no rate of theirs.
@@ -34,16 +38,22 @@ def build_optimizer(
     )
     if options.NAME == "adamw":
         return torch.optim.AdamW(
-            groups, train.BASE_LR, betas=tuple(options.BETAS), eps=options.EPS, fused=True
+            groups, base_lr, betas=tuple(options.BETAS), eps=options.EPS, fused=True
         )
     if options.NAME == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             groups,
-            train.BASE_LR,
+            base_lr,
             momentum=options.MOMENTUM,
             nesterov=options.MOMENTUM > 0,
             fused=True,
         )
+        if options.MOMENTUM:
+            # torch leaves the buffers as they come from memory if the first step is skipped
+            for group in sgd.param_groups:
+                for p in group["params"]:
+                    sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     if options.NAME == "lars":
-        return Lars(groups, lr=train.BASE_LR, momentum=options.MOMENTUM)
+        return Lars(groups, lr=base_lr, momentum=options.MOMENTUM)
     raise UserError(f"TRAIN.OPTIMIZER.NAME must be adamw, sgd or lars, got {options.NAME!r}")

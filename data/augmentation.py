@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
@@ -160,13 +159,3 @@ def apply_view(image: Image.Image, view: ViewParameters, size: int) -> np.ndarra
     if view.solarize:
         image = TF.solarize(image, 128)
     return np.array(image)
-
-
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images, (B, 3, H, W) -> float32 with ImageNet's mean and deviation, on their device.
-
-    The order of the values in memory stays as it is.
-    """
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
-    return (images.float() - mean) / std

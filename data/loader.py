@@ -1,10 +1,12 @@
 """The loaders of the scripts."""
 
 import argparse
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +14,15 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
-from data.augmentation import view_augmentations
+from data.augmentation import MEAN, STD, view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
 from data.source import FileSource, ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
+from utils.progress import EpochSize, images_per_update
 from utils.seed import derive_seed
+from utils.signals import shield_workers
 
 
 class EpochBatches(Sampler):
@@ -55,16 +59,16 @@ class EpochBatches(Sampler):
                 f"only {num_images}"
             )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch, self.first, self.shift = 0, 0, 0
+        self.rank, self.world_size, self.multiple = rank, world_size, multiple
+        self.epoch, self.images_seen = 0, 0
 
-    def set_position(self, epoch: int, first: int = 0, shift: int = 0) -> None:
-        """Let the next iteration be of ``epoch``, from batch ``first`` on.
+    def start_at(self, epoch: int, images_seen: int = 0) -> None:
+        """Let the next iteration continue ``epoch`` after ``images_seen`` images of its order.
 
-        All batches start ``shift`` images earlier: what was read with global batches of another
-        size need not end where a batch ends.
+        What was read in batches of another size need not end where a batch ends. The epoch keeps
+        its number of updates then: one that was begun counts as made.
         """
-        self.epoch, self.first, self.shift = epoch, first, shift
+        self.epoch, self.images_seen = epoch, images_seen
 
     def __len__(self) -> int:
         return self.batches
@@ -72,29 +76,57 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch) >> 1)
         order = torch.randperm(self.num_images, generator=generator).tolist()
-        for batch in range(self.first, self.batches):
-            start = (batch * self.world_size + self.rank) * self.batch_size - self.shift
+        together = self.batch_size * self.world_size
+        begun = -(-self.images_seen // (together * self.multiple)) * self.multiple
+        start = self.images_seen + self.rank * self.batch_size
+        for _ in range(begun, self.batches):
             yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+            start += together
 
 
 class TrainingLoader(DataLoader):
-    """Batches in the order of an epoch, from where ``batch_sampler.set_position`` puts it."""
+    """The micro-batches of each update, lists of batches, in the order of an epoch.
+
+    Its length is the number of updates of a whole epoch.
+
+    Attributes:
+        size: how the images of an epoch divide into updates.
+    """
 
     batch_sampler: EpochBatches
     dataset: TwoViews | TrainImages
 
+    def __init__(self, dataset: TwoViews | TrainImages, size: EpochSize, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.size = size
 
-def build_source(config: CfgNode, split: str, download: bool = False) -> ImageSource:
+    def start_at(self, epoch: int, images_seen: int = 0) -> None:
+        """Let the next iteration continue ``epoch`` after ``images_seen`` images of its order."""
+        self.batch_sampler.start_at(epoch, images_seen)
+
+    def __len__(self) -> int:
+        return self.size.updates
+
+    def __iter__(self) -> Iterator[list[Any]]:  # type: ignore[override]
+        batches = super().__iter__()
+        while micro_batches := list(itertools.islice(batches, self.batch_sampler.multiple)):
+            yield micro_batches
+
+
+def build_source(
+    config: CfgNode, split: str, download: bool = False, cache_mode: str | None = None
+) -> ImageSource:
     """The labelled images of ``train`` or of ``val`` (the test split of a transfer set).
 
     Args:
         config: DATA.DATASET names the set and DATA.DATA_PATH its folder.
         split: ``train`` or ``val``.
         download: fetch the set if it is missing and torchvision can.
+        cache_mode: in place of DATA.CACHE_MODE.
     """
     data = config.DATA
     if data.DATASET == "imagenet":
-        cache = (data.CACHE_MODE, rank(), world_size())
+        cache = (cache_mode or data.CACHE_MODE, rank(), world_size())
         return open_source(data.DATA_PATH, split, data.ZIP_MODE, *cache)
     split = "test" if split == "val" else split
     if download and rank() == 0:
@@ -117,19 +149,23 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_labelled_sources(
-    config: CfgNode, download: bool = False, train: ImageSource | None = None
+    config: CfgNode,
+    download: bool = False,
+    train: ImageSource | None = None,
+    val_cache_mode: str | None = None,
 ) -> tuple[ImageSource, ImageSource]:
     """The images of ``train`` and of ``val``, see ``build_source``, with classes numbered alike.
 
     Args:
         config, download: as for ``build_source``.
         train: the training images, if they are open already.
+        val_cache_mode: of the validation images, in place of DATA.CACHE_MODE.
 
     Raises:
         UserError: a class of the validation images has no training image.
     """
     train = train or build_source(config, "train", download)
-    val = build_source(config, "val", download)
+    val = build_source(config, "val", download, val_cache_mode)
     if val.classes != train.classes:  # folders are numbered by what is there
         numbers = {name: number for number, name in enumerate(train.classes)}
         for name in val.classes:
@@ -154,8 +190,7 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
     """Batches of ``TwoViews`` through an EpochBatches sampler.
 
     These are two uint8 views, (B, S, S, 3) each, and the indices of bad training images that
-    were replaced, (B,), -1 where none was; a bad image of another split is an error. Sets
-    ``config.DATA.TRAINING_IMAGES`` to the number of images.
+    were replaced, (B,), -1 where none was; a bad image of another split is an error.
 
     Raises:
         UserError: no data, images that are no files, an unknown augmentation, or a batch larger
@@ -200,7 +235,6 @@ def build_classification_loader(config: CfgNode, source: ImageSource) -> Trainin
 
 
 def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> TrainingLoader:
-    config.DATA.TRAINING_IMAGES = len(dataset)
     try:
         sampler = EpochBatches(
             len(dataset),
@@ -213,8 +247,9 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     workers = num_workers(config)
-    return TrainingLoader(
+    loader = TrainingLoader(
         dataset,
+        EpochSize(len(dataset), images_per_update(config)),
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -222,6 +257,8 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         worker_init_fn=quiet_worker,
     )
+    shield_workers(loader)
+    return loader
 
 
 def quiet_worker(worker: int) -> None:
@@ -234,6 +271,16 @@ def quiet_worker(worker: int) -> None:
 def build_test_images(config: CfgNode, source: ImageSource) -> TestImages:
     """The images of ``source`` with the test-time transform of ``config``."""
     return TestImages(source, config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP)
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images, (B, 3, H, W) -> float32 with ImageNet's mean and deviation, on their device.
+
+    The order of the values in memory stays as it is.
+    """
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
+    return (images.float() - mean) / std
 
 
 def num_workers(config: CfgNode) -> int:
@@ -266,11 +313,12 @@ class BadImages:
         self.bad: dict[int, str] = {}  # of all processes: index and reason
         self._new: dict[int, str] = {}  # of this process, since the last check
 
-    def note(self, replaced: torch.Tensor) -> None:
-        """Remember the third item of a batch of ``TwoViews``: an index where one was replaced."""
-        for index in replaced[replaced >= 0].tolist():
-            if index not in self.bad and index not in self._new:
-                self._new[index] = self._reason(index)
+    def note(self, micro_batches: list[Any]) -> None:
+        """Remember the third item of batches of ``TwoViews``: an index where one was replaced."""
+        for *_, replaced in micro_batches:
+            for index in replaced[replaced >= 0].tolist():
+                if index not in self.bad and index not in self._new:
+                    self._new[index] = self._reason(index)
 
     def check(self) -> None:
         """Exchange and log what was noted; every process has to call it.

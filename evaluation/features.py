@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from data.augmentation import normalize as normalize_images
 from data.loader import build_test_images, num_workers
+from data.loader import normalize as normalize_images
 from data.source import ImageSource
 from utils.distributed import rank, world_size
 from utils.errors import UserError

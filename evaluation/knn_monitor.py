@@ -37,10 +37,9 @@ class KnnMonitor:
         self.config, self.run = config, run
         if not config.TRAIN.KNN_FREQ:
             return
-        reading = config.clone()
-        reading.DATA.CACHE_MODE = "no"  # a few val images are not worth the memory of all
         try:
-            _, val = build_labelled_sources(reading, train=train)
+            # a few val images are not worth the memory of all
+            _, val = build_labelled_sources(config, train=train, val_cache_mode="no")
         except UserError as error:
             raise UserError(f"TRAIN.KNN_FREQ: {error}") from error
         if np.ndim(val.labels) > 1:

@@ -1,6 +1,9 @@
 """Linear classifiers on an encoder: several on a frozen one, or one trained with it."""
 
 import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +13,12 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from yacs.config import CfgNode
 
+from data.loader import normalize
 from data.transfer_readers import DIFFICULT
 from evaluation.classification_metrics import MAP, METRICS, top_k_accuracy
 from models.encoder import Backbone
-from utils.checkpoint import load_model, read_checkpoint
+from utils.checkpoint import load_model, read_checkpoint, save_checkpoint
+from utils.distributed import rank
 from utils.errors import UserError
 
 
@@ -175,13 +180,129 @@ def read_classifiers(
 
 @torch.no_grad()
 def score_heads(
-    model: LinearClassifiers, features: torch.Tensor, targets: torch.Tensor, metric: str
+    model: LinearClassifiers,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    metric: str,
+    left_out: Sequence[bool] = (),
 ) -> list[dict[str, float | None] | None]:
-    """The figures of each head on features (N, F), see ``score_classifier``."""
+    """The figures of each head on features (N, F), see ``score_classifier``.
+
+    None for those that are left out.
+    """
     device = next(model.heads.parameters()).device
     features, targets = features.to(device), targets.to(device)
     # one after the other: N x C scores a head can fill a GPU
-    return [score_classifier(head(features), targets, metric) for head in model.heads]
+    left_out = left_out or [False] * len(model.heads)
+    return [
+        None if left else score_classifier(head(features), targets, metric)
+        for head, left in zip(model.heads, left_out, strict=True)
+    ]
+
+
+def by_name(
+    figures: list[dict[str, float | None] | None], names: list[str]
+) -> dict[str, float | None]:
+    """The figures of all heads in one dictionary, ``value@0.1`` for the head of rate 0.1."""
+    return {
+        f"{figure}@{name}" if name else figure: value
+        for name, of_head in zip(names, figures, strict=True)
+        for figure, value in (of_head or {"value": None}).items()
+    }
+
+
+class Judged:
+    """What the heads have achieved.
+
+    Attributes:
+        epoch: the last that was judged.
+        best: ``value``, ``epoch`` and ``lr`` of the best head so far.
+        figures: of each head after the last epoch, None for one that has diverged.
+        left_out: whether each head has diverged for good.
+    """
+
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = rates
+        self.epoch = -1
+        self.best: dict[str, Any] | None = None
+        self.figures: list[dict[str, float | None] | None] = []
+        self.left_out = [False] * len(rates)
+
+    def leave_out(self, diverged: list[bool]) -> None:
+        """Judge these heads no more."""
+        self.left_out = [a or b for a, b in zip(self.left_out, diverged, strict=True)]
+
+    def add(self, epoch: int, figures: list[dict[str, float | None] | None]) -> None:
+        """Take the figures of all heads after an epoch, and keep the best so far.
+
+        Raises:
+            UserError: all heads have diverged.
+        """
+        self.epoch, self.figures = epoch, figures
+        for rate, figure in zip(self.rates, figures, strict=True):
+            if figure and (self.best is None or figure["value"] > self.best["value"]):
+                self.best = {"value": figure["value"], "epoch": epoch, "lr": rate}
+        if self.best is None:
+            raise UserError(f"training diverged with all rates {self.rates}: lower --lr")
+
+    def log(self, metric: str, logger: logging.Logger) -> None:
+        """A line a head."""
+        for rate, figure in zip(self.rates, self.figures, strict=True):
+            logger.info("epoch %d, lr %g: %s %s", self.epoch, rate, metric, describe(figure))
+
+    def outcome(self) -> tuple[dict[str, Any], dict[str, float | None] | None]:
+        """``best``, and the last figures of that head, None if it has diverged."""
+        if self.best is None:
+            raise ValueError("no epoch was judged")
+        return self.best, self.figures[self.rates.index(self.best["lr"])]
+
+    def save_best(self, model: LinearClassifiers, path: str) -> None:
+        """Write the best head alone to ``path``, if the last epoch made it the best."""
+        if rank() == 0 and self.best and self.best["epoch"] == self.epoch:
+            rate = self.best["lr"]
+            state: dict[str, Any] = {"model": model.with_head(self.rates.index(rate)), "lr": [rate]}
+            state |= {"epoch": self.epoch, "best": self.best, "figures": self.figures}
+            save_checkpoint(state, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        state = {"judged": self.epoch, "best": self.best, "figures": self.figures}
+        return state | {"left_out": self.left_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what a checkpoint holds; one of v0.1 was written after its epoch was judged."""
+        self.epoch = state.get("judged", state["epoch"])
+        self.best, self.figures = state["best"], state["figures"]
+        self.left_out = state.get("left_out", self.left_out)
+
+
+@dataclass
+class HeadLosses:
+    """The loss of each head, (heads,); the figures are reported with it."""
+
+    loss: torch.Tensor
+
+    @property
+    def figures(self) -> dict[str, torch.Tensor]:
+        """None beside the loss."""
+        return {}
+
+
+def forward_images(
+    ddp: nn.Module,
+    device: torch.device,
+    smoothing: float,
+    mixup: Mixup | None,
+    batch: list[torch.Tensor],
+) -> HeadLosses:
+    """The losses of the heads for a batch of images and targets."""
+    images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    several = targets.ndim == 2
+    if images.dtype == torch.uint8:
+        images = normalize(images)
+    if mixup:
+        images, targets = mixup(images, targets)
+    return HeadLosses(head_losses(ddp(images), targets, smoothing, several))
 
 
 def describe(figure: dict[str, float | None] | None) -> str:

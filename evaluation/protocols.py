@@ -1,14 +1,15 @@
 """The training recipes of linear evaluation and fine-tuning."""
 
 import math
+from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config import set_key
+from utils.config import with_values
 from utils.errors import UserError
 
 # what a configuration file, which is of pre-training, does not say; rates are for 512 images
-PROTOCOLS = {
+PROTOCOLS: dict[str, dict[str, Any]] = {
     # the linear probe of MoBY (arXiv 2105.04553)
     "freeze": {
         "TRAIN.EPOCHS": 100,
@@ -37,29 +38,30 @@ PROTOCOLS = {
 }
 
 
-def apply_protocol(config: CfgNode, opts: list[str], rates: list[float] | None) -> list[float]:
-    """Set the TRAIN.* of the protocol of LINEAR_EVAL.WEIGHTS in place of pre-training's.
+def apply_protocol(
+    config: CfgNode, opts: list[str], rates: list[float] | None
+) -> tuple[CfgNode, list[float]]:
+    """The TRAIN.* of the protocol of LINEAR_EVAL.WEIGHTS in place of pre-training's.
 
     Args:
-        config: the configuration; its TRAIN.BASE_LR becomes what the schedule is of: the rate of
-            fine-tuning, or 1, of which the rate of each head of a probe is a multiple.
+        config: the configuration as it was read.
         opts: ``KEY VALUE ...`` of ``--opts``, which go before the protocol.
         rates: of ``--lr``, which go before TRAIN.BASE_LR.
 
     Returns:
-        the base rate of each head.
+        the configuration of the evaluation, and the base rate of each head. Its TRAIN.BASE_LR is
+        what the schedule is of: the rate of fine-tuning, or 1, of which the rate of each head of
+        a probe is a multiple.
 
     Raises:
         UserError: rates that cannot be, or several for fine-tuning.
     """
     weights = config.LINEAR_EVAL.WEIGHTS
-    for key, value in PROTOCOLS[weights].items():
-        if key not in opts[::2]:
-            set_key(config, key, str(value))
-    rates = rates or [config.TRAIN.BASE_LR]
+    protocol = {k: v for k, v in PROTOCOLS[weights].items() if k not in opts[::2]}
+    rates = rates or [protocol.get("TRAIN.BASE_LR", config.TRAIN.BASE_LR)]
     if weights == "finetune" and len(rates) > 1:
         raise UserError("fine-tuning takes one --lr; only heads on a frozen encoder train at once")
     if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
         raise UserError(f"--lr takes different positive rates, got {rates}")
-    config.TRAIN.BASE_LR = 1.0 if weights == "freeze" else rates[0]
-    return rates
+    scheduled = 1.0 if weights == "freeze" else rates[0]
+    return with_values(config, protocol | {"TRAIN.BASE_LR": scheduled}), rates

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from models.encoder import Backbone
 from models.kernels import linear
 from models.momentum import MomentumMethod, Output
+from utils.distributed import all_gather_batch
 
 
 class MoBY(MomentumMethod):
@@ -92,18 +93,28 @@ class MoBY(MomentumMethod):
         """
         return [similarity]
 
+    def queues(self) -> tuple[torch.Tensor, ...]:
+        """queue1 and queue2, (dim, K) each."""
+        return self.queue1, self.queue2
+
     @torch.no_grad()
-    def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor) -> None:
-        """Put the keys, (N, dim) of all processes, in place of the oldest; wraps around.
+    def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor, finite: torch.Tensor) -> None:
+        """Put the keys of all processes in place of the oldest; wraps around.
+
+        Args:
+            keys1, keys2: of this process, (B, dim) each.
+            finite: whether the update was made, a bool on the device; if not, nothing is kept.
 
         Raises:
             ValueError: more keys than the queue holds.
         """
-        count, length = keys1.shape[0], self.queue1.shape[1]
+        length = self.queue1.shape[1]
+        gathered = all_gather_batch(keys1), all_gather_batch(keys2)  # NxD
+        count = gathered[0].shape[0]
         if count > length:
             raise ValueError(f"{count} keys do not fit into a queue of {length}")
-        # computed on the device, so that no step waits for the pointer's value
+        # computed on the device, so that no step waits for the pointer's or the flag's value
         columns = (self.queue_ptr + torch.arange(count, device=keys1.device)) % length
-        self.queue1.index_copy_(1, columns, keys1.T)
-        self.queue2.index_copy_(1, columns, keys2.T)
-        self.queue_ptr.add_(count).remainder_(length)
+        for queue, keys in zip(self.queues(), gathered, strict=True):
+            queue.index_copy_(1, columns, torch.where(finite, keys.T, queue[:, columns]))
+        self.queue_ptr.add_(count * finite).remainder_(length)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +60,19 @@ class Output:
         accuracy: share of the queries, 0 to 1, whose own key is the most similar of all keys.
         positive: mean cosine similarity of a query and its own key.
         keys: k1 and k2, (B, dim), without gradient.
-        queries: q1 and q2, (B, dim), without gradient; set by ``forward``.
+        spread: figures of how far features lie apart, see ``spread_figures``; set by ``forward``.
     """
 
     loss: torch.Tensor
     accuracy: torch.Tensor
     positive: torch.Tensor
     keys: tuple[torch.Tensor, torch.Tensor]
-    queries: tuple[torch.Tensor, ...] = ()
+    spread: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, torch.Tensor]:
+        """What a training run reports beside the loss, scalars."""
+        return {"accuracy": self.accuracy, "positive": self.positive} | self.spread
 
 
 class MomentumMethod(nn.Module):
@@ -75,7 +80,7 @@ class MomentumMethod(nn.Module):
 
     A method implements ``loss``. Nothing counts steps here: momentum and epoch are passed in.
     For each update, call ``update_key_encoder``, then ``forward`` once a micro-batch, and after
-    the backward passes ``enqueue`` with the keys.
+    the optimizer's step ``enqueue`` with the keys of each.
 
     Args:
         encoder: the online backbone, with ``num_features``.
@@ -123,7 +128,7 @@ class MomentumMethod(nn.Module):
             k1 = self._normalize(self.projector_k(key1))
             k2 = self._normalize(self.projector_k(key2))
         output = self.loss(q1, q2, k1, k2, epoch)
-        output.queries = (q1.detach(), q2.detach())
+        output.spread = spread_figures((q1, q2), (k1, k2), self.queues())
         return output
 
     def loss(
@@ -137,8 +142,17 @@ class MomentumMethod(nn.Module):
         """The method's loss of unit float32 queries and keys, (B, dim) each."""
         raise NotImplementedError
 
-    def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor) -> None:
-        """Keep the keys, (N, dim) of all processes, where a method needs them later."""
+    def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor, finite: torch.Tensor) -> None:
+        """Keep the keys for later updates, where a method needs them; every process calls it.
+
+        Args:
+            keys1, keys2: of this process, (B, dim) each.
+            finite: whether the update was made, a bool on the device; if not, nothing is kept.
+        """
+
+    def queues(self) -> tuple[torch.Tensor, ...]:
+        """The keys that are kept, (dim, K) for each view; none if the method has no queue."""
+        return ()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay skips."""
@@ -155,6 +169,41 @@ class MomentumMethod(nn.Module):
     def _normalize(x: torch.Tensor) -> torch.Tensor:
         # in float32, also inside autocast
         return F.normalize(x.float(), dim=1)
+
+
+@torch.no_grad()
+def spread_figures(
+    queries: tuple[torch.Tensor, ...],
+    keys: tuple[torch.Tensor, ...],
+    queues: tuple[torch.Tensor, ...],
+) -> dict[str, torch.Tensor]:
+    """How far the unit features of a batch lie apart.
+
+    Args:
+        queries: q1 and q2, (B, dim) each.
+        keys: k1 and k2, (B, dim) each.
+        queues: queue1 and queue2, (dim, K) each; none if the method has no queue.
+
+    Returns:
+        scalars on the device: ``negative``, the mean similarity of a query and the queue of its
+        keys, or without one the keys of other images; and ``feature_std``, the standard deviation
+        of the queries over the batch, averaged over the dimensions. Only what B allows: both but
+        the former of a queue need two images.
+    """
+    with torch.autocast(queries[0].device.type, enabled=False):
+        figures = {}
+        images = queries[0].shape[0]
+        pairs = list(zip(queries, reversed(keys), strict=True))
+        if queues:
+            # a mean of products is the product of the means: no B x K matrix
+            parts = [q.mean(0) @ n.mean(1) for q, n in zip(queries, reversed(queues), strict=True)]
+            figures["negative"] = torch.stack(parts).mean()
+        elif images > 1:
+            parts = [(q.sum(0) @ k.sum(0) - (q * k).sum()) / (images**2 - images) for q, k in pairs]
+            figures["negative"] = torch.stack(parts).mean()
+        if images > 1:
+            figures["feature_std"] = torch.stack([q.std(0).mean() for q in queries]).mean()
+    return figures
 
 
 def key_momentum(base: float, step: int, total_steps: int) -> float:

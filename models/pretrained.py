@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 from models import build_encoder
 from models.encoder import Backbone
 from utils.checkpoint import LATEST, load_model, read_checkpoint
+from utils.config import run_folder
 from utils.errors import UserError
 from utils.run import Run
 
@@ -81,7 +82,7 @@ def build_pretrained_encoder(
 def pretrained_path(args: argparse.Namespace, config: CfgNode) -> str:
     """The checkpoint that ``--pretrained`` names, or the run's latest."""
     path = args.pretrained or config.LINEAR_EVAL.PRETRAINED
-    return path or os.path.join(config.OUTPUT, LATEST)
+    return path or os.path.join(run_folder(config), LATEST)
 
 
 def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") -> str:

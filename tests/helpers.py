@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import main_pretrain
+from models import build_method
 from models.encoder import create_encoder
+from optimizer import build_optimizer
 from utils.config import load_config
-from utils.update import Precision
+from utils.distributed import data_parallel
+from utils.update import Precision, Update
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
@@ -155,3 +160,24 @@ def fresh(name, seed=0):
 def run_tool(monkeypatch, module, *arguments) -> None:
     monkeypatch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
     module.main()
+
+
+def build_update(config, run):
+    """A model, its optimizer, and a function that makes one update of it in epoch 0.
+
+    The function takes the micro-batches, and keeps the keys as main_pretrain.py does.
+    """
+    model = build_method(config)
+    ddp = data_parallel(model, run.device)
+    optimizer = build_optimizer(config, model, config.TRAIN.BASE_LR)
+    parts = {name: getattr(model, name) for name in main_pretrain.PARTS}
+    update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
+    forward = partial(main_pretrain.forward_views, ddp, run.device, 0)
+
+    def make(micro_batches):
+        result = update(micro_batches, forward)
+        for output in result.outputs:
+            model.enqueue(*output.keys, result.finite)
+        return result
+
+    return model, optimizer, make

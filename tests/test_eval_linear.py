@@ -12,6 +12,7 @@ from helpers import ROOT, run_script
 import eval_linear
 from tools.make_tiny_transfer import write_tiny
 from utils.errors import UserError
+from utils.progress import Checkpoints
 
 TINY = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "0"]
 TINY += ["MODEL.ENCODER", "vit_nano", "MODEL.NAME", "run", "PRINT_FREQ", "1"]
@@ -159,25 +160,20 @@ def test_a_frozen_encoder_keeps_no_activations(monkeypatch):
 
 
 @pytest.mark.parametrize("opts", [[], FINETUNE], ids=["probe", "finetune"])
-def test_resuming_changes_nothing(run_main, tinted, tmp_path, opts):
+def test_resuming_changes_nothing(run_main, tinted, tmp_path, monkeypatch, opts):
     kind = "ft" if opts else "linprob"
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     run_main(eval_linear, *arguments(tinted, straight, opts=opts))
-    saved = []
-    original = eval_linear.save_checkpoint
+    save = Checkpoints.save
 
-    def stop_after_two(state, path):
-        original(state, path)
-        saved.append(path)
-        if path.endswith("checkpoint.pth") and state["epoch"] == 1:
+    def stop_after_two(self):
+        save(self)
+        if self.progress.epoch == 1:
             raise KeyboardInterrupt
 
-    eval_linear.save_checkpoint = stop_after_two
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
-    finally:
-        eval_linear.save_checkpoint = original
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", stop_after_two)
+        run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
     run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
     assert "after epoch 1" in (folder(stopped, kind) / "log_rank0.txt").read_text()
     assert_same(checkpoint(straight, kind), checkpoint(stopped, kind))
@@ -254,7 +250,8 @@ def test_the_protocol_holds_unless_it_is_overridden(tinted, tmp_path):
     def train(*flags, opts=()):
         given = [str(a) for a in arguments(tinted, tmp_path, *flags, opts=opts)]
         args, config = eval_linear.parse_arguments("", eval_linear.add_arguments, given)
-        return eval_linear.apply_protocol(config, args.opts, args.lr), config.TRAIN
+        config, rates = eval_linear.apply_protocol(config, args.opts, args.lr)
+        return rates, config.TRAIN
 
     rates, probe = train()
     assert rates == [1.0] and probe.BASE_LR == 1.0

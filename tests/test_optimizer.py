@@ -18,7 +18,7 @@ def test_weight_decay_skips_biases_norms_and_positions(name, encoder):
     opts = ["MODEL.ENCODER", encoder, "DATA.IMG_SIZE", "32", "TRAIN.OPTIMIZER.NAME", name]
     config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
     method = build_method(config)
-    optimizer = build_optimizer(config, method)
+    optimizer = build_optimizer(config, method, 0.001)
     assert type(optimizer).__name__ == TYPES[name]
     names = {p: n for n, p in method.named_parameters()}
     decays = {
@@ -44,7 +44,7 @@ def test_sgd_is_nesterov():
         str(ROOT / "configs/moby_vit_tiny.yaml"),
         ["MODEL.ENCODER", "vit_nano", "DATA.IMG_SIZE", "32", "TRAIN.OPTIMIZER.NAME", "sgd"],
     )
-    group = build_optimizer(config, build_method(config)).param_groups[0]
+    group = build_optimizer(config, build_method(config), 0.001).param_groups[0]
     assert group["nesterov"] and group["momentum"] == 0.9
 
 
@@ -54,4 +54,4 @@ def test_unknown_optimizer_is_named():
         ["MODEL.ENCODER", "vit_nano", "DATA.IMG_SIZE", "32", "TRAIN.OPTIMIZER.NAME", "adam3"],
     )
     with pytest.raises(UserError, match="must be adamw, sgd or lars, got 'adam3'"):
-        build_optimizer(config, build_method(config))
+        build_optimizer(config, build_method(config), 0.001)

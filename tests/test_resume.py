@@ -16,7 +16,8 @@ from data.loader import EpochBatches
 from utils import checkpoint, progress
 from utils.config import DEFAULTS
 from utils.errors import UserError
-from utils.progress import Checkpoints, locate
+from utils.progress import Checkpoints, EpochSize, Progress, locate
+from utils.update import Update
 
 
 class Killed(Exception):
@@ -24,16 +25,16 @@ class Killed(Exception):
 
 
 def stop_after(monkeypatch, updates: int) -> None:
-    """Let main_pretrain.update raise Killed after so many updates."""
-    update, left = main_pretrain.update, [updates]
+    """Let an update raise Killed after so many."""
+    make, left = Update.__call__, [updates]
 
     def counted(*given):
         if not left[0]:
             raise Killed
         left[0] -= 1
-        return update(*given)
+        return make(*given)
 
-    monkeypatch.setattr(main_pretrain, "update", counted)
+    monkeypatch.setattr(Update, "__call__", counted)
 
 
 def log_of(output) -> str:
@@ -155,14 +156,17 @@ def test_from_two_processes_to_one(run_main, imagenet, tmp_path):
 def test_every_place_in_an_epoch_is_found(epoch):
     for images in range(50):
         for per_update in (1, 4, 5, 7, 24):
-            steps = 24 // per_update
-            step, shift = locate(epoch, images, per_update, steps)
-            first = step - epoch * steps
-            assert 0 <= shift < per_update and first <= steps
-            if first < steps:
-                assert first * per_update - shift == images
+            size = EpochSize(24, per_update)
+            place = locate({"epoch": epoch, "images": images}, size)
+            sampler = EpochBatches(24, per_update)
+            sampler.start_at(place.epoch, place.images_seen)
+            left = len(list(sampler))
+            assert place.step + left == (place.epoch + 1) * size.updates
+            if place.epoch == epoch:
+                assert place.images_seen == images and left > 0
             else:
-                assert shift == 0 and images > (steps - 1) * per_update
+                assert (place.epoch, place.images_seen) == (epoch + 1, 0)
+                assert images > (size.updates - 1) * per_update
 
 
 def checkpoints(folder, resumed_from=None, **train) -> Checkpoints:
@@ -170,7 +174,12 @@ def checkpoints(folder, resumed_from=None, **train) -> Checkpoints:
     config.TRAIN.update(train)
     config.SAVE_FREQ = 1
     run = SimpleNamespace(folder=str(folder), logger=logging.getLogger("saving"))
-    return Checkpoints(config, run, resumed_from)
+    return Checkpoints(config, run, Progress(EpochSize(1000, 1)), state, resumed_from)
+
+
+def save(keeper: Checkpoints, given: dict) -> None:
+    keeper.state = lambda: given
+    keeper.save()
 
 
 def state(step: int = 1) -> dict:
@@ -181,30 +190,39 @@ def test_the_newest_of_the_run_stay(tmp_path):
     (tmp_path / "ckpt_epoch_250.pth").write_text("of a longer run")
     keeper = checkpoints(tmp_path, KEEP_CHECKPOINTS=2)
     for epoch in range(12):
-        keeper.save(state, epoch)
+        keeper.progress = Progress(EpochSize(24, 4), epoch, 6 * (epoch + 1))
+        keeper.save()
     assert {p.name for p in tmp_path.iterdir()} == {
         *("checkpoint.pth", "checkpoint_previous.pth"),
         *("ckpt_epoch_10.pth", "ckpt_epoch_11.pth", "ckpt_epoch_250.pth"),
     }
 
 
+def due(keeper: Checkpoints, step: int) -> bool:
+    keeper.progress.step = step
+    return keeper.due()
+
+
 def test_saving_by_steps_and_by_time(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     keeper = checkpoints(tmp_path, SAVE_STEPS=3, SAVE_MINUTES=2.0)
-    assert [step for step in range(1, 10) if keeper.due(step)] == [3, 6, 9]
+    assert [step for step in range(1, 10) if due(keeper, step)] == [3, 6, 9]
+    keeper.progress = Progress(EpochSize(1000, 100), 1, 20)  # the end of an epoch
+    assert keeper.due()
+    keeper.progress = Progress(EpochSize(1000, 1))
     answers = []
     for _ in range(6):
         now[0] += 50
         answers.append(keeper.time_is_up())
     assert answers == [False, False, True, False, False, True]
     now[0] += 110
-    keeper.save(state)
+    keeper.save()
     now[0] += 110
     assert not keeper.time_is_up()  # counted from what was saved last
     silent = checkpoints(tmp_path, SAVE_MINUTES=0.0)
     now[0] += 1e9
-    assert not silent.time_is_up() and not silent.due(100)
+    assert not silent.time_is_up() and not due(silent, 100)
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
@@ -214,7 +232,7 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog, policy):
         raise OSError(28, "No space left on device")
 
     keeper = checkpoints(tmp_path, ON_SAVE_ERROR=policy)
-    keeper.save(state)
+    keeper.save()
     before = (tmp_path / "checkpoint.pth").read_bytes()
     message = r"checkpoint\.pth: cannot write the checkpoint \(No space left on device\): it takes "
     message += r"0\.4 MB, and \d+\.\d MB are free: the last good checkpoint is .*checkpoint\.pth"
@@ -222,22 +240,22 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog, policy):
         patch.setattr(checkpoint, "_write", full)
         if policy == "stop":
             with pytest.raises(UserError, match=message):
-                keeper.save(lambda: state(2))
+                save(keeper, state(2))
         else:
-            keeper.save(lambda: state(2))
+            save(keeper, state(2))
             assert re.search(message, caplog.text)
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
-    keeper.save(lambda: state(3))
+    save(keeper, state(3))
     assert torch.load(tmp_path / "checkpoint.pth")["step"] == 3
 
 
 def test_weights_that_are_not_finite_replace_nothing(tmp_path):
     keeper = checkpoints(tmp_path)
-    keeper.save(state)
+    keeper.save()
     poisoned = {"model": {"w": torch.tensor([1.0, float("nan")])}, "step": 2}
     with pytest.raises(UserError, match=r"not finite.*last good checkpoint is .*checkpoint\.pth"):
-        keeper.save(lambda: poisoned)
+        save(keeper, poisoned)
     assert torch.load(tmp_path / "checkpoint.pth")["step"] == 1
 
 

@@ -28,6 +28,7 @@ from models.pretrained import (
 from models.swin import WINDOW
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.config import with_values
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Load, write, and compare the features of what was written."""
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
-    config.DATA.IMG_SIZE = args.size or config.DATA.IMG_SIZE
+    config = with_values(config, {"DATA.IMG_SIZE": args.size or config.DATA.IMG_SIZE})
     encoder, said = build_pretrained_encoder(args, config)
     print(said)
     suffix = {"timm": ".safetensors", "pth": ".pth", "onnx": ".onnx"}[args.format]

@@ -14,10 +14,9 @@ from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
 
-from data.augmentation import normalize
 from data.dataset import to_tensor
 from data.image import read_rgb
-from data.loader import add_dataset_arguments, build_source
+from data.loader import add_dataset_arguments, build_source, normalize
 from data.source import ImageSource
 from evaluation.features import encode_images
 from models.patch_features import class_attention, patch_features
@@ -25,6 +24,7 @@ from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from tools.feature_map import METHODS, draw_map
 from tools.sheet import NEUTRAL, RIGHT, WRONG, Tile, draw_sheet, fit, overlay, resize_map
 from utils.arguments import number_in, parse_arguments
+from utils.config import run_folder
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.run import Run, run_script, start
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Images, encoder, picture."""
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
-    run = start(config, os.path.join(config.OUTPUT, "pictures"))
+    run = start(config, os.path.join(run_folder(config), "pictures"))
     draw, count = PICTURES[args.picture]
     images = Files(args.files) if args.files else choose(args, config, count)
     encoder = load_pretrained_encoder(args, config, run)

@@ -29,7 +29,7 @@ def parse_arguments(
         argv: the arguments, by default those of the process.
 
     Returns:
-        the parsed flags, and the configuration with the flags written into it.
+        the parsed flags, and the configuration with the flags written into it, frozen.
 
     Raises:
         UserError: unknown flag, missing file, unknown key or value of the wrong type.
@@ -92,8 +92,18 @@ def parse_arguments(
             node[key] = value
     config.LOCAL_RANK = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
     _check(config)
-    config.OUTPUT = os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
+    config.freeze()
     return args, config
+
+
+def add_tracker_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--tensorboard`` and ``--wandb``."""
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write the figures for TensorBoard too"
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="send the figures to Weights & Biases too"
+    )
 
 
 def number_in(least: float, most: float) -> Callable[[str], float]:

@@ -12,6 +12,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.errors import UserError
+from utils.update import Update
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
@@ -106,18 +107,14 @@ def load_model(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
 
 
 def training_state(
-    config: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    **also: Any,
+    config: CfgNode, model: nn.Module, update: Update, **also: Any
 ) -> dict[str, Any]:
     """What ``restore_training`` needs, the configuration as text, and ``also``."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
+        **update.state_dict(),
         "config": config.dump(),
+        "rng_state": torch.get_rng_state(),
         **also,
     }
 
@@ -126,16 +123,15 @@ def restore_training(
     state: dict[str, Any],
     path: str,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    update: Update,
     also: tuple[str, ...] = (),
 ) -> None:
-    """Put model, optimizer and loss scaling back to where a checkpoint was written.
+    """Put model, optimizers, loss scaling and random numbers to where a checkpoint was written.
 
     Args:
         state: the checkpoint, read from ``path``.
         path: what to call it in an error.
-        model, optimizer, scaler: what is restored.
+        model, update: what is restored.
         also: further names that the checkpoint must have.
 
     Raises:
@@ -146,10 +142,11 @@ def restore_training(
         raise UserError(f"{path}: cannot resume, the checkpoint has no {', '.join(sorted(absent))}")
     load_model(model, state["model"], path)
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        update.load_state_dict(state)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: state of another optimizer ({error})") from error
-    scaler.load_state_dict(state["scaler"])
+    if "rng_state" in state:
+        torch.set_rng_state(state["rng_state"].cpu())
 
 
 def _write(state: dict[str, Any] | torch.Tensor, file: Any) -> None:

@@ -4,6 +4,7 @@ import ast
 import difflib
 import json
 import math
+import os
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ DEFAULTS = CfgNode(
             "MAX_BAD_FRACTION": 0.001,  # share of bad images at which pre-training stops
             "PIN_MEMORY": True,
             "NUM_WORKERS": 8,  # per process, at most its share of the cores
-            "TRAINING_IMAGES": 0,  # set at start
+            "TRAINING_IMAGES": 0,  # in config.json the number that was found
         },
         "MODEL": {
             "TYPE": "moby",
@@ -151,6 +152,25 @@ def set_key(config: CfgNode, key: str, text: str) -> None:
     for section in sections:
         parent = parent.get(section) if isinstance(parent, CfgNode) else None
     _merge_value(parent, name, _parse(text), key, "--opts", text)
+
+
+def with_values(config: CfgNode, values: dict[str, Any]) -> CfgNode:
+    """A frozen copy of ``config`` with other ``values`` of dotted keys."""
+    changed = config.clone()
+    changed.defrost()
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        node = changed
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    changed.freeze()
+    return changed
+
+
+def run_folder(config: CfgNode) -> str:
+    """``<OUTPUT>/<MODEL.NAME>/<TAG>``."""
+    return os.path.join(config.OUTPUT, config.MODEL.NAME, config.TAG)
 
 
 def as_dict(config: CfgNode) -> dict[str, Any]:

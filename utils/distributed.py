@@ -13,6 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
+try:
+    # before any group is made, whose place its default arguments would keep
+    from diffdist.functional import all_gather as gather
+except ImportError:
+    gather = dist.all_gather
+
 T = TypeVar("T")
 
 
@@ -97,15 +103,16 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def all_gather_batch(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, ...) of each process -> (world size x B, ...) in the order of ranks, without gradient."""
+    """(B, ...) of each process -> (world size x B, ...) in the order of ranks, without gradient.
+
+    By diffdist, as MoBY's published code does it; by torch where diffdist does not import.
+    """
     tensor = tensor.detach().contiguous()
     if world_size() == 1:
         return tensor
-    gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
-    # torch 2.14 renamed the function
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(gathered, tensor)
-    return gathered
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    gather(parts, tensor)
+    return torch.cat(parts)
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:

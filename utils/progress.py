@@ -8,19 +8,142 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
-from utils.checkpoint import LATEST, PREVIOUS, read_checkpoint, restore_training, save_checkpoint
+from utils.checkpoint import LATEST, PREVIOUS, read_checkpoint, save_checkpoint
 from utils.distributed import on_first_process, rank, world_size
 from utils.errors import UserError
 from utils.run import Run
 
 EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
+
+
+def images_per_update(config: CfgNode) -> int:
+    """Of all processes and micro-batches."""
+    return config.DATA.BATCH_SIZE * world_size() * max(1, config.TRAIN.ACCUMULATION_STEPS)
+
+
+@dataclass(frozen=True)
+class EpochSize:
+    """How an epoch divides into updates; images that fill no update are left out.
+
+    Attributes:
+        images: in the data set.
+        images_per_update: of all processes and micro-batches.
+    """
+
+    images: int
+    images_per_update: int
+
+    @property
+    def updates(self) -> int:
+        """Updates of an epoch."""
+        return self.images // self.images_per_update
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        size: of an epoch.
+        epoch: the epoch, from 0.
+        step: updates made so far.
+        images_seen: images of the epoch's order that were seen.
+    """
+
+    size: EpochSize
+    epoch: int = 0
+    step: int = 0
+    images_seen: int = 0
+
+    def advance(self) -> None:
+        """Count one update."""
+        self.step += 1
+        self.images_seen += self.size.images_per_update
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """Updates made of the epoch; one that was begun with other batches counts as made."""
+        return self.step - self.epoch * self.size.updates
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether all updates of the epoch are made."""
+        return self.steps_of_epoch == self.size.updates
+
+    def next_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        self.epoch, self.images_seen = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint holds of the place; an epoch that has ended counts all its images."""
+        seen = self.size.images if self.epoch_ended else self.images_seen
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "images": seen,
+            "images_per_update": self.size.images_per_update,
+            "training_images": self.size.images,
+        }
+
+
+def locate(state: dict[str, Any], size: EpochSize) -> Progress:
+    """The place of a checkpoint, also with another number of images in an update than it had.
+
+    Args:
+        state: ``Progress.state_dict``; older checkpoints are of the end of an epoch and have no
+            ``images``.
+        size: of an epoch now.
+
+    Returns:
+        the place; that of an epoch with no update left is the start of the next.
+    """
+    seen = state.get("images", size.images)
+    begun = -(-seen // size.images_per_update)
+    epoch = state["epoch"]
+    if begun >= size.updates:
+        return Progress(size, epoch + 1, (epoch + 1) * size.updates)
+    return Progress(size, epoch, epoch * size.updates + begun, seen)
+
+
+def warn_of_changes(
+    state: dict[str, Any], path: str, progress: Progress, base_lr: float, logger: logging.Logger
+) -> None:
+    """Say what a checkpoint's batches and data had other than those of the run that continues it.
+
+    Args:
+        state: the checkpoint, read from ``path``.
+        path: what to call it.
+        progress: its place now.
+        base_lr: the base rate now.
+        logger: gets the warnings.
+    """
+    now, images = progress.size.images_per_update, progress.size.images
+    if state.get("images_per_update", now) != now:
+        logger.warning(
+            "%s was written with %d images an update, now there are %d: update %d becomes update "
+            "%d, and the base rate is %.3g",
+            path,
+            state["images_per_update"],
+            now,
+            state["step"],
+            progress.step,
+            base_lr,
+        )
+    if state.get("training_images", images) != images:
+        logger.warning(
+            "%s was written with %d images in the data set, now there are %d: the order of the "
+            "epoch is another, images may come twice",
+            path,
+            state["training_images"],
+            images,
+        )
 
 
 class Checkpoints:
@@ -30,11 +153,25 @@ class Checkpoints:
         config: SAVE_FREQ and, of TRAIN, EPOCHS, KEEP_CHECKPOINTS, SAVE_MINUTES, SAVE_STEPS and
             ON_SAVE_ERROR.
         run: folder and log.
+        progress: where the run is.
+        state: makes what is to be written, with the weights as ``model``.
         resumed_from: the checkpoint that the run continues from, if any.
+        keep_epochs: whether epochs leave files of their own.
+        check_weights: refuse to save weights that are not finite.
     """
 
-    def __init__(self, config: CfgNode, run: Run, resumed_from: str | None) -> None:
-        self.config, self.run = config, run
+    def __init__(
+        self,
+        config: CfgNode,
+        run: Run,
+        progress: Progress,
+        state: Callable[[], dict[str, Any]],
+        resumed_from: str | None = None,
+        keep_epochs: bool = True,
+        check_weights: bool = True,
+    ) -> None:
+        self.config, self.run, self.progress, self.state = config, run, progress, state
+        self.keep_epochs, self.check_weights = keep_epochs, check_weights
         self.latest = os.path.join(run.folder, LATEST)
         self.last_good = resumed_from
         # what was passed over as damaged must not take the place of the one before it
@@ -57,35 +194,39 @@ class Checkpoints:
             self._saved_at = time.monotonic()
         return up
 
-    def due(self, step: int) -> bool:
-        """Whether SAVE_STEPS asks for a checkpoint after ``step`` updates."""
+    def due(self) -> bool:
+        """Whether the end of an epoch or SAVE_STEPS asks for a checkpoint after this update."""
         every = self.config.TRAIN.SAVE_STEPS
-        return every > 0 and step % every == 0
+        return self.progress.epoch_ended or (every > 0 and self.progress.step % every == 0)
 
-    def save(self, state: Callable[[], dict[str, Any]], ended: int | None = None) -> None:
+    def save(self) -> None:
         """Write ``checkpoint.pth``; every process has to call it, and the first writes.
 
-        Args:
-            state: makes what is to be written, with the weights as ``model``.
-            ended: the epoch, if it has ended; then ``ckpt_epoch_N.pth`` where that is due.
+        At the end of an epoch ``ckpt_epoch_N.pth`` too, where that is due.
 
         Raises:
             UserError: on every process: weights that are not finite, or a file that cannot be
                 written if ON_SAVE_ERROR is stop.
         """
-        on_first_process(lambda: self._save(state(), ended))
+        on_first_process(lambda: self._save(self.state()))
         self._saved_at = time.monotonic()
 
-    def _save(self, state: dict[str, Any], ended: int | None) -> None:
-        if not all_finite(state["model"]):
+    def advice(self) -> str:
+        """What to do when training has diverged."""
+        good = self.last_good or "none so far"
+        return f"lower TRAIN.BASE_LR and continue from the last good checkpoint, {good}"
+
+    def _save(self, state: dict[str, Any]) -> None:
+        if self.check_weights and not all_finite(state["model"]):
             raise UserError(
                 f"the weights are not finite any more: nothing was saved, {self._kept()}"
             )
+        epoch = self.progress.epoch
         kept = None
-        if ended is not None:
-            last = ended + 1 == self.config.TRAIN.EPOCHS
-            if last or (ended + 1) % self.config.SAVE_FREQ == 0:
-                kept = os.path.join(self.run.folder, f"ckpt_epoch_{ended}.pth")
+        if self.keep_epochs and self.progress.epoch_ended:
+            last = epoch + 1 == self.config.TRAIN.EPOCHS
+            if last or (epoch + 1) % self.config.SAVE_FREQ == 0:
+                kept = os.path.join(self.run.folder, f"ckpt_epoch_{epoch}.pth")
         try:
             save_checkpoint(state, self.latest, self._previous, kept)
         except OSError as error:
@@ -101,8 +242,8 @@ class Checkpoints:
         self.last_good = self.latest
         self._previous = os.path.join(self.run.folder, PREVIOUS)
         self.run.logger.info("%s saved", " and ".join(filter(None, (self.latest, kept))))
-        if kept and ended is not None:
-            self._prune(ended)
+        if kept:
+            self._prune(epoch)
 
     def _prune(self, epoch: int) -> None:
         keep = self.config.TRAIN.KEEP_CHECKPOINTS
@@ -137,69 +278,6 @@ def _tensors(node: Any) -> Iterator[torch.Tensor]:
     elif isinstance(node, (dict, list, tuple)):
         for child in node.values() if isinstance(node, dict) else node:
             yield from _tensors(child)
-
-
-def images_per_update(config: CfgNode) -> int:
-    """Of all processes and micro-batches."""
-    return config.DATA.BATCH_SIZE * world_size() * max(1, config.TRAIN.ACCUMULATION_STEPS)
-
-
-def locate(epoch: int, images: int, per_update: int, steps_per_epoch: int) -> tuple[int, int]:
-    """The update with which to continue after ``images`` images of ``epoch``.
-
-    Args:
-        epoch: from 0.
-        images: images of the epoch's order that were seen; those of a whole epoch or more mean
-            that the epoch is complete.
-        per_update: images an update takes now, of all processes.
-        steps_per_epoch: updates of an epoch now.
-
-    Returns:
-        the number of the update, and by how many images it and those after it in the epoch start
-        before their usual place, less than ``per_update``.
-    """
-    first = -(-images // per_update)
-    if first >= steps_per_epoch:
-        return (epoch + 1) * steps_per_epoch, 0
-    return epoch * steps_per_epoch + first, first * per_update - images
-
-
-def resume(
-    config: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps_per_epoch: int,
-    run: Run,
-) -> tuple[str | None, int, int]:
-    """Load the checkpoint to continue from, if there is one.
-
-    Returns:
-        its path, the update to continue with, and the images by which that starts early.
-    """
-    path = checkpoint_to_resume(config, run.folder, run.logger)
-    if not path:
-        return None, config.TRAIN.START_EPOCH * steps_per_epoch, 0
-    state = read_checkpoint(path, run.device)
-    also = ("epoch", "step", "rng_state")
-    restore_training(state, path, model, optimizer, run.precision.scaler, also)
-    torch.set_rng_state(state["rng_state"].cpu())
-    now, images = images_per_update(config), config.DATA.TRAINING_IMAGES
-    seen = state.get("images", images)  # older checkpoints: the whole epoch
-    step, shift = locate(state["epoch"], seen, now, steps_per_epoch)
-    if state.get("images_per_update", now) != now:
-        run.logger.warning(
-            "%s was written with %d images an update, now there are %d: update %d becomes update "
-            "%d, and the base rate is %.3g",
-            *(path, state["images_per_update"], now, state["step"], step, config.TRAIN.BASE_LR),
-        )
-    if state.get("training_images", images) != images:
-        run.logger.warning(
-            "%s was written with %d images in the data set, now there are %d: the order of the "
-            "epoch is another, images may come twice",
-            *(path, state["training_images"], images),
-        )
-    run.logger.info("resumed from %s at update %d", path, step)
-    return path, step, shift
 
 
 def latest_checkpoint(folder: str) -> str | None:

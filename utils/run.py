@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from logger import create_logger
 from utils.agreement import check_agreement, code_facts, configuration_facts
-from utils.config import to_json
+from utils.config import run_folder, to_json, with_values
 from utils.distributed import init_process_group, lost_peer, rank, world_size
 from utils.errors import UserError
 from utils.update import Precision
@@ -36,7 +36,7 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
     """Join the process group, seed, make ``folder``, and write the log's head and config.json.
 
     Args:
-        config: the configuration; its OUTPUT is the run folder.
+        config: the configuration.
         folder: where this script writes, by default the run folder.
 
     Raises:
@@ -45,11 +45,11 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
     keep_freed_memory()
     device = init_process_group(config.LOCAL_RANK, config.DIST_TIMEOUT)
     check_agreement(configuration_facts(config) | code_facts())
-    folder = folder or config.OUTPUT
+    folder = folder or run_folder(config)
     try:
         os.makedirs(folder, exist_ok=True)
         logger = create_logger(folder, rank())
-        write_config(config, folder)
+        effective = write_config(config, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the run folder ({error.strerror})") from error
     torch.manual_seed(config.SEED)  # the same weights and queues on every process
@@ -58,7 +58,7 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
         world_size(),
         torch.__version__,
         device,
-        to_json(config).rstrip(),
+        to_json(effective).rstrip(),
     )
     precision = Precision(config.AMP_OPT_LEVEL, device)
     if precision.emulated:
@@ -66,17 +66,27 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
     return Run(folder, device, precision, logger)
 
 
-def write_config(config: CfgNode, folder: str) -> None:
-    """Write ``config.json``, on the first process.
+def write_config(config: CfgNode, folder: str, derived: dict[str, Any] | None = None) -> CfgNode:
+    """Write ``config.json`` with the values that are in effect, on the first process.
+
+    Args:
+        config: the configuration as it was read.
+        folder: where it is written.
+        derived: what follows from it and the run, by dotted keys; OUTPUT becomes the run folder.
+
+    Returns:
+        the configuration in effect.
 
     Raises:
         OSError: it cannot be written.
     """
+    effective = with_values(config, {"OUTPUT": run_folder(config)} | (derived or {}))
     if rank() == 0:
         path = os.path.join(folder, "config.json")
         with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.write(to_json(config))
+            file.write(to_json(effective))
         os.replace(path + ".tmp", path)
+    return effective
 
 
 def write_results(run: Run, results: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import logging
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -114,6 +115,16 @@ class StopSignals:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
+
+
+def end_stopped(logger: logging.Logger, step: int) -> NoReturn:
+    """End a run that has saved its checkpoint after ``step`` updates, as a signal asked.
+
+    Raises:
+        SystemExit: RESUMABLE.
+    """
+    logger.info("stopped by a signal after update %d: start again", step)
+    raise SystemExit(RESUMABLE)
 
 
 def shield_workers(loader: DataLoader) -> None:

@@ -1,6 +1,5 @@
 """TensorBoard and Weights & Biases, for those who ask for them."""
 
-import argparse
 import os
 import uuid
 from typing import Any, Protocol
@@ -36,16 +35,6 @@ class Tracker:
         except Exception as error:  # whatever goes wrong there
             self._writer = None
             self.run.logger.error("%s fails (%s), given up", self.name, error)
-
-
-def add_tracker_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--tensorboard`` and ``--wandb``."""
-    parser.add_argument(
-        "--tensorboard", action="store_true", help="write the figures for TensorBoard too"
-    )
-    parser.add_argument(
-        "--wandb", action="store_true", help="send the figures to Weights & Biases too"
-    )
 
 
 def open_trackers(config: CfgNode, run: Run, step: int) -> list[Tracker]:

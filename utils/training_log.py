@@ -6,109 +6,166 @@ import logging
 import math
 import os
 import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from tqdm import tqdm
 from yacs.config import CfgNode
 
-from utils.distributed import mean_over_processes, rank, world_size
-from utils.progress import images_per_update
+from utils.distributed import mean_over_processes, rank
+from utils.progress import EpochSize, Progress
 from utils.run import Run
-from utils.trackers import open_trackers
+from utils.update import Result
+
+if TYPE_CHECKING:
+    from utils.trackers import Tracker
+
+METRICS = "metrics.jsonl"
+# of 1 / sqrt(dim), the standard deviation of features that are spread evenly over the sphere
+COLLAPSED = 0.1
+B = TypeVar("B")
 
 
 class TrainingLog:
     """Writes the figures of a run, and warns of skipped updates and of a collapse.
 
+    A figure of one of several optimizers has its name behind it, such as ``loss@0.1``.
+
     Args:
-        config: its configuration.
+        config: PRINT_FREQ, TRAIN.EPOCHS, and the trackers.
         run: its folder, device and log.
-        optimizer: has the learning rate.
+        progress: where the run is.
+        optimizers: have the learning rates.
+        names: of the optimizers, if there are several.
         dim: dimensions of the features.
-        steps_per_epoch: updates of an epoch.
-        step: updates made so far.
+        queues: of the method, (dim, K) each, if it has any.
     """
 
     def __init__(
         self,
         config: CfgNode,
         run: Run,
-        optimizer: torch.optim.Optimizer,
-        dim: int,
-        steps_per_epoch: int,
-        step: int,
+        progress: Progress,
+        optimizers: Sequence[torch.optim.Optimizer],
+        names: Sequence[str] = ("",),
+        dim: int = 1,
+        queues: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.config, self.run, self.optimizer, self.dim = config, run, optimizer, dim
-        self.steps_per_epoch = steps_per_epoch
-        self.metrics = MetricsFile(run.folder, step, run.logger)
-        self.trackers = open_trackers(config, run, step)
-        self._collapsed = False
+        self.config, self.run, self.progress = config, run, progress
+        self.optimizers, self.names, self.dim, self.queues = optimizers, names, dim, queues
+        self.metrics = MetricsFile(run.folder, progress.step, run.logger)
+        self.trackers: Sequence[Tracker] = ()
+        if config.TENSORBOARD or config.WANDB:
+            from utils.trackers import open_trackers  # only here: few runs need it
 
-    def line(
-        self,
-        epoch: int,
-        step: int,
-        means: dict[str, float],
-        seconds: float,
-        queues: tuple[torch.Tensor, ...],
-    ) -> None:
-        """One line for the updates since the one before.
+            self.trackers = open_trackers(config, run, progress.step)
+        self.averages = Averages(names)
+        self._collapsed = False
+        self._epoch_started = self._line_started = time.time()
+        self._epoch_seconds = 0.0
+
+    def watch(self, updates: Iterable[B]) -> Iterator[B]:
+        """The same updates of the epoch, with a progress bar on a terminal."""
+        self._epoch_started = self._line_started = time.time()
+        yield from tqdm(
+            updates,
+            desc=f"epoch {self.progress.epoch}",
+            total=self.progress.size.updates,
+            initial=self.progress.steps_of_epoch,
+            disable=rank() > 0 or not sys.stderr.isatty(),
+            leave=False,
+        )
+
+    def update(self, result: Result, also: dict[str, float], stopping: bool = False) -> bool:
+        """Take what an update gave; every PRINT_FREQ updates all that came since become a line.
+
+        So they do at the end of an epoch and of the run. Every process has to call it.
 
         Args:
-            epoch, step: the epoch, and the updates made so far.
-            means: from ``Averages``, and whatever else is to be reported.
-            seconds: that an update took.
-            queues: of the method, (dim, K) each, if it has any.
+            result: of the update that ``progress`` has counted last.
+            also: what else to report, as it is now.
+            stopping: whether the run ends here.
+
+        Returns:
+            whether there was a line.
         """
-        epochs, logger = self.config.TRAIN.EPOCHS, self.run.logger
-        means = {"lr": self.optimizer.param_groups[0]["lr"]} | means
-        if queues:
-            means["queue_spread"] = queue_spread(queues)
+        self.averages.add(result.figures, result.finite)
+        every, place = self.config.PRINT_FREQ, self.progress
+        if not (stopping or place.epoch_ended or place.steps_of_epoch % every == 0):
+            return False
+        now = time.time()
+        seconds = (now - self._line_started) / self.averages.updates
+        means = self._rates() | self.averages.read() | also
+        if self.queues:
+            means["queue_spread"] = queue_spread(self.queues)
+        self._line(means, seconds)
+        self._line_started, self._epoch_seconds = now, now - self._epoch_started
+        return True
+
+    def end_epoch(self, figures: Mapping[str, float | None]) -> None:
+        """One line at the end of an epoch, of what this start of the program did of it.
+
+        Args:
+            figures: of the encoder after the epoch.
+        """
+        self._write("epoch", {"seconds": self._epoch_seconds, **figures})
+        self.run.logger.info(
+            "EPOCH %d training takes %s%s",
+            self.progress.epoch,
+            duration(self._epoch_seconds),
+            "".join(f" {name} {v:.4f}" for name, v in figures.items() if v is not None),
+        )
+
+    def _rates(self) -> dict[str, float]:
+        # the last group has the highest rate of those that layer decay gives
+        rates = [optimizer.param_groups[-1]["lr"] for optimizer in self.optimizers]
+        return {_named("lr", n): rate for n, rate in zip(self.names, rates, strict=True)}
+
+    def _line(self, means: dict[str, float], seconds: float) -> None:
+        place, epochs = self.progress, self.config.TRAIN.EPOCHS
         speed = {
             "seconds": seconds,
-            "images_per_s": images_per_update(self.config) / seconds,
+            "images_per_s": place.size.images_per_update / seconds,
             "memory_mb": memory(self.run.device),
-            "eta_s": seconds * (epochs * self.steps_per_epoch - step),
+            "eta_s": seconds * (epochs * place.size.updates - place.step),
         }
-        self._write("train", epoch, step, means | speed)
-        logger.info(
+        self._write("train", {**means, **speed})
+        self.run.logger.info(
             "Train: [%d/%d][%d/%d] eta %s time %.4f images/s %.1f mem %.0fMB %s",
-            *(epoch, epochs, step - epoch * self.steps_per_epoch, self.steps_per_epoch),
-            *(duration(speed["eta_s"]), seconds, speed["images_per_s"], speed["memory_mb"]),
+            place.epoch,
+            epochs,
+            place.steps_of_epoch,
+            place.size.updates,
+            duration(speed["eta_s"]),
+            seconds,
+            speed["images_per_s"],
+            speed["memory_mb"],
             " ".join(f"{name} {value:.6g}" for name, value in means.items()),
         )
         self._warn(means)
 
-    def epoch(self, epoch: int, step: int, seconds: float, figures: dict[str, float]) -> None:
-        """One line at the end of an epoch, of what this start of the program did of it.
-
-        Args:
-            epoch, step: as for ``line``.
-            seconds: that the training took.
-            figures: of the encoder after the epoch.
-        """
-        self._write("epoch", epoch, step, {"seconds": seconds} | figures)
-        self.run.logger.info(
-            "EPOCH %d training takes %s%s",
-            *(epoch, duration(seconds)),
-            "".join(f" {name} {value:.4f}" for name, value in figures.items()),
-        )
-
-    def _write(self, kind: str, epoch: int, step: int, figures: dict[str, float]) -> None:
+    def _write(self, kind: str, figures: Mapping[str, float | None]) -> None:
+        place = self.progress
         # the number of epochs made, a fraction within one, serves as the time axis
-        place = {"epoch": epoch, "step": step, "epochs": step / self.steps_per_epoch}
-        self.metrics.write(kind, place | figures)
+        epochs = place.step / place.size.updates
+        where = {"epoch": place.epoch, "step": place.step, "epochs": epochs}
+        self.metrics.write(kind, {**where, **figures})
         for tracker in self.trackers:
-            tracker.write(kind, step, figures)
+            known = {name: value for name, value in figures.items() if value is not None}
+            tracker.write(kind, place.step, known)
 
     def _warn(self, means: dict[str, float]) -> None:
         logger, before = self.run.logger, self._collapsed
-        if means["skipped"]:
-            logger.warning(
-                "updates skipped, as loss or gradient was not finite: %d", means["skipped"]
-            )
+        for name in self.names:
+            if skipped := means[_named("skipped", name)]:
+                logger.warning(
+                    "updates skipped%s, as loss or gradient was not finite: %d",
+                    f" of rate {name}" if name else "",
+                    skipped,
+                )
         self._collapsed = collapsed(means.get("feature_std", 1.0), self.dim)
         if self._collapsed and not before:
             logger.warning(
@@ -118,23 +175,24 @@ class TrainingLog:
             )
 
 
-METRICS = "metrics.jsonl"
-
-
 class Averages:
     """Means of figures over updates and processes, without a synchronisation before ``read``.
 
     Updates that were skipped count in none of the means.
+
+    Args:
+        names: of the optimizers, each with figures of its own; one without a name is the only one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ("",)) -> None:
+        self.names = names
         self._sums = torch.zeros(0)  # of no meaning before the first update
-        self._names: tuple[str, ...] = ()
+        self._figures: tuple[str, ...] = ()
         self.updates = 0  # since the last reading, skipped ones included
 
     def add(self, figures: dict[str, torch.Tensor], finite: torch.Tensor) -> None:
-        """Take the scalars of one update, on the device; ``finite``: whether it was made."""
-        self._names = tuple(figures)
+        """Take the figures of one update, on the device; ``finite``: whether it was made."""
+        self._figures = tuple(figures)
         values = torch.stack([finite.float(), *(v.float() for v in figures.values())])
         values = torch.where(finite, values, 0)
         self._sums = self._sums + values if self.updates else values
@@ -145,11 +203,14 @@ class Averages:
 
         Every process has to call it. NaN, if all updates were skipped.
         """
-        made, *sums = mean_over_processes(self._sums.clone()).tolist()
-        means = [total / made if made else math.nan for total in sums]
-        skipped = self.updates - round(made)
+        sums = mean_over_processes(self._sums.clone()).view(-1, len(self.names)).T.tolist()
+        read: dict[str, float] = {}
+        for name, (made, *totals) in zip(self.names, sums, strict=True):
+            means = [total / made if made else math.nan for total in totals]
+            read |= {_named(f, name): mean for f, mean in zip(self._figures, means, strict=True)}
+            read[_named("skipped", name)] = self.updates - round(made)
         self.updates = 0
-        return dict(zip(self._names, means, strict=True)) | {"skipped": skipped}
+        return read
 
 
 class MetricsFile:
@@ -166,10 +227,10 @@ class MetricsFile:
         self.path, self.logger, self._failed = os.path.join(folder, METRICS), logger, rank() > 0
         self._guard(self._drop_after, step)
 
-    def write(self, kind: str, figures: dict[str, float | int]) -> None:
+    def write(self, kind: str, figures: Mapping[str, float | None]) -> None:
         """Append one line: its ``kind`` (``train`` or ``epoch``) and figures; NaN becomes null."""
-        line = {"kind": kind} | {n: v if math.isfinite(v) else None for n, v in figures.items()}
-        self._guard(self._append, json.dumps(line))
+        known = {n: v if v is not None and math.isfinite(v) else None for n, v in figures.items()}
+        self._guard(self._append, json.dumps({"kind": kind} | known))
 
     def _append(self, line: str) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -205,46 +266,12 @@ def _step(line: str) -> float:
         return math.inf
 
 
-# of 1 / sqrt(dim), the standard deviation of features that are spread evenly over the sphere
-COLLAPSED = 0.1
+def _named(figure: str, name: str) -> str:
+    return f"{figure}@{name}" if name else figure
 
 
 @torch.no_grad()
-def similarity_figures(
-    queries: tuple[torch.Tensor, ...],
-    keys: tuple[torch.Tensor, ...],
-    queues: tuple[torch.Tensor, ...],
-) -> dict[str, torch.Tensor]:
-    """How far the unit features of a batch lie apart.
-
-    Args:
-        queries: q1 and q2, (B, dim) each.
-        keys: k1 and k2, (B, dim) each.
-        queues: queue1 and queue2, (dim, K) each; none if the method has no queue.
-
-    Returns:
-        scalars on the device: ``negative``, the mean similarity of a query and the queue of its
-        keys, or without one the keys of other images; and ``feature_std``, the standard deviation
-        of the queries over the batch, averaged over the dimensions. Only what B allows: both but
-        the former of a queue need two images.
-    """
-    figures = {}
-    images = queries[0].shape[0]
-    pairs = list(zip(queries, reversed(keys), strict=True))
-    if queues:
-        # a mean of products is the product of the means: no B x K matrix
-        parts = [q.mean(0) @ n.mean(1) for q, n in zip(queries, reversed(queues), strict=True)]
-        figures["negative"] = torch.stack(parts).mean()
-    elif images > 1:
-        parts = [(q.sum(0) @ k.sum(0) - (q * k).sum()) / (images**2 - images) for q, k in pairs]
-        figures["negative"] = torch.stack(parts).mean()
-    if images > 1:
-        figures["feature_std"] = torch.stack([q.std(0).mean() for q in queries]).mean()
-    return figures
-
-
-@torch.no_grad()
-def queue_spread(queues: tuple[torch.Tensor, ...]) -> float:
+def queue_spread(queues: Sequence[torch.Tensor]) -> float:
     """The standard deviation over the keys of a queue, (dim, K) each, averaged over dimensions."""
     return float(torch.stack([queue.std(1).mean() for queue in queues]).mean())
 
@@ -255,38 +282,32 @@ def collapsed(feature_std: float, dim: int) -> bool:
 
 
 def measure_throughput(
-    loader: DataLoader,
-    config: CfgNode,
-    steps: int,
-    update: Callable[[list], object],
-    run: Run,
+    updates: Iterable[B], size: EpochSize, steps: int, update: Callable[[B], object], run: Run
 ) -> None:
     """Log images a second of the loader alone and of the update alone.
 
     Args:
-        loader: the batches of one process.
-        config: DATA.BATCH_SIZE and TRAIN.ACCUMULATION_STEPS.
-        steps: how many batches, and how many updates, are timed.
-        update: one update from a list of micro-batches.
+        updates: the micro-batches of each update.
+        size: images of an update.
+        steps: how many updates are read, and how many are made.
+        update: one update from its micro-batches.
         run: device and log.
     """
-    images = config.DATA.BATCH_SIZE * world_size()
-    micro_batches = max(1, config.TRAIN.ACCUMULATION_STEPS)
-    batches = iter(loader)
-    batch = [next(batches) for _ in range(micro_batches)]
+    batches = iter(updates)
+    micro_batches = next(batches)
     started = time.time()
-    loaded = sum(1 for _ in itertools.islice(batches, steps))
+    loaded = size.images_per_update * sum(1 for _ in itertools.islice(batches, steps))
     if loaded:
-        run.logger.info("loader: %.1f images/s", images * loaded / (time.time() - started))
+        run.logger.info("loader: %.1f images/s", loaded / (time.time() - started))
     for step in range(-3, steps):
         if step == 0:  # warmed up
             synchronize(run.device)
             started = time.time()
-        update(batch)
+        update(micro_batches)
     synchronize(run.device)
     seconds = (time.time() - started) / steps
     run.logger.info(
-        "update: %.1f images/s, %.4f s an update", images * micro_batches / seconds, seconds
+        "update: %.1f images/s, %.4f s an update", size.images_per_update / seconds, seconds
     )
 
 

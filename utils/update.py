@@ -1,9 +1,20 @@
-"""Updates with a loss or gradient that is not finite leave no trace, on all processes alike."""
+"""One update of the weights: micro-batches, loss scaling, clipping, and a step that can be skipped.
 
-from typing import Any
+Pre-training, the linear probe and fine-tuning share it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import UserError
 
 
 class Precision:
@@ -39,69 +50,202 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
 
 
-def poisoned_with(loss: torch.Tensor) -> torch.Tensor:
-    """``loss`` unchanged if it is finite; else NaN, and so are its gradients.
+class Forward(Protocol):
+    """What the forward pass of one micro-batch gives.
+
+    Attributes:
+        loss: the loss of each optimizer, (P,), or a scalar for a single one; with gradient.
+        figures: what to report, each of the shape of ``loss``, without gradient.
+    """
+
+    loss: torch.Tensor
+
+    @property
+    def figures(self) -> dict[str, torch.Tensor]:
+        """Figures by name."""
+
+
+F = TypeVar("F", bound=Forward)
+
+
+@dataclass(frozen=True)
+class Result(Generic[F]):
+    """What one update gives; everything stays on the device.
+
+    Attributes:
+        figures: ``loss``, the forward passes' own figures, both averaged over the micro-batches,
+            ``grad_norm`` before clipping, and ``grad_norm_<part>``; (P,) or scalars.
+        finite: for each optimizer whether its loss and gradient were finite; if not, it made no
+            step. Of the shape of ``loss``.
+        outputs: what each forward pass returned.
+    """
+
+    figures: dict[str, torch.Tensor]
+    finite: torch.Tensor
+    outputs: list[F]
+
+
+class Update:
+    """Makes updates; one whose loss or gradient is not finite leaves no trace, on any process.
+
+    Several optimizers hold weights that do not depend on each other, such as the heads of a probe.
+    Each is clipped and skipped by itself.
+
+    Args:
+        ddp: the model.
+        optimizers: of its weights.
+        precision: autocast, and the loss scaling of float16.
+        clip: the largest norm of a gradient, 0 for any.
+        parts: of a single optimizer's model: gradient norms are reported for each, by name.
+        scale: whether float16 scales the losses; not where the weights compute in float32 alone.
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        optimizers: Sequence[torch.optim.Optimizer],
+        precision: Precision,
+        clip: float = 0.0,
+        parts: dict[str, nn.Module] | None = None,
+        scale: bool = True,
+    ) -> None:
+        self.ddp, self.optimizers, self.precision = ddp, list(optimizers), precision
+        self.clip, self.parts = clip or math.inf, parts or {}
+        owners = {
+            p: n for n, o in enumerate(optimizers) for g in o.param_groups for p in g["params"]
+        }
+        self.weights: list[list[nn.Parameter]] = [[] for _ in optimizers]  # in the model's order
+        for parameter in ddp.parameters():
+            if parameter in owners:
+                self.weights[owners[parameter]].append(parameter)
+        self._scales = scale and precision.scaler.is_enabled()
+        # a scale of 1 changes no gradient, but lets the scaler skip a step on the device
+        self.scaler = (
+            precision.scaler
+            if self._scales
+            else torch.amp.GradScaler(precision.device_type, init_scale=1.0)
+        )
+        self._skipped = self._most_skipped = torch.zeros((), dtype=torch.long)
+
+    def __call__(self, micro_batches: Sequence[Any], forward: Callable[[Any], F]) -> Result[F]:
+        """One update.
+
+        Args:
+            micro_batches: their gradients are averaged.
+            forward: runs the model on one of them.
+        """
+        statistics = self._copy_statistics()
+        outputs = []
+        for number, batch in enumerate(micro_batches, 1):
+            with nullcontext() if number == len(micro_batches) else self.ddp.no_sync():
+                with self.precision.autocast():
+                    output = forward(batch)
+                loss = poisoned_if_not_finite(output.loss) / len(micro_batches)
+                self.scaler.scale(loss.sum()).backward()
+            output.loss = output.loss.detach()
+            outputs.append(output)
+
+        norms = self._gradient_norms(outputs[0].loss)
+        finite = norms["grad_norm"].isfinite()
+        # a norm that is not a number makes the gradient that too, so that the scaler skips the step
+        limits = torch.where(finite, norms["grad_norm"], math.nan).view(-1)
+        for optimizer, weights, norm in zip(self.optimizers, self.weights, limits, strict=True):
+            nn.utils.clip_grads_with_norm_(weights, self.clip, norm, foreach=True)
+            self.scaler.step(optimizer)
+        self.scaler.update(None if self._scales else 1.0)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self._restore_statistics(statistics, finite)
+        self._count_skipped(finite)
+
+        reported = [{"loss": output.loss} | output.figures for output in outputs]
+        means = {name: torch.stack([r[name] for r in reported]).mean(0) for name in reported[0]}
+        return Result(means | norms, finite, outputs)
+
+    def check_skipped(self, most: int, advice: str) -> list[bool]:
+        """Whether each optimizer skipped ``most`` updates in a row; waits for the device.
+
+        Raises:
+            UserError: all did; it ends in ``advice``.
+        """
+        rows = self._most_skipped.expand(len(self.optimizers)).tolist()
+        if min(rows) >= most:
+            raise UserError(
+                f"{min(rows)} updates in a row had a loss or gradient that is not finite (at most "
+                f"TRAIN.MAX_SKIPPED_UPDATES {most}): {advice}"
+            )
+        return [row >= most for row in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """``optimizer``, in the form of a single one with the groups of all, and ``scaler``."""
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for optimizer in self.optimizers:
+            own, first = optimizer.state_dict(), sum(len(g["params"]) for g in groups)
+            state |= {first + number: value for number, value in own["state"].items()}
+            groups += [
+                g | {"params": [first + n for n in g["params"]]} for g in own["param_groups"]
+            ]
+        scaler = self.scaler.state_dict() if self._scales else {}
+        return {"optimizer": {"state": state, "param_groups": groups}, "scaler": scaler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what ``state_dict`` gave.
+
+        Raises:
+            KeyError, ValueError: the state of other optimizers.
+        """
+        groups = list(state["optimizer"]["param_groups"])
+        for optimizer in self.optimizers:
+            count = len(optimizer.param_groups)
+            own, groups = groups[:count], groups[count:]
+            numbers = [number for group in own for number in group["params"]]
+            values = state["optimizer"]["state"]
+            kept = {n: values[n] for n in numbers if n in values}
+            optimizer.load_state_dict({"state": kept, "param_groups": own})
+        if groups:
+            raise ValueError(f"it has {len(groups)} groups of weights too many")
+        if self._scales:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _gradient_norms(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """L2 norms of the unscaled gradients, of the shape of ``like``."""
+        scale = self.scaler.scale(torch.ones((), device=like.device))
+        if self.parts:
+            norms = [_norm(part.parameters(), like.device) / scale for part in self.parts.values()]
+            named = {f"grad_norm_{n}": v for n, v in zip(self.parts, norms, strict=True)}
+            return {"grad_norm": torch.stack(norms).norm()} | named
+        norms = [_norm(weights, like.device) / scale for weights in self.weights]
+        return {"grad_norm": torch.stack(norms).view_as(like)}
+
+    def _copy_statistics(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The running statistics of all BatchNorms that train, each with a copy."""
+        layers = [m for m in self.ddp.modules() if isinstance(m, _BatchNorm) and m.training]
+        return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+
+    @torch.no_grad()
+    def _restore_statistics(
+        self, copies: list[tuple[torch.Tensor, torch.Tensor]], finite: torch.Tensor
+    ) -> None:
+        finite = finite.all()
+        if finite.device.type == "cpu" and finite:
+            return  # on the CPU there is nothing to wait for
+        for buffer, copy in copies:
+            buffer.copy_(torch.where(finite, buffer, copy))
+
+    def _count_skipped(self, finite: torch.Tensor) -> None:
+        self._skipped = torch.where(finite, 0, self._skipped.to(finite.device) + 1)
+        self._most_skipped = torch.maximum(self._most_skipped.to(finite.device), self._skipped)
+
+
+def poisoned_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """``loss`` unchanged where it is finite; else NaN, and so are its gradients.
 
     Averaging the gradients then tells every process, which the loss of one does not.
     """
     return loss * (1 + 0 * loss.detach())
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """Let the optimizer make its step if ``finite``, a bool on the device, is true.
-
-    The fused optimizers read it on the device; others, and the first step, which makes their
-    state, wait for it.
-    """
-    if optimizer.defaults.get("fused") and optimizer.state:
-        fused: Any = optimizer  # torch declares neither of the two that it reads
-        fused.grad_scale, fused.found_inf = None, (~finite).float()
-        optimizer.step()
-        del fused.grad_scale, fused.found_inf
-    elif finite:
-        optimizer.step()
-
-
-def copy_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """Queues and statistics of BatchNorm as they are."""
-    return [buffer.clone() for buffer in model.buffers()]
-
-
-@torch.no_grad()
-def restore_buffers(model: nn.Module, copies: list[torch.Tensor], finite: torch.Tensor) -> None:
-    """Put the copies back unless ``finite``, a bool on the device, is true."""
-    if finite.device.type == "cpu" and finite:
-        return  # nothing to wait for
-    for buffer, copy in zip(model.buffers(), copies, strict=True):
-        buffer.copy_(torch.where(finite, buffer, copy))
-
-
-class SkippedInARow:
-    """Counts updates that were skipped one after the other, on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._now = torch.zeros((), dtype=torch.long, device=device)
-        self._most = self._now.clone()
-
-    def add(self, finite: torch.Tensor) -> None:
-        """Take whether an update was made, a bool on the device."""
-        self._now = torch.where(finite, 0, self._now + 1)
-        self._most = torch.maximum(self._most, self._now)
-
-    def most(self) -> int:
-        """The longest row so far; waits for the device."""
-        return int(self._most)
-
-
-def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """L2 norm of all gradients, ``grad_norm``, and ``grad_norm_<name>`` of each part.
-
-    Scalars on the device; nothing waits for it.
-    """
-    gradients = {
-        n: [p.grad for p in m.parameters() if p.grad is not None] for n, m in parts.items()
-    }
-    device = next(p.device for m in parts.values() for p in m.parameters())
-    norms = torch.stack([torch.nn.utils.get_total_norm(g).to(device) for g in gradients.values()])
-    names = [f"grad_norm_{name}" for name in parts]
-    return {"grad_norm": norms.norm(), **dict(zip(names, norms, strict=True))}
+def _norm(parameters: Any, device: torch.device) -> torch.Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return nn.utils.get_total_norm(gradients).to(device)

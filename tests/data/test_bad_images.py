@@ -176,9 +176,9 @@ def test_workers_and_a_resume_replace_alike(source, tmp_path, monkeypatch):
     epochs = []
     for workers, first in ((0, 0), (2, 0), (1, 3)):
         loader = build_pretraining_loader(config_for(tmp_path / "data", workers))
-        loader.batch_sampler.set_position(1, first)
+        loader.start_at(1, 4 * first)
         views, replaced = [], []
-        for *batch, third in loader:
+        for ((*batch, third),) in loader:
             views.append(torch.stack(batch))
             assert third.dtype == torch.int64 and third.shape == (4,)
             replaced.append(third)
@@ -210,7 +210,7 @@ def test_a_damaged_member_of_a_zip_is_replaced(source, tmp_path, cache):
     break_member(tmp_path / "zips/train.zip", "class1/3.jpg")
     config = config_for(tmp_path / "zips", 2, zipped=True)
     config.DATA.CACHE_MODE = cache
-    found = torch.cat([third for _, _, third in build_pretraining_loader(config)])
+    found = torch.cat([third for ((_, _, third),) in build_pretraining_loader(config)])
     assert sorted(found.tolist()) == [-1] * 23 + [BAD]
     with pytest.raises(UserError, match=r"train\.zip: cannot read class1/3\.jpg \(Bad CRC"):
         ZipSource(str(tmp_path / "zips"), "train").read_image(BAD)
@@ -250,11 +250,11 @@ def test_each_bad_image_is_logged_once(source):
     log = Log()
     bad = BadImages(source, 0.1, log)
     for _ in range(3):
-        bad.note(torch.tensor([-1, 2, -1, 2]))
+        bad.note([[torch.tensor([-1, 2, -1, 2])]])
         bad.check()
     assert len(log.lines) == 1
     assert f"process 0 replaced a bad image: {source.names[2]}: not a readable" in log.lines[0]
-    bad.note(torch.tensor([5]))
+    bad.note([[torch.tensor([5])]])
     bad.check()
     assert log.lines[1].endswith(f"{source.names[5]}: could be read only at a second try")
 
@@ -265,7 +265,7 @@ def test_a_larger_share_of_bad_images_stops_the_run(source, fraction, stops):
     bad = BadImages(source, fraction, log)
     for number, index in enumerate((3, 8, 8), 1):
         damage("text", Path(source.names[index]))
-        bad.note(torch.tensor([index]))
+        bad.note([[torch.tensor([index])]])
         if number == stops:
             with pytest.raises(UserError, match=rf"{number} of 24 images are bad.*check_data"):
                 bad.check()
@@ -286,11 +286,11 @@ def count_in_a_group(rank: int, folder: str) -> None:
     log = Log()
     bad = BadImages(source, 3 / 24, log)
     for seen in ([2, 3], [3, -1], [4, 4], [2, -1]):
-        bad.note(torch.tensor(seen[rank]))
+        bad.note([[torch.tensor(seen[rank])]])
         bad.check()
     assert len(log.lines) == len(bad.bad) == 3, log.lines
     assert [line.split()[1] for line in log.lines] == ["0", "1", "0"]
-    bad.note(torch.tensor([9] if rank else [-1]))
+    bad.note([[torch.tensor([9] if rank else [-1])]])
     with pytest.raises(UserError, match="4 of 24"):
         bad.check()
 

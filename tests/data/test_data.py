@@ -20,12 +20,11 @@ from data.augmentation import (
     apply_view,
     draw_box,
     draw_view,
-    normalize,
     view_augmentations,
 )
 from data.dataset import TestImages, TwoViews
 from data.image import decode_rgb
-from data.loader import EpochBatches, build_pretraining_loader
+from data.loader import EpochBatches, build_pretraining_loader, normalize
 from data.source import FolderSource, ZipSource, open_source
 from tools.make_tiny_transfer import write_tiny
 from utils.config import load_config
@@ -248,8 +247,8 @@ def test_workers_change_nothing(imagenet, workers, monkeypatch):
         assert loader.num_workers == number
         epochs = []
         for epoch in (0, 1):
-            loader.batch_sampler.set_position(epoch)
-            epochs += [torch.stack(views) for *views, _ in loader]
+            loader.start_at(epoch)
+            epochs += [torch.stack(views) for ((*views, _),) in loader]
         loaded.append(torch.stack(epochs))
     assert loaded[0].shape == (8, 2, 5, 32, 32, 3)
     assert loaded[0].equal(loaded[1])
@@ -271,14 +270,14 @@ def test_processes_share_the_batches_of_one(images, batch, world, multiple, firs
             EpochBatches(images, batch, 0, world, multiple=multiple)
         return
     alone = EpochBatches(images, batch * world, multiple=multiple)
-    alone.set_position(epoch)
+    alone.start_at(epoch)
     parts = [EpochBatches(images, batch, r, world, multiple=multiple) for r in range(world)]
     for part in parts:
-        part.set_position(epoch, first)
+        part.start_at(epoch, first * batch * world * multiple)
     everything = list(alone)
     assert len(everything) % multiple == 0
     joined = [list(itertools.chain(*b)) for b in zip(*parts, strict=True)]
-    assert joined == everything[first:]
+    assert joined == everything[first * multiple :]
     seen = [index for b in everything for _, index in b]
     assert len(set(seen)) == len(seen) and all(e == epoch for b in everything for e, _ in b)
 
@@ -287,7 +286,7 @@ def test_epochs_are_shuffled_differently():
     sampler = EpochBatches(50, 10)
     orders = []
     for epoch in (0, 1, 0):
-        sampler.set_position(epoch)
+        sampler.start_at(epoch)
         orders.append([i for batch in sampler for _, i in batch])
     assert orders[0] == orders[2] != orders[1]
 

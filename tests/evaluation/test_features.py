@@ -106,8 +106,8 @@ def test_training_views_follow_from_seed_epoch_and_image(imagenet, weights):
         torch.manual_seed(workers)
         epochs = []
         for epoch in (0, 1):
-            loader.batch_sampler.set_position(epoch)
-            batches = list(loader)
+            loader.start_at(epoch)
+            batches = [batch for (batch,) in loader]
             order = [i for b in loader.batch_sampler for _, i in b]
             labels = torch.cat([label for _, label in batches]).tolist()
             assert labels == [source.labels[i] for i in order]

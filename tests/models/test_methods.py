@@ -20,6 +20,8 @@ from utils.errors import UserError
 RECIPES = sorted((ROOT / "configs").glob("*_*_*.yaml"))
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
+MADE = torch.tensor(True)  # the update whose keys are kept
+
 
 class Features(nn.Module):
     """An encoder of 8 features."""
@@ -245,10 +247,10 @@ def test_queue_keeps_the_newest_keys(length, batches):
         if size > length:
             before = method.queue1.clone()
             with pytest.raises(ValueError, match="do not fit"):
-                method.enqueue(keys, -keys)
+                method.enqueue(keys, -keys, MADE)
             assert method.queue1.equal(before)
             continue
-        method.enqueue(keys, -keys)
+        method.enqueue(keys, -keys, MADE)
         for key in keys:
             expected[position] = key
             position = (position + 1) % length
@@ -272,7 +274,7 @@ def test_keys_lie_side_by_side_also_after_a_checkpoint():
     method = MoBY(Features(), Features(), num_negatives=8)
     published = {name: value.contiguous() for name, value in method.state_dict().items()}
     method.load_state_dict(published)
-    method.enqueue(*torch.ones(2, 3, method.dim))
+    method.enqueue(*torch.ones(2, 3, method.dim), MADE)
     for queue in (method.queue1, method.queue2):
         assert queue.shape == published["queue1"].shape == (method.dim, 8)
         assert queue.T.is_contiguous()

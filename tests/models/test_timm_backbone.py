@@ -14,7 +14,7 @@ from models.patch_features import patch_features, patch_stride
 from models.pretrained import load_encoder_weights
 from optimizer import build_optimizer
 from utils.config import load_config
-from utils.distributed import all_gather_batch, data_parallel, rank
+from utils.distributed import data_parallel, rank
 from utils.errors import UserError
 
 METHODS = ("byol", "moby", "synco")
@@ -113,7 +113,7 @@ def train(_, folder: str, encoder: str) -> None:
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            model.enqueue(*[all_gather_batch(k) for k in output.keys])
+            model.enqueue(*output.keys, torch.tensor(True))
             losses.append(output.loss.item())
         state = {k: v for k, v in model.state_dict().items() if "encoder" in k}
         found[method] = losses, model.views_apart, state

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.arguments import parse_arguments
-from utils.config import DEFAULTS, as_dict, load_config, to_json
+from utils.config import DEFAULTS, as_dict, load_config, run_folder, to_json, with_values
 from utils.errors import UserError
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -161,7 +161,19 @@ def test_flags_reach_the_configuration():
     assert (config.DATA.ZIP_MODE, config.DATA.CACHE_MODE) == (True, "full")
     assert (config.MODEL.RESUME, config.TRAIN.ACCUMULATION_STEPS) == ("r", 2)
     assert config.TRAIN.USE_CHECKPOINT and config.EVAL_MODE and config.THROUGHPUT_MODE
-    assert (config.AMP_OPT_LEVEL, config.OUTPUT) == ("O1", "o/n/t")
+    assert (config.AMP_OPT_LEVEL, run_folder(config)) == ("O1", "o/n/t")
+
+
+def test_the_configuration_that_was_read_is_frozen():
+    _, config = parse_arguments("test", argv=["--cfg", str(RECIPES[0])])
+    for node, key in ((config, "OUTPUT"), (config.TRAIN, "BASE_LR"), (config.DATA, "DATASET")):
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(node, key, node[key])
+    other = with_values(config, {"TRAIN.BASE_LR": 7.0, "OUTPUT": "elsewhere"})
+    assert (other.TRAIN.BASE_LR, other.OUTPUT) == (7.0, "elsewhere")
+    assert (config.TRAIN.BASE_LR, config.OUTPUT) != (7.0, "elsewhere")
+    with pytest.raises(AttributeError, match="immutable"):
+        other.TRAIN.BASE_LR = 1.0
 
 
 @pytest.mark.parametrize("flag", ["--local-rank=3", "--local_rank 3"])

@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from main_pretrain import update
+from lr_scheduler import scaled_rates
+from main_pretrain import PARTS, forward_views
 from models import kernels
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import Backbone, create_encoder
@@ -26,7 +27,7 @@ from tools.benchmark.timing import CONTEXT, compare, compare_apart
 from utils.config import load_config
 from utils.distributed import data_parallel, init_process_group
 from utils.run import Run, keep_freed_memory
-from utils.update import Precision
+from utils.update import Precision, Update
 
 HEAD_PASSES = 5  # in one timed run: a pass is short beside a change of processes
 
@@ -154,19 +155,23 @@ def head(args: argparse.Namespace) -> dict:
 def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callable:
     """The update of main_pretrain.py, without its data and its logging, in a process group."""
     device = torch.device(args.device)
-    config = load_config(str(Path(__file__).parent.parent / "configs/synco_vit_small.yaml"))
+    config = load_config(str(Path(__file__).parents[2] / "configs/synco_vit_small.yaml"))
     run = Run("", device, Precision(level, device), logging.getLogger())
     method = synchronize_batch_norm(method, device)
     kernels.choose_kernels(method, run.precision)
-    optimizer = build_optimizer(config, method)
+    optimizer = build_optimizer(config, method, scaled_rates(config, args.batch).base)
     ddp = data_parallel(method, device)
+    parts = {name: getattr(method, name) for name in PARTS}
+    update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
+    forward = partial(forward_views, ddp, device, 0)
     size = (2, args.batch, args.size, args.size, 3)
     views = torch.randint(256, size, dtype=torch.uint8, device=device)
     ddp.train()
 
     def step() -> None:
         method.update_key_encoder(0.99)
-        update(config, ddp, [list(views)], optimizer, 0, run)
+        result = update([list(views)], forward)
+        method.enqueue(*result.outputs[0].keys, result.finite)
 
     return step
 
@@ -187,7 +192,8 @@ def plain_step(method: PlainSynCo, views: torch.Tensor) -> Callable:
         for g in gradients:
             g.mul_(min(1.0, 5.0 / norm))
         optimizer.step()
-        method.enqueue(*output.keys)
+        keys1, keys2 = output.keys
+        method.enqueue(keys1, keys2, torch.tensor(True, device=keys1.device))
 
     return step
 
