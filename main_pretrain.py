@@ -13,7 +13,7 @@ from evaluation.knn_monitor import KnnMonitor
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
-from models.kernels import choose_kernels
+from models.encoder import choose_attention
 from models.momentum import MomentumMethod, Output, key_momentum
 from optimizer import build_optimizer
 from utils.agreement import check_agreement, digest
@@ -122,7 +122,7 @@ def forward_views(
 def build_model(config: CfgNode, run: Run) -> MomentumMethod:
     """The method with its encoders, on the device."""
     model = synchronize_batch_norm(build_method(config), run.device)
-    choose_kernels(model, run.precision)
+    choose_attention(model, run.precision)
     if config.COMPILE:
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()

@@ -14,6 +14,7 @@ from models.batch_norm import SyncBatchNorm
 from models.swin import SwinTransformer
 from models.vit import VisionTransformer
 from utils.errors import UserError
+from utils.update import Precision
 
 PREFIX = "timm/"
 # for images of other sizes than those of training, where a backbone can
@@ -152,3 +153,18 @@ def _replace_norms(encoder: nn.Module, name: str) -> None:
         )
     for block, norm in norms:
         block.norm2 = SyncBatchNorm(norm.normalized_shape[0])
+
+
+def choose_attention(model: nn.Module, precision: Precision) -> None:
+    """Switch fused attention off where the plain form is faster.
+
+    On the CPU these are two cases: backward in bfloat16, and a position bias that learns (Swin),
+    whose gradient the fused kernel does not give.
+    """
+    cpu = precision.device_type == "cpu"
+    layers: list[Any] = list(model.modules())  # torch's types allow no attributes of other types
+    for layer in layers:
+        if hasattr(layer, "fused_attn"):
+            bias = getattr(layer, "relative_position_bias_table", None)
+            learns = bias is not None and bias.requires_grad
+            layer.fused_attn = not (cpu and (precision.enabled or learns))

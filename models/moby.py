@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from models.encoder import Backbone
-from models.kernels import linear
 from models.momentum import MomentumMethod, Output
 from utils.distributed import all_gather_batch
 
@@ -71,7 +70,7 @@ class MoBY(MomentumMethod):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(q.device.type, enabled=False):
             positive = (q * k).sum(1, keepdim=True)  # Bx1
-            similarity = linear(q, queue.T)  # BxK
+            similarity = q @ queue  # BxK
             negatives = self.negatives(q, similarity, queue, epoch)
             logits = torch.cat([positive, *negatives], dim=1) / self.temperature
             target = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)

@@ -16,19 +16,13 @@ is at hand: it is an entry of q times queue. Type 6 has sign(q') for q', type 3 
 type 4 the noise, the only one of them that needs a vector for each negative.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from models.encoder import Backbone
-from models.kernels import linear
 from models.moby import MoBY
-from utils.seed import normal
-
-# what torch says of every sparse tensor
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 
 @dataclass
@@ -117,7 +111,7 @@ class SynCo(MoBY):
         picks = torch.randint(self.n_hard, (batch, sum(self.counts) + n3), device=device)
         columns = hard.gather(1, picks).split([n1, n2, n3, n4, n5, n6, n3], dim=1)
         uniform = torch.rand(batch, n1 + n2 + n3, device=device).split([n1, n2, n3], dim=1)
-        return Draws(list(columns), list(uniform), normal((batch, n4, dim), device))
+        return Draws(list(columns), list(uniform), torch.randn(batch, n4, dim, device=device))
 
     def synthetic(
         self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, draws: Draws
@@ -151,7 +145,7 @@ class SynCo(MoBY):
         n4z = _products(z, keys, c4)
         zz = torch.linalg.vector_norm(z, dim=2) ** 2
         n3n3 = _products(F.embedding(c3_other, keys), keys, c3)
-        sign_n = linear(sign, keys).gather(1, c6)
+        sign_n = (sign @ queue).gather(1, c6)
         return [
             along_q(qn1, a, 1 - a),
             along_q(qn2, 1 - b, b),
@@ -168,13 +162,4 @@ def _products(vectors: torch.Tensor, keys: torch.Tensor, columns: torch.Tensor) 
 
     vectors of B x N x D, keys of K x D, columns of B x N -> B x N.
     """
-    count, dim = columns.numel(), keys.shape[1]
-    if keys.device.type != "cpu" or not count:
-        return (vectors * F.embedding(columns, keys)).sum(2)
-    # as one entry in each row of vectors times keys: no keys are gathered, in half the time
-    size, rows = (count, len(keys)), torch.arange(count + 1)
-    entries = torch.sparse_csr_tensor(
-        rows, columns.flatten(), torch.zeros(count), size, check_invariants=False
-    )
-    products = torch.sparse.sampled_addmm(entries, vectors.reshape(-1, dim), keys.T, beta=0)
-    return products.values().view_as(columns)
+    return (vectors * F.embedding(columns, keys)).sum(2)

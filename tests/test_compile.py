@@ -7,8 +7,7 @@ import torch
 from helpers import ROOT, TINY
 
 import main_pretrain
-from models.encoder import create_encoder
-from models.kernels import choose_kernels
+from models.encoder import choose_attention, create_encoder
 from models.moby import MoBY
 from utils.update import Precision
 
@@ -20,7 +19,7 @@ def test_loss_and_gradient_stay():
     for encoder in encoders:
         encoder.blocks = encoder.blocks[:1]  # compiling takes most of the time
     eager = MoBY(*encoders, num_negatives=32)
-    choose_kernels(eager, Precision("O0", torch.device("cpu")))
+    choose_attention(eager, Precision("O0", torch.device("cpu")))
     compiled = copy.deepcopy(eager)
     compiled.encoder.compile()
     compiled.encoder_k.compile()

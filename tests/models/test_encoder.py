@@ -1,13 +1,16 @@
 """Backbones against the published ones, at any size, and through their options."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from helpers import reference
 
-from models.encoder import ENCODERS, create_encoder
+from models.encoder import ENCODERS, choose_attention, create_encoder
 from models.vit import VisionTransformer
 from utils.errors import UserError
+from utils.update import Precision
 
 PUBLISHED = ["vit_small", "vit_base", "swin_tiny", "swin_small", "swin_base"]
 SMALL = ["vit_nano", "vit_tiny", "swin_tiny"]
@@ -174,3 +177,39 @@ def test_mistakes_are_named():
         create_encoder("resnet9")
     with pytest.raises(UserError, match="STOP_GRAD_CONV1"):
         create_encoder("swin_tiny", stop_grad_conv1=True)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "swin_tiny"])
+@pytest.mark.parametrize("level", ["O0", "O1"])
+def test_the_chosen_attention_computes_the_same(name, level):
+    torch.manual_seed(0)
+    plain = create_encoder(name, 32)
+    chosen = copy.deepcopy(plain)
+    precision = Precision(level, CPU)
+    choose_attention(chosen, precision)
+    images = torch.randn(2, 3, 32, 32)
+    direction = torch.randn(plain.num_features)
+    results = []
+    for encoder in (plain, chosen):
+        with precision.autocast():
+            features = encoder(images).float()
+        (features @ direction).sum().backward()
+        results.append([features, *(p.grad for p in encoder.parameters() if p.requires_grad)])
+    for actual, wanted in zip(*results, strict=True):
+        difference = (actual - wanted).norm()
+        assert difference <= (1e-4 if level == "O0" else 0.1) * wanted.norm() + 1e-5
+
+
+def test_attention_is_fused_where_that_is_faster():
+    def fused(encoder: torch.nn.Module, level: str) -> set[bool]:
+        choose_attention(encoder, Precision(level, CPU))
+        return {m.fused_attn for m in encoder.modules() if hasattr(m, "fused_attn")}
+
+    for name in ("vit_nano", "swin_tiny"):
+        assert fused(create_encoder(name, 32), "O1") == {False}
+        assert fused(create_encoder(name, 32).requires_grad_(False), "O0") == {True}
+    assert fused(create_encoder("vit_nano", 32), "O0") == {True}
+    assert fused(create_encoder("swin_tiny", 32), "O0") == {False}

@@ -17,9 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lr_scheduler import scaled_rates
 from main_pretrain import PARTS, forward_views
-from models import kernels
 from models.batch_norm import synchronize_batch_norm
-from models.encoder import Backbone, create_encoder
+from models.encoder import Backbone, choose_attention, create_encoder
 from models.synco import SynCo
 from optimizer import build_optimizer
 from tools.benchmark.plain import PlainSynCo, momentum_loop
@@ -46,14 +45,11 @@ class Nothing(Backbone):
 def synco(kind: type[Method], args: argparse.Namespace, encoder: str | None = None) -> Method:
     """A SynCo of ``kind`` that makes synthetic negatives in every epoch.
 
-    Its process allocates memory as the scripts do, and the plain form's as Python does; that one
-    computes by torch's own kernels alone.
+    Its process allocates memory as the scripts do, and the plain form's as Python does.
     """
     torch.manual_seed(0)
     if kind is SynCo:
         keep_freed_memory()
-    else:
-        kernels.ONEDNN = False
     online, keys = (
         create_encoder(encoder, args.size, drop_path_rate=rate) if encoder else Nothing()
         for rate in (0.2, 0.0)
@@ -158,7 +154,7 @@ def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callab
     config = load_config(str(Path(__file__).parents[2] / "configs/synco_vit_small.yaml"))
     run = Run("", device, Precision(level, device), logging.getLogger())
     method = synchronize_batch_norm(method, device)
-    kernels.choose_kernels(method, run.precision)
+    choose_attention(method, run.precision)
     optimizer = build_optimizer(config, method, scaled_rates(config, args.batch).base)
     ddp = data_parallel(method, device)
     parts = {name: getattr(method, name) for name in PARTS}
@@ -198,19 +194,14 @@ def plain_step(method: PlainSynCo, views: torch.Tensor) -> Callable:
     return step
 
 
-def product_rate(product: Callable, args: argparse.Namespace) -> float:
-    """The best floating-point operations a second of ``product`` over a few shapes, in float32."""
+def note_rate(rates: list[float], args: argparse.Namespace) -> None:
+    """Add the best rate of torch's float32 product over a few shapes, in operations a second."""
     best = 0.0
     for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (6304, 384, 1536), (6304, 1536, 384)):
         a, b = torch.randn(m, k, device=args.device), torch.randn(n, k, device=args.device)
-        seconds = compare(5, product=partial(product, a, b))["product"]
+        seconds = compare(5, product=partial(F.linear, a, b))["product"]
         best = max(best, 2 * m * k * n / seconds)
-    return best
-
-
-def note_rates(rates: list[tuple[float, float]], args: argparse.Namespace) -> None:
-    """Add the rates of torch's own product and of the one that linear layers run on."""
-    rates.append((product_rate(F.linear, args), product_rate(kernels.linear, args)))
+    rates.append(best)
 
 
 def build_step(form: str, encoder: str, args: argparse.Namespace) -> Callable:
@@ -239,16 +230,15 @@ def step(args: argparse.Namespace) -> dict:
     """An update of SynCo: plain, float32 and autocast, and its share of the product rate."""
     results = {}
     for encoder in args.encoders:
-        rates: list[tuple[float, float]] = []
+        rates: list[float] = []
         times = compare_apart(
             args.rounds,
             args.warm_up,
-            {"rates": partial(note_rates, rates, args)},
+            {"rates": partial(note_rate, rates, args)},
             **{form: (build_step, (form, encoder, args)) for form in ("plain", "O0", "O1")},
         )
         rate = step_flops(encoder, args) / times["O0"]
-        matmul, linear = (statistics.median(kind) for kind in zip(*rates, strict=True))
-        limit = max(matmul, linear)
+        limit = statistics.median(rates)
         results[encoder] = {
             "plain_s": times["plain"],
             "O0": {
@@ -257,8 +247,6 @@ def step(args: argparse.Namespace) -> dict:
                 "gflops": rate / 1e9,
                 "limit_gflops": limit / 1e9,
                 "share_of_limit": rate / limit,
-                "matmul_gflops": matmul / 1e9,
-                "share_of_matmul": rate / matmul,
             },
             "O1": {"s": times["O1"], "ratio": times["O1"] / times["plain"]},
         }
