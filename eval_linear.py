@@ -174,7 +174,7 @@ def main() -> None:
 
                 stop, time_is_up = signals.agree(checkpoints.time_is_up())
                 if log.update(result, {}, stop):
-                    advice = f"lower --lr {' '.join(names)}" if frozen else checkpoints.advice()
+                    advice = f"lower --lr {' '.join(f'{rate:g}' for rate in rates)}"
                     judged.leave_out(update.check_skipped(config.TRAIN.MAX_SKIPPED_UPDATES, advice))
                 # at its end an epoch is saved with its figures, but a signal leaves no time
                 if stop or (not progress.epoch_ended and (time_is_up or checkpoints.due())):

@@ -196,5 +196,6 @@ def open_source(
         raise UserError(f"{root or '(empty)'}: the data path does not exist or is no folder")
     source = ZipSource(root, split)
     if cache != "no":
-        source.fill_cache(*((rank, world) if cache == "part" else (0, 1)))
+        rank, world = (rank, world) if cache == "part" else (0, 1)
+        source.fill_cache(rank, world)
     return source

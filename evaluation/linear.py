@@ -203,9 +203,9 @@ def score_heads(
 def by_name(
     figures: list[dict[str, float | None] | None], names: list[str]
 ) -> dict[str, float | None]:
-    """The figures of all heads in one dictionary, ``value@0.1`` for the head of rate 0.1."""
+    """The figures of all heads on the test images, ``value@0.1`` for the head of rate 0.1."""
     return {
-        f"{figure}@{name}" if name else figure: value
+        figure.replace("loss", "test_loss") + (f"@{name}" if name else ""): value
         for name, of_head in zip(names, figures, strict=True)
         for figure, value in (of_head or {"value": None}).items()
     }

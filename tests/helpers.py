@@ -26,6 +26,13 @@ from utils.update import Precision, Update
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
 
+# the project's own; data sets and outputs may lie beside them
+SOURCES = sorted(
+    path
+    for folder in (".", "data", "evaluation", "models", "tools", "tools/benchmark", "utils")
+    for path in (ROOT / folder).glob("*.py")
+)
+
 PORTS = iter(range(20000, 21000))
 
 # what makes a run tiny, as --opts

@@ -8,7 +8,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_of_data_sets_is_the_codes():
-    assert markdown_table().strip() in README
+    assert markdown_table().strip() in (ROOT / "docs/data.md").read_text()
+
+
+def test_the_readme_can_be_read_in_one_go():
+    assert len(README.splitlines()) < 200
 
 
 def test_every_recipe_and_script_that_the_readme_names_exists():

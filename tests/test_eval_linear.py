@@ -1,18 +1,25 @@
 """eval_linear.py: the probe, fine-tuning, logistic regression, resumption and mistakes."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script
+from helpers import ROOT, run_script, run_tool
+from PIL import Image
 
 import eval_linear
+from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
 from utils.errors import UserError
 from utils.progress import Checkpoints
+from utils.signals import RESUMABLE
+from utils.update import Update
 
 TINY = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "0"]
 TINY += ["MODEL.ENCODER", "vit_nano", "MODEL.NAME", "run", "PRINT_FREQ", "1"]
@@ -182,6 +189,111 @@ def test_resuming_changes_nothing(run_main, tinted, tmp_path, monkeypatch, opts)
     before = (folder(stopped, kind) / "checkpoint.pth").read_bytes()
     run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
     assert (folder(stopped, kind) / "checkpoint.pth").read_bytes() == before
+
+
+def lines(output, kind):
+    text = (folder(output, kind) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("updates", [1, 5, 6, 8])
+@pytest.mark.parametrize("opts", [[], FINETUNE], ids=["probe", "finetune"])
+def test_a_signal_within_an_epoch_changes_nothing(
+    run_main, tinted, tmp_path, monkeypatch, opts, updates
+):
+    """SIGTERM after so many of 18 updates, 6 an epoch; also after the last one of an epoch."""
+    kind = "ft" if opts else "linprob"
+    flags = [] if opts else ["--lr", "1", "30"]
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    run_main(eval_linear, *arguments(tinted, straight, *flags, opts=opts))
+    make, left = Update.__call__, [updates]
+
+    def then_stop(*given, **named):
+        result = make(*given, **named)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # for the thread that waits for signals
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Update, "__call__", then_stop)
+        run_main(eval_linear, *arguments(tinted, stopped, *flags, opts=opts))
+    assert ended.value.code == RESUMABLE
+    assert checkpoint(stopped, kind)["step"] == updates
+    run_main(eval_linear, *arguments(tinted, stopped, *flags, opts=opts))
+    assert f"at update {updates}, " in (folder(stopped, kind) / "log_rank0.txt").read_text()
+    assert_same(checkpoint(straight, kind), checkpoint(stopped, kind))
+    assert results(straight, kind) == results(stopped, kind)
+    steps = [[(x["kind"], x["step"]) for x in lines(o, kind)] for o in (straight, stopped)]
+    assert steps[0] == steps[1] and ("train", 18) in steps[0] and ("epoch", 18) in steps[0]
+
+
+def test_a_head_that_diverges_is_marked_and_left_out(run_main, tinted, tmp_path):
+    """It skips its updates; the others are those that they would be alone."""
+    opts = ["TRAIN.MAX_SKIPPED_UPDATES", "4"]
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--lr", "1e41", "3", opts=opts))
+    run_main(eval_linear, *arguments(tinted, tmp_path / "alone", "--lr", "3", opts=opts))
+    state = checkpoint(tmp_path)
+    assert state["left_out"] == [True, False] and state["figures"][0] is None
+    for one, other in zip(heads(state)[1], heads(checkpoint(tmp_path / "alone"))[0], strict=True):
+        assert one.equal(other)
+    written = lines(tmp_path, "linprob")
+    train = [x for x in written if x["kind"] == "train"]
+    assert {"loss@1e+41", "loss@3", "grad_norm@3", "lr@3", "skipped@3"} <= set(train[0])
+    # the first update has rate 0, the second spoils the weights
+    assert sum(x["skipped@1e+41"] for x in train) >= 15 and train[-1]["loss@1e+41"] is None
+    assert not any(x["skipped@3"] for x in train) and all(x["loss@3"] > 0 for x in train)
+    epochs = [x for x in written if x["kind"] == "epoch"]
+    assert epochs[-1]["value@1e+41"] is None
+    assert epochs[-1]["value@3"] == state["figures"][1]["value"]
+    assert epochs[-1]["test_loss@3"] == state["figures"][1]["loss"]
+    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "updates skipped of rate 1e+41, as loss or gradient was not finite: 1" in log
+    assert "updates skipped of rate 3" not in log
+
+
+def test_a_bad_batch_is_skipped_by_all_heads(run_main, tinted, tmp_path, monkeypatch):
+    """Weights and momentum stay, and training goes on."""
+    make, count, seen = Update.__call__, [0], []
+
+    def sometimes_bad(self, micro_batches, forward):
+        count[0] += 1
+        weights = [w.detach().clone() for w in self.ddp.module.heads.parameters()]
+
+        def wrong(batch):
+            output = forward(batch)
+            output.loss = output.loss * (float("inf") if count[0] == 4 else 1)
+            return output
+
+        result = make(self, micro_batches, wrong)
+        same = all(
+            a.equal(b) for a, b in zip(weights, self.ddp.module.heads.parameters(), strict=True)
+        )
+        seen.append((result.finite.tolist(), same))
+        return result
+
+    monkeypatch.setattr(Update, "__call__", sometimes_bad)
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--lr", "1", "3"))
+    assert seen[3] == ([False, False], True)
+    assert all(finite == [True, True] for i, (finite, _) in enumerate(seen) if i != 3)
+    assert not any(same for i, (_, same) in enumerate(seen) if i not in (0, 3))
+    assert checkpoint(tmp_path)["left_out"] == [False, False]
+
+
+def test_fine_tuning_that_diverges_stops(run_main, tinted, tmp_path):
+    opts = [*FINETUNE, "TRAIN.MAX_SKIPPED_UPDATES", "3", "TRAIN.EPOCHS", "4"]
+    with pytest.raises(UserError, match=r"updates in a row .* 3\): lower --lr 1e\+38$"):
+        run_main(eval_linear, *arguments(tinted, tmp_path, "--lr", "1e38", opts=opts))
+
+
+def test_a_probe_is_drawn(run_main, tinted, tmp_path, monkeypatch):
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--lr", "1", "3"))
+    run_tool(monkeypatch, plot_run, folder(tmp_path), "--out", tmp_path / "probe.png")
+    runs = plot_run.by_head({"probe": plot_run.read_metrics(str(folder(tmp_path)))})
+    assert list(runs) == ["probe, rate 1", "probe, rate 3"]
+    assert {"loss", "lr", "grad_norm", "value"} <= set(runs["probe, rate 1"])
+    assert Image.open(tmp_path / "probe.png").size[0] > 1000
 
 
 def test_another_encoder_starts_anew(run_main, tinted, tmp_path):

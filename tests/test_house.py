@@ -1,20 +1,17 @@
 """Where things live: who imports whom, who writes on the configuration, and what an update runs."""
 
 import ast
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SOURCES, write_images
 
 # a room may import those of lower rank, and itself
 RANKS = {"utils": 0, "models": 1, "data": 1, "evaluation": 2, "scripts": 3}
 FILES = {"logger.py": "utils", "optimizer.py": "models", "lr_scheduler.py": "models"}
-SOURCES = sorted(
-    path
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("tools/benchmark/*.py")]
-    if path.relative_to(ROOT).parts[0] not in ("tests", "demo", ".venv")
-)
 
 
 def room(name: str) -> str | None:
@@ -116,3 +113,41 @@ main_pretrain.main()
     assert {"main_pretrain.py", "models/synco.py", "utils/update.py"} <= set(lines["EXECUTED"])
     assert len(lines["EXECUTED"]) <= 14, lines["EXECUTED"]
     assert len(lines["IMPORTED"]) <= 40, lines["IMPORTED"]
+
+
+def test_data_sets_beside_the_code_are_not_seen(tmp_path):
+    """A folder of images in data/, with a program that comes with it and that Python refuses."""
+    for name in (".gitignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("data", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test_own.py").write_text('"""Own."""\n')
+    write_images(tmp_path / "data/imagenet/train")
+    for folder in ("data/imagenet", "data/davis/JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "test_bad.py").write_text("def broken(:\n")
+    (tmp_path / "data/imagenet.zip").write_bytes(b"zip")
+
+    def run(*command):
+        tools = {"ruff": str(Path(sys.executable).with_name("ruff"))}
+        words = [tools.get(word, word) for word in command]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    run("git", "init", "-q")
+    seen = run("git", "status", "--porcelain", "-uall").stdout
+    assert "data/test_own.py" in seen
+    assert "imagenet" not in seen and "davis" not in seen
+    for command in (
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        (sys.executable, "-m", "mypy"),
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    collected = run(
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"
+    )
+    assert "test_bad" not in collected.stdout + collected.stderr
+    # without git, as in an archive of the code
+    shutil.rmtree(tmp_path / ".git")
+    assert run("ruff", "check", ".").returncode == 0

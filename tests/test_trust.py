@@ -4,17 +4,10 @@ import ast
 import socket
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SOURCES
 
 from models.encoder import create_encoder
 
-SKIPPED = {"tests", "demo", "output"}
-SOURCES = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if path.relative_to(ROOT).parts[0] not in SKIPPED
-    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-)
 # calls that can run what a file holds
 FORBIDDEN = {
     *("eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load"),

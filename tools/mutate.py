@@ -60,7 +60,7 @@ def mutants_of(path: Path) -> list[Mutant]:
     skipped = {id(child) for node in nodes for child in _not_run(node)}
     place = str(path.relative_to(ROOT))
     return [
-        Mutant(place, number, variant, node.lineno, what)
+        Mutant(place, number, variant, getattr(node, "lineno", 0), what)
         for number, node in enumerate(nodes)
         if id(node) not in skipped
         for variant in range(2)

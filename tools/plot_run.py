@@ -2,17 +2,20 @@
 
     python -m tools.plot_run RUN_FOLDER [RUN_FOLDER ...] --out PNG
 
-Reads ``metrics.jsonl`` of each run folder, also of a run that is still going on.
+It reads ``metrics.jsonl`` of each run folder, also of a run that is still going on. The heads of a
+linear probe are drawn as runs of their own.
 """
 
 import argparse
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -41,6 +44,7 @@ class Panel:
 PANELS = (
     Panel("Loss", "loss", ("loss",)),
     Panel("k-NN accuracy of the val images", "top-1 (%)", ("knn",), 100),
+    Panel("Test images", "metric (%)", ("value",)),
     Panel("Similarity", "mean cosine similarity", ("positive", "negative")),
     Panel("Spread of the features (low: collapse)", "standard deviation", ("feature_std",)),
     Panel("Learning rate", "rate", ("lr",)),
@@ -57,7 +61,7 @@ def main() -> None:
     if len(args.runs) > len(COLOURS):
         raise UserError(f"{len(args.runs)} runs: at most {len(COLOURS)} can be told apart")
     names = run_names(args.runs)
-    figure = draw({name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)})
+    figure = draw(by_head({n: read_metrics(run) for n, run in zip(names, args.runs, strict=True)}))
     try:
         Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.out, format="png", dpi=120)
@@ -108,9 +112,21 @@ def read_metrics(folder: str) -> dict[str, Series]:
             ) from error
         for name, value in figures.items():
             columns.setdefault(name, []).append((place, value))
-    if not any(name in columns for panel in PANELS for name in panel.names):
+    known = {name.split("@")[0] for name in columns}
+    if not any(name in known for panel in PANELS for name in panel.names):
         raise UserError(f"{path}: no figures yet, the first come after PRINT_FREQ updates")
     return {name: tuple(np.array(rows).T) for name, rows in columns.items()}
+
+
+def by_head(runs: dict[str, dict[str, Series]]) -> dict[str, dict[str, Series]]:
+    """The heads of a probe, whose figures are named ``loss@<rate>``, as runs of their own."""
+    split: dict[str, dict[str, Series]] = {}
+    for run, series in runs.items():
+        for name, values in series.items():
+            figure, _, rate = name.partition("@")
+            split.setdefault(f"{run}, rate {rate}" if rate else run, {})[figure] = values
+    drawn = {name for panel in PANELS for name in panel.names}
+    return {run: series for run, series in split.items() if drawn & set(series)}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -133,17 +149,21 @@ def draw(runs: dict[str, dict[str, Series]]) -> Figure:
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 0.8 + 2.8 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False).flatten()
+    few = len(runs) <= len(COLOURS)
+    colours = list(COLOURS if few else colormaps["viridis"](np.linspace(0, 1, len(runs))))
     for axes, panel in zip(grid, panels, strict=False):
-        _draw_panel(axes, panel, runs)
+        _draw_panel(axes, panel, runs, colours)
     for axes in grid[len(panels) :]:
         axes.remove()
-    keys = [Line2D([], [], color=colour, linewidth=2.5) for colour in COLOURS[: len(runs)]]
+    keys = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours[: len(runs)]]
     figure.legend(keys, runs, loc="outside upper center", ncols=min(3, len(runs)), frameon=False)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, dict[str, Series]]) -> None:
-    for colour, run in zip(COLOURS, runs.values(), strict=False):
+def _draw_panel(
+    axes: Axes, panel: Panel, runs: dict[str, dict[str, Series]], colours: Sequence
+) -> None:
+    for colour, run in zip(colours, runs.values(), strict=False):
         for name, style in zip(panel.names, ("-", "--"), strict=False):
             if name not in run:
                 continue
@@ -153,7 +173,9 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, dict[str, Series]]) ->
                 axes.plot(epochs, values, color=colour, linewidth=0.7, alpha=0.3)
             # points where a line alone would not show
             axes.plot(
-                *(epochs, curve, style),
+                epochs,
+                curve,
+                linestyle=style,
                 marker="o" if len(values) <= 40 else None,
                 markersize=4,
                 color=colour,

@@ -171,7 +171,8 @@ class TrainingLog:
             logger.warning(
                 "collapsed: the features of all images are nearly the same (standard deviation "
                 "%.2g, spread evenly it would be %.2g): lower TRAIN.BASE_LR",
-                *(means["feature_std"], self.dim**-0.5),
+                means["feature_std"],
+                self.dim**-0.5,
             )
 
 

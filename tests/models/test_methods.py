@@ -260,6 +260,15 @@ def test_queue_keeps_the_newest_keys(length, batches):
     assert int(touched.sum()) >= min(length, sum(s for s in batches if s <= length))
 
 
+def test_keys_of_an_update_that_was_not_made_are_not_kept():
+    method = MoBY(Features(), Features(), num_negatives=5)
+    method.enqueue(*torch.ones(2, 3, method.dim), MADE)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    method.enqueue(*torch.full((2, 4, method.dim), torch.nan), ~MADE)
+    for name, value in method.state_dict().items():
+        assert value.equal(before[name]), name
+
+
 def test_queues_start_as_unit_noise_alike_everywhere():
     queues = []
     for _ in range(2):

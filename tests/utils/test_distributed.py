@@ -1,13 +1,16 @@
 """Two gloo processes against one process with a batch of twice the size."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import spawn
+from helpers import ROOT, spawn
 from torch import nn
 
+import utils.distributed
 from data.loader import normalize
 from evaluation.features import extract_features
 from models.batch_norm import SyncBatchNorm, synchronize_batch_norm
@@ -15,7 +18,13 @@ from models.byol import BYOL
 from models.encoder import create_encoder
 from models.moby import MoBY
 from models.synco import SynCo
-from utils.distributed import data_parallel, mean_over_processes, rank
+from utils.distributed import (
+    all_gather_batch,
+    data_parallel,
+    mean_over_processes,
+    rank,
+    world_size,
+)
 from utils.update import Precision
 
 pytestmark = pytest.mark.slow
@@ -150,3 +159,37 @@ def test_every_image_is_encoded_in_order(tmp_path, processes):
             images = torch.stack([Numbered(length)[i][0] for i in range(length)])
             torch.testing.assert_close(parts[0], Mean()(normalize(images)))
             assert parts[1].tolist() == list(range(100, 100 + length))
+
+
+def gathered_by_both(_, folder: str) -> None:
+    torch.manual_seed(rank())
+    found = {}
+    for number, shape in enumerate([(3, 5), (1, 256), (4,)]):
+        for dtype in (torch.float32, torch.float64, torch.int64):
+            own = (100 * torch.randn(shape)).to(dtype)
+            parts = [torch.empty_like(own) for _ in range(world_size())]
+            dist.all_gather(parts, own)
+            found[number, dtype] = all_gather_batch(own), torch.cat(parts)
+    # a tensor with a gradient gives one without
+    assert not all_gather_batch(torch.ones(2, 2, requires_grad=True) * 2).requires_grad
+    assert utils.distributed.gather.__module__ == "diffdist.functional"
+    torch.save(list(found.values()), f"{folder}/{rank()}.pth")
+
+
+def test_keys_are_gathered_as_torch_does(tmp_path):
+    """Bit for bit, in the order of ranks, on every process alike."""
+    spawn(gathered_by_both, 2, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{r}.pth") for r in (0, 1))
+    for (ours, torchs), (others, _) in zip(first, second, strict=True):
+        assert ours.equal(torchs) and ours.equal(others) and ours.dtype == torchs.dtype
+    assert len(first) == 9
+
+
+def test_torch_gathers_where_diffdist_does_not_import():
+    program = (
+        "import sys\nsys.modules['diffdist'] = sys.modules['diffdist.functional'] = None\n"
+        "import torch.distributed as dist\nimport utils.distributed\n"
+        "assert utils.distributed.gather is dist.all_gather\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
+    assert done.returncode == 0
