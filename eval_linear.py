@@ -130,15 +130,9 @@ def main() -> None:
         smoothing = 0.0 if frozen else config.MODEL.LABEL_SMOOTHING
         forward = partial(forward_images, ddp, run.device, smoothing, mixup)
         run.logger.info(
-            "%s on %s: %d training and %d test images, %d classes, %d updates an epoch, "
-            "base rates %s",
-            config.LINEAR_EVAL.WEIGHTS,
-            config.DATA.DATASET,
-            len(train.names),
-            len(test.names),
-            len(train.classes),
-            loader.size.updates,
-            rates,
+            f"{config.LINEAR_EVAL.WEIGHTS} on {config.DATA.DATASET}: {len(train.names)} training "
+            f"and {len(test.names)} test images, {len(train.classes)} classes, "
+            f"{loader.size.updates} updates an epoch, base rates {rates}"
         )
 
         progress, judged, resumed_from = resume(effective, model, update, loader, identity, run)

@@ -153,13 +153,9 @@ def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, 
     """Log what will be trained, and on what."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.logger.info(
-        "%s with %s: %.2f M parameters learn, %d images, %d updates an epoch, base rate %.3g",
-        effective.MODEL.TYPE,
-        effective.MODEL.ENCODER,
-        learned / 1e6,
-        loader.size.images,
-        loader.size.updates,
-        effective.TRAIN.BASE_LR,
+        f"{effective.MODEL.TYPE} with {effective.MODEL.ENCODER}: {learned / 1e6:.2f} M parameters "
+        f"learn, {loader.size.images} images, {loader.size.updates} updates an epoch, base rate "
+        f"{effective.TRAIN.BASE_LR:.3g}"
     )
 
 

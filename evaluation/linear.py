@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from models.encoder import Backbone
 from utils.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.distributed import rank
 from utils.errors import UserError
+from utils.update import Forward
 
 
 class LinearClassifiers(nn.Module):
@@ -276,25 +276,13 @@ class Judged:
         self.left_out = state.get("left_out", self.left_out)
 
 
-@dataclass
-class HeadLosses:
-    """The loss of each head, (heads,); the figures are reported with it."""
-
-    loss: torch.Tensor
-
-    @property
-    def figures(self) -> dict[str, torch.Tensor]:
-        """None beside the loss."""
-        return {}
-
-
 def forward_images(
     ddp: nn.Module,
     device: torch.device,
     smoothing: float,
     mixup: Mixup | None,
     batch: list[torch.Tensor],
-) -> HeadLosses:
+) -> Forward:
     """The losses of the heads for a batch of images and targets."""
     images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
     several = targets.ndim == 2
@@ -302,7 +290,7 @@ def forward_images(
         images = normalize(images)
     if mixup:
         images, targets = mixup(images, targets)
-    return HeadLosses(head_losses(ddp(images), targets, smoothing, several))
+    return Forward(head_losses(ddp(images), targets, smoothing, several))
 
 
 def describe(figure: dict[str, float | None] | None) -> str:

@@ -60,19 +60,14 @@ class Output:
         accuracy: share of the queries, 0 to 1, whose own key is the most similar of all keys.
         positive: mean cosine similarity of a query and its own key.
         keys: k1 and k2, (B, dim), without gradient.
-        spread: figures of how far features lie apart, see ``spread_figures``; set by ``forward``.
+        figures: what a training run reports beside the loss, scalars; set by ``forward``.
     """
 
     loss: torch.Tensor
     accuracy: torch.Tensor
     positive: torch.Tensor
     keys: tuple[torch.Tensor, torch.Tensor]
-    spread: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def figures(self) -> dict[str, torch.Tensor]:
-        """What a training run reports beside the loss, scalars."""
-        return {"accuracy": self.accuracy, "positive": self.positive} | self.spread
+    figures: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class MomentumMethod(nn.Module):
@@ -128,7 +123,8 @@ class MomentumMethod(nn.Module):
             k1 = self._normalize(self.projector_k(key1))
             k2 = self._normalize(self.projector_k(key2))
         output = self.loss(q1, q2, k1, k2, epoch)
-        output.spread = spread_figures((q1, q2), (k1, k2), self.queues())
+        output.figures = {"accuracy": output.accuracy, "positive": output.positive}
+        output.figures |= spread_figures((q1, q2), (k1, k2), self.queues())
         return output
 
     def loss(

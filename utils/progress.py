@@ -124,25 +124,19 @@ def warn_of_changes(
         base_lr: the base rate now.
         logger: gets the warnings.
     """
-    now, images = progress.size.images_per_update, progress.size.images
-    if state.get("images_per_update", now) != now:
+    size, epoch, step = progress.size, progress.epoch, progress.step
+    before = state.get("images_per_update", size.images_per_update)
+    if before != size.images_per_update:
         logger.warning(
-            "%s was written with %d images an update, now there are %d: update %d becomes update "
-            "%d, and the base rate is %.3g",
-            path,
-            state["images_per_update"],
-            now,
-            state["step"],
-            progress.step,
-            base_lr,
+            f"{path} was written with {before} images an update, now there are "
+            f"{size.images_per_update}: update {state['step']} becomes update {step}, and the base "
+            f"rate is {base_lr:.3g}"
         )
-    if state.get("training_images", images) != images:
+    before = state.get("training_images", size.images)
+    if before != size.images:
         logger.warning(
-            "%s was written with %d images in the data set, now there are %d: the order of the "
-            "epoch is another, images may come twice",
-            path,
-            state["training_images"],
-            images,
+            f"{path} was written with {before} images in the data set, now there are "
+            f"{size.images}: the order of epoch {epoch} is another, images may come twice"
         )
 
 
@@ -278,12 +272,6 @@ def _tensors(node: Any) -> Iterator[torch.Tensor]:
     elif isinstance(node, (dict, list, tuple)):
         for child in node.values() if isinstance(node, dict) else node:
             yield from _tensors(child)
-
-
-def latest_checkpoint(folder: str) -> str | None:
-    """Path of the newest checkpoint of a run folder, None if it has none."""
-    path = os.path.join(folder, LATEST)
-    return path if os.path.exists(path) else None
 
 
 def checkpoint_to_resume(config: CfgNode, folder: str, logger: logging.Logger) -> str | None:

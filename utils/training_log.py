@@ -112,12 +112,9 @@ class TrainingLog:
             figures: of the encoder after the epoch.
         """
         self._write("epoch", {"seconds": self._epoch_seconds, **figures})
-        self.run.logger.info(
-            "EPOCH %d training takes %s%s",
-            self.progress.epoch,
-            duration(self._epoch_seconds),
-            "".join(f" {name} {v:.4f}" for name, v in figures.items() if v is not None),
-        )
+        listed = "".join(f" {name} {v:.4f}" for name, v in figures.items() if v is not None)
+        place, took = self.progress, duration(self._epoch_seconds)
+        self.run.logger.info(f"EPOCH {place.epoch} training takes {took}{listed}")
 
     def _rates(self) -> dict[str, float]:
         # the last group has the highest rate of those that layer decay gives
@@ -134,16 +131,10 @@ class TrainingLog:
         }
         self._write("train", {**means, **speed})
         self.run.logger.info(
-            "Train: [%d/%d][%d/%d] eta %s time %.4f images/s %.1f mem %.0fMB %s",
-            place.epoch,
-            epochs,
-            place.steps_of_epoch,
-            place.size.updates,
-            duration(speed["eta_s"]),
-            seconds,
-            speed["images_per_s"],
-            speed["memory_mb"],
-            " ".join(f"{name} {value:.6g}" for name, value in means.items()),
+            f"Train: [{place.epoch}/{epochs}][{place.steps_of_epoch}/{place.size.updates}] "
+            f"eta {duration(speed['eta_s'])} time {seconds:.4f} "
+            f"images/s {speed['images_per_s']:.1f} mem {speed['memory_mb']:.0f}MB "
+            + " ".join(f"{name} {value:.6g}" for name, value in means.items())
         )
         self._warn(means)
 
@@ -170,9 +161,8 @@ class TrainingLog:
         if self._collapsed and not before:
             logger.warning(
                 "collapsed: the features of all images are nearly the same (standard deviation "
-                "%.2g, spread evenly it would be %.2g): lower TRAIN.BASE_LR",
-                means["feature_std"],
-                self.dim**-0.5,
+                f"{means['feature_std']:.2g}, spread evenly it would be {self.dim**-0.5:.2g}): "
+                "lower TRAIN.BASE_LR"
             )
 
 

@@ -6,7 +6,7 @@ Pre-training, the linear probe and fine-tuning share it.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -50,22 +50,25 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
 
 
-class Forward(Protocol):
+@dataclass
+class Forward:
     """What the forward pass of one micro-batch gives.
 
     Attributes:
         loss: the loss of each optimizer, (P,), or a scalar for a single one; with gradient.
-        figures: what to report, each of the shape of ``loss``, without gradient.
+        figures: what to report beside it, each of the shape of ``loss``, without gradient.
     """
 
     loss: torch.Tensor
-
-    @property
-    def figures(self) -> dict[str, torch.Tensor]:
-        """Figures by name."""
+    figures: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-F = TypeVar("F", bound=Forward)
+class _Forward(Protocol):
+    loss: torch.Tensor
+    figures: dict[str, torch.Tensor]
+
+
+F = TypeVar("F", bound=_Forward)
 
 
 @dataclass(frozen=True)

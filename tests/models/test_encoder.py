@@ -213,3 +213,101 @@ def test_attention_is_fused_where_that_is_faster():
         assert fused(create_encoder(name, 32).requires_grad_(False), "O0") == {True}
     assert fused(create_encoder("vit_nano", 32), "O0") == {True}
     assert fused(create_encoder("swin_tiny", 32), "O0") == {False}
+
+
+# width, blocks (a stage), heads (a stage), of the papers and of the published code
+VITS = {
+    "vit_nano": (128, 5, 4, 8),
+    "vit_tiny": (192, 12, 3, 16),
+    "vit_small": (384, 12, 12, 16),
+    "vit_base": (768, 12, 12, 16),
+}
+SWINS = {
+    "swin_tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(VITS))
+def test_vits_have_the_papers_sizes(name):
+    width, depth, heads, patch = VITS[name]
+    encoder = create_encoder(name)
+    assert encoder.num_features == width and len(encoder.blocks) == depth
+    assert {b.attn.num_heads for b in encoder.blocks} == {heads}
+    assert encoder.patch_embed.proj.kernel_size == (patch, patch)
+    assert encoder.patch_embed.grid_size == (224 // patch, 224 // patch)
+
+
+@pytest.mark.parametrize("name", sorted(SWINS))
+def test_swins_have_the_papers_sizes(name):
+    width, depths, heads = SWINS[name]
+    encoder = create_encoder(name)
+    assert encoder.num_features == 8 * width
+    assert tuple(len(stage.blocks) for stage in encoder.layers) == depths
+    assert tuple(stage.blocks[0].attn.num_heads for stage in encoder.layers) == heads
+    assert encoder.patch_embed.grid_size == (56, 56)
+
+
+def test_all_encoders_are_in_a_table():
+    assert set(ENCODERS) == set(VITS) | set(SWINS)
+
+
+@pytest.mark.parametrize("size", [32, 96, 224, 256])
+def test_windows_of_a_swin_stay_7_wide(size):
+    """So that one checkpoint serves every size; the last stage of 224 pixels is 7 wide itself."""
+    for stage in create_encoder("swin_tiny", size).layers:
+        for block in stage.blocks:
+            assert tuple(block.attn.window_size) == (7, 7)
+            assert block.attn.relative_position_bias_table.shape[0] == 13 * 13
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "swin_tiny"])
+def test_an_encoder_has_no_regularisation_unless_asked(name):
+    def rates(**options) -> set[float]:
+        encoder = create_encoder(name, 32, **options)
+        dropouts = {m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)}
+        paths = {m.drop_prob for m in encoder.modules() if hasattr(m, "drop_prob")}
+        return dropouts | paths
+
+    assert rates() <= {0.0}
+    assert 0.25 in rates(drop_rate=0.25)
+    assert max(rates(drop_path_rate=0.3)) == pytest.approx(0.3)
+    encoder = create_encoder(name, 32)
+    assert not any(getattr(m, "grad_checkpointing", False) for m in encoder.modules())
+    assert any(p.requires_grad for p in encoder.patch_embed.parameters())
+    assert not any(isinstance(m, torch.nn.BatchNorm1d) for m in encoder.modules())
+
+
+def test_a_vit_is_drawn_as_moco_v3_says():
+    torch.manual_seed(0)
+    encoder = VisionTransformer(patch_size=8, embed_dim=64, depth=1, num_heads=2, img_size=32)
+    weight = encoder.patch_embed.proj.weight.detach()
+    limit = (6 / (3 * 64 + 64)) ** 0.5  # fan-in 3 x 8 x 8, fan-out the width
+    assert 0.97 * limit < float(weight.abs().max()) <= limit
+    assert float(weight.std()) == pytest.approx(limit / 3**0.5, rel=0.03)
+    assert not encoder.patch_embed.proj.bias.any()
+    assert 1e-7 < float(encoder.cls_token.detach().std()) < 3e-6
+    assert encoder.no_weight_decay() == {"pos_embed", "cls_token"}
+    assert {m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize("positions", [None, (1, 17), (1, 17, 8), (1, 16, 128), (17, 128)])
+def test_positions_that_do_not_fit_are_refused_not_guessed(positions):
+    """None in the file, no dimension too few, another width, no square."""
+    encoder = create_encoder("vit_nano", 32)
+    state = dict(encoder.state_dict())
+    if positions is None:
+        del state["pos_embed"]
+    else:
+        state["pos_embed"] = torch.randn(positions)
+    with pytest.raises(RuntimeError, match="pos_embed"):
+        encoder.load_state_dict(state)
+
+
+def test_what_a_wrapper_holds_is_fitted_below_its_prefix():
+    small, large = create_encoder("vit_nano", 32), create_encoder("vit_nano", 64)
+    wrapper = torch.nn.ModuleDict({"encoder": large})
+    wrapper.load_state_dict({f"encoder.{k}": v for k, v in small.state_dict().items()})
+    assert large.fixed_positions and large.pos_embed.shape == (1, 65, 128)
+    torch.testing.assert_close(large.pos_embed, create_encoder("vit_nano", 64).pos_embed)

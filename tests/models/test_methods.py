@@ -12,7 +12,7 @@ from models import METHODS, build_method
 from models.byol import BYOL
 from models.encoder import create_encoder
 from models.moby import MoBY
-from models.momentum import MLPHead, key_momentum
+from models.momentum import MLPHead, key_momentum, spread_figures
 from models.synco import Draws, SynCo
 from utils.config import load_config
 from utils.errors import UserError
@@ -366,3 +366,75 @@ def test_mistakes_are_named(opts, message):
     config = load_config(str(ROOT / "configs/synco_vit_tiny.yaml"), ["DATA.IMG_SIZE", "32", *opts])
     with pytest.raises(UserError, match=message):
         build_method(config)
+
+
+def test_what_a_method_reports():
+    """Accuracy and similarities, by hand: unit queries and keys of two images in the plane."""
+    angle = torch.tensor([0.0, 0.6, 1.5, 2.8])
+    q1, q2, k1, k2 = (
+        torch.stack([(angle + a).cos(), (angle + a).sin()], 1)[:2] for a in (0.0, 0.1, 0.9, -0.25)
+    )
+    cosine = torch.cos
+    byol = BYOL(Features(), Features()).loss(q1, q2, k1, k2, 0)
+    # angles: 0, 0.6 against -0.25, 0.35, both nearest to their own; 0.1, 0.7 against 0.9, 1.5
+    assert float(byol.accuracy) == (1 + 1 / 2) / 2
+    expected = (cosine(torch.tensor(0.25)) + cosine(torch.tensor(0.8))) / 2
+    assert float(byol.positive) == pytest.approx(float(expected), abs=1e-6)
+    assert byol.keys[0] is k1 and byol.keys[1] is k2
+
+    moby = MoBY(Features(), Features(), num_negatives=3)
+    far, near = torch.tensor([3.0, 3.1, 3.2]), torch.tensor([-0.6, 3.1, 3.2])
+    moby.queue1 = torch.stack([near.cos(), near.sin()])  # 0.7 and 1.3 from the queries of q2
+    moby.queue2 = torch.stack([far.cos(), far.sin()])
+    found = moby.loss(q1, q2, k1, k2, 0)
+    assert float(found.accuracy) == (1 + 1 / 2) / 2  # the own keys are 0.8 away
+    assert float(found.positive) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_spread_needs_two_images():
+    unit = F.normalize(torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0)), dim=2)
+    q, k = unit
+    both = spread_figures((q, q), (k, k), ())
+    expected = ((q[0] @ k[1]) + (q[1] @ k[0])) / 2
+    torch.testing.assert_close(both["negative"], expected)
+    torch.testing.assert_close(both["feature_std"], q.std(0).mean())
+    assert spread_figures((q[:1], q[:1]), (k[:1], k[:1]), ()) == {}
+    queues = (F.normalize(torch.randn(4, 6), dim=0),) * 2
+    assert set(spread_figures((q[:1], q[:1]), (k[:1], k[:1]), queues)) == {"negative"}
+    with torch.autocast("cpu", torch.bfloat16):
+        within = spread_figures((q, q), (k, k), queues)
+    torch.testing.assert_close(within, spread_figures((q, q), (k, k), queues), rtol=0, atol=0)
+
+
+def test_defaults_are_the_papers():
+    """SynCo (arXiv 2410.02401) and MoBY (arXiv 2105.04553), as in the published configuration."""
+    synco = SynCo(Features(), Features())
+    assert synco.counts == (128,) * 6 and synco.n_hard == 256
+    assert (synco.warmup_epochs, synco.cooldown_epochs) == (30, 100)
+    assert (synco.alpha, synco.beta, synco.gamma) == ((0.0, 0.5), (1.0, 1.5), (0.0, 1.0))
+    assert (synco.sigma, synco.delta, synco.eta) == (0.1, 0.01, 0.01)
+    for method in (synco, MoBY(Features(), Features()), BYOL(Features(), Features())):
+        for head, layers in ((method.projector, 2), (method.predictor, 2)):
+            assert sum(isinstance(m, nn.Linear) for m in head.modules()) == layers
+        assert method.dim == 256
+        if method.queues():
+            assert method.temperature == 0.2 and method.queue1.shape == (256, 4096)
+
+
+def test_the_smallest_settings_are_accepted():
+    moby = MoBY(Features(), Features(), num_negatives=1)
+    assert moby.queue1.shape == (256, 1)
+    synco = SynCo(Features(), Features(), num_negatives=1, n_hard=1, counts=(0, 0, 0, 0, 0, 1))
+    q, k = F.normalize(torch.randn(2, 3, 256), dim=2)
+    assert synco.loss(q, q, k, k, 50).loss.isfinite()
+    for wrong in ({"num_negatives": 0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            MoBY(Features(), Features(), **wrong)
+    for wrong in (
+        {"n_hard": 0},
+        {"n_hard": 2},
+        {"counts": (1,) * 5},
+        {"counts": (1, 1, 1, 1, 1, -1)},
+    ):
+        with pytest.raises(ValueError, match=r"n_hard must be from|counts must be six"):
+            SynCo(Features(), Features(), num_negatives=1, **({"n_hard": 1} | wrong))

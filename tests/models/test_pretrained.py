@@ -193,3 +193,32 @@ def test_another_encoder_is_named(tmp_path, saved, asked):
     with pytest.raises(UserError, match=r"weights\.pth: checkpoint of another model") as error:
         load_encoder_weights(create_encoder(asked), path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (
+            lambda w: w,
+            "weights of timm, DeiT or Microsoft's Swin (in the file itself, prefix 'none')",
+        ),
+        (lambda w: {"model": w}, "(in model, prefix 'none')"),
+        (
+            lambda w: {"state_dict": {"teacher": prefixed("backbone.", w), "x": 1}},
+            "weights of DINO (in state_dict/teacher, prefix 'backbone.')",
+        ),
+    ],
+)
+def test_the_line_says_where_weights_were(tmp_path, wrap, said):
+    encoder, weights = fresh("vit_nano")
+    other = {"fc.weight": torch.zeros(3), "head.bias": torch.zeros(3)}
+    path = str(tmp_path / "weights.pth")
+    torch.save(wrap(weights | other), path)
+    line = load_encoder_weights(encoder, path)
+    count = len(encoder.state_dict())
+    left = 0 if "DINO" in said else 2
+    assert said in line and line.startswith(f"{path}: ")
+    if not left:
+        assert f"{count} of {count} loaded, 2 of other parts left out" in line
+    else:
+        assert line.endswith(f"{count} of {count} loaded, 2 of other parts left out")

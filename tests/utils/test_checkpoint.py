@@ -25,16 +25,15 @@ from utils.checkpoint import (
 )
 from utils.config import DEFAULTS
 from utils.errors import UserError
-from utils.progress import checkpoint_to_resume, latest_checkpoint
+from utils.progress import checkpoint_to_resume
 
 STATE = {"model": {"w": torch.arange(6000.0), "b": torch.ones(3)}, "config": "A: 1"}
 
 
 def test_what_is_saved_is_read(tmp_path):
     path = str(tmp_path / "checkpoint.pth")
-    assert latest_checkpoint(str(tmp_path)) is None
     save_checkpoint({"model": {"w": torch.arange(3.0)}, "step": 7, "config": "A: 1"}, path)
-    state = read_checkpoint(latest_checkpoint(str(tmp_path)))
+    state = read_checkpoint(path)
     assert state["step"] == 7 and state["config"] == "A: 1"
     assert state["model"]["w"].equal(torch.arange(3.0))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -1,6 +1,6 @@
 """Change the code in small ways, one at a time, and see whether the quick tests notice.
 
-    python -m tools.mutate models evaluation data utils --count 200 --seed 0 --out mutants.json
+    python tests/mutate.py models evaluation data utils --count 200 --seed 0 --out mutants.json
 
 A mutant has one operator, number, comparison or condition changed, or one statement dropped. The
 quick tests that execute its line run against it, those of the module's own test file first, until
@@ -34,7 +34,7 @@ OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Add,
     ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Add, ast.BitAnd: ast.BitOr,
 }  # fmt: skip
-MOST_TESTS = 30  # of those that reach a line; more of them have rarely seen what the first did not
+MOST_TESTS = 40  # of those that reach a line; more of them have rarely seen what the first did not
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,15 @@ def measure(folder: Path, jobs: int) -> tuple[dict[str, dict[str, list[str]]], d
 
 
 def tests_for(mutant: Mutant, reached: dict, seconds: dict[str, float]) -> list[str]:
-    """The tests that execute the mutant's line, those of its own file first, then the quickest."""
+    """The tests that execute the mutant's line, those of its own file first, then the quickest.
+
+    A line that runs when its module is imported, such as a default, is reached by no test alone:
+    for it, all tests that execute any line of the module.
+    """
     own = f"test_{Path(mutant.path).stem}.py"
     lines = reached.get(mutant.path, {})
-    tests = lines.get(str(mutant.line), [])
-    order = sorted(tests, key=lambda t: (own not in t.split("::")[0], seconds.get(t, 0.0)))
+    tests = lines.get(str(mutant.line)) or {test for line in lines.values() for test in line}
+    order = sorted(tests, key=lambda t: (own not in t.split("::")[0], seconds.get(t, 0.0), t))
     return order[:MOST_TESTS]
 
 
