@@ -10,8 +10,9 @@ from helpers import arguments, assert_same, build_update, run_script, tiny, weig
 
 import main_pretrain
 from models import METHODS
+from models.momentum import MomentumMethod, key_momentum
 from utils.errors import UserError
-from utils.update import Precision
+from utils.update import Precision, Update
 
 ENCODERS = ["vit_nano", "swin_tiny"]
 RATES = {"byol": 2e-4, "moby": 1e-3, "synco": 1e-3}  # BASE_LR of the recipes
@@ -70,6 +71,37 @@ def test_resuming_changes_nothing(run_main, imagenet, tmp_path, method):
     explicit = ("MODEL.RESUME", tmp_path / "a/run/default/ckpt_epoch_1.pth")
     run_main(main_pretrain, *arguments(method, imagenet, tmp_path / "c", *opts, *explicit))
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_each_update_is_seeded_by_its_number(run_main, imagenet, tmp_path, monkeypatch):
+    """Before anything of it is drawn; two runs that draw drop path and negatives are equal."""
+    calls, order = [], []
+    seed, make = main_pretrain.seed_step, Update.__call__
+    monkeypatch.setattr(
+        main_pretrain,
+        "seed_step",
+        lambda *key: (calls.append(key), order.append("seed"), seed(*key)),
+    )
+    monkeypatch.setattr(Update, "__call__", lambda *given: order.append("update") or make(*given))
+    run_main(main_pretrain, *arguments("synco", imagenet, tmp_path, "SEED", "5"))
+    assert calls == [(5, 0, step) for step in range(12)]
+    assert order == ["seed", "update"] * 12
+
+
+def test_the_key_branch_moves_by_the_schedule(run_main, imagenet, tmp_path, monkeypatch):
+    seen, move = [], MomentumMethod.update_key_encoder
+
+    def watched(self, momentum):
+        before = self.projector_k.linear_out.weight.clone()
+        move(self, momentum)
+        online = self.projector.linear_out.weight
+        expected = before.lerp(online, 1 - momentum)
+        torch.testing.assert_close(self.projector_k.linear_out.weight, expected)
+        seen.append(momentum)
+
+    monkeypatch.setattr(MomentumMethod, "update_key_encoder", watched)
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path))
+    assert seen == [key_momentum(0.99, step, 12) for step in range(12)]
 
 
 @pytest.mark.slow

@@ -203,6 +203,86 @@ def test_probabilities_of_the_views():
     assert (simclr[0].crop, simclr[0].saturation, simclr[0].blur_prob) == ((0.2, 1.0), 0.4, 0.5)
 
 
+class Scripted:
+    """Draws what it is told: the first tries of the crop, then the numbers of ``draw_view``."""
+
+    def __init__(self, crop: list[float], numbers: list[float]) -> None:
+        self.crop, self.numbers = crop, numbers
+
+    def random(self, shape):
+        return np.array([self.crop] * 10 if shape == (10, 4) else self.numbers)
+
+
+NUMBERS = ("flip", "jitter", "grey", "blur", "solarize", "sigma")
+
+
+def scripted(order=(0.1, 0.2, 0.3, 0.4), amounts=(0.5,) * 4, augmentation=None, **numbers):
+    first = [numbers.get(name, 0.99) for name in NUMBERS]
+    rng = Scripted([0.5, 0.5, 0.0, 0.0], [*first, *order, *amounts])
+    return draw_view(rng, 100, 100, augmentation or view_augmentations("byol", 0.08)[1])
+
+
+@pytest.mark.parametrize(
+    ("number", "probability", "field"),
+    [
+        ("flip", 0.5, "flip"),
+        ("jitter", 0.8, "jitter"),
+        ("grey", 0.2, "grey"),
+        ("blur", 0.1, "sigma"),
+        ("solarize", 0.2, "solarize"),
+    ],
+)
+def test_what_happens_at_the_limit_of_a_probability(number, probability, field):
+    """A draw of U(0, 1) below the probability does it, the probability itself does not."""
+    assert getattr(scripted(**{number: probability - 1e-9}), field)
+    assert not getattr(scripted(**{number: probability}), field)
+    others = [f for f in ("flip", "jitter", "grey", "sigma", "solarize") if f != field]
+    assert not any(getattr(scripted(**{number: 0.0}), other) for other in others)
+
+
+def test_amounts_at_the_limits_of_their_ranges():
+    low, high = (dict(scripted(jitter=0, amounts=(u,) * 4).jitter) for u in (0.0, 1.0))
+    for name, (least, most) in JITTER.items():
+        assert low[name] == pytest.approx(least) and high[name] == pytest.approx(most)
+    one_each = dict(scripted(jitter=0, amounts=(0.0, 0.25, 0.5, 1.0)).jitter)
+    expected = {"brightness": 0.6, "contrast": 0.8, "saturation": 1.0, "hue": 0.1}
+    assert one_each == pytest.approx(expected)
+    assert scripted(blur=0, sigma=0.0).sigma == pytest.approx(0.1)
+    assert scripted(blur=0, sigma=1.0).sigma == pytest.approx(2.0)
+
+
+def test_jitter_comes_in_the_order_of_its_numbers():
+    names = [name for name, _ in scripted(jitter=0, order=(0.4, 0.1, 0.3, 0.2)).jitter]
+    assert names == ["contrast", "hue", "saturation", "brightness"]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [
+        (300, 400, (0, 0, 300, 400)),  # the whole image has an allowed shape
+        (400, 300, (0, 0, 400, 300)),
+        (100, 1000, (0, 433, 100, 133)),  # too tall: the middle, 3 wide and 4 high
+        (1000, 100, (433, 0, 133, 100)),
+    ],
+)
+def test_a_crop_that_never_fits_is_the_largest_in_the_middle(width, height, box):
+    """The tries ask for the whole area in a shape that the image does not have."""
+    wide = 0.0 if width > height else 1.0
+    assert draw_box(Scripted([1.0, wide, 0.5, 0.5], []), width, height, (0.08, 1.0)) == box
+
+
+def test_a_crop_by_hand():
+    """Half of the area, square, at the far end of its room, then at the near end."""
+    square = 0.5  # of the logarithm of the ratio
+    assert draw_box(Scripted([0.5, square, 0.999, 0.999], []), 100, 100, (0.0, 0.5)) == (
+        *(50, 50),
+        *(50, 50),
+    )
+    assert draw_box(Scripted([0.5, square, 0.0, 0.0], []), 100, 100, (0.0, 0.5)) == (0, 0, 50, 50)
+    wide = draw_box(Scripted([1.0, 1.0, 0.0, 0.0], []), 200, 200, (0.0, 0.3))
+    assert wide[2:] == (round((12000 * 4 / 3) ** 0.5), round((12000 * 3 / 4) ** 0.5))
+
+
 @pytest.mark.parametrize(("kind", "crop"), [("mixed", 0.1), ("byol", 0.0), ("byol", 1.5)])
 def test_unknown_augmentations_are_refused(kind, crop):
     with pytest.raises(ValueError, match="must"):

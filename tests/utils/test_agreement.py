@@ -62,6 +62,24 @@ def test_the_code_is_compared(monkeypatch, tmp_path):
         before = code_facts()
 
 
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_the_process_that_differs_is_named(monkeypatch, odd):
+    """With what it holds, and what the first holds; a fact that one of them lacks counts too."""
+    facts = [{"the seed": 0, "the images": "ab"} for _ in range(4)]
+    monkeypatch.setattr("utils.agreement.all_gather_objects", lambda own: facts)
+    check_agreement(facts[0])
+    facts[odd] = facts[odd] | {"the seed": 7}
+    message = f"process {odd} differs from process 0: the seed is 7, not 0: start all processes"
+    with pytest.raises(UserError, match=message):
+        check_agreement(facts[0])
+    del facts[odd]["the seed"]
+    with pytest.raises(UserError, match=f"process {odd} .*: the seed is None, not 0"):
+        check_agreement(facts[0])
+    facts[odd] = facts[0] | {"the model": 1}
+    with pytest.raises(UserError, match=f"process {odd} .*: the model is 1, not None"):
+        check_agreement(facts[0])
+
+
 def test_parts_do_not_run_into_each_other():
     assert digest(["ab", "c"]) != digest(["a", "bc"]) and digest([b"a"]) == digest(["a"])
 
