@@ -34,7 +34,7 @@ OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.Add,
     ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Add, ast.BitAnd: ast.BitOr,
 }  # fmt: skip
-MOST_TESTS = 40  # of those that reach a line; more of them have rarely seen what the first did not
+SECONDS = 15.0  # of tests for a mutant: later ones rarely see what the first did not
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,13 @@ def tests_for(mutant: Mutant, reached: dict, seconds: dict[str, float]) -> list[
     lines = reached.get(mutant.path, {})
     tests = lines.get(str(mutant.line)) or {test for line in lines.values() for test in line}
     order = sorted(tests, key=lambda t: (own not in t.split("::")[0], seconds.get(t, 0.0), t))
-    return order[:MOST_TESTS]
+    chosen, total = [], 0.0
+    for test in order:
+        total += seconds.get(test, 0.1)
+        if chosen and total > SECONDS:
+            break
+        chosen.append(test)
+    return chosen
 
 
 def try_mutant(mutant: Mutant, tests: list[str], limit: float) -> str:
@@ -258,6 +264,8 @@ def main() -> None:
                 tests = tests_for(mutant, reached, seconds)
                 limit = 30 + 4 * sum(seconds.get(test, 0.5) for test in tests)
                 result = try_mutant(mutant, tests, limit)
+            if result != "killed":
+                print(f"  {mutant.path}:{mutant.line} {result}: {mutant.what[:110]}", flush=True)
             return dict(zip(("path", "line", "what"), key, strict=True)) | {"result": result}
 
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -268,11 +276,9 @@ def main() -> None:
         low, high = interval(killed, len(own))
         print(
             f"{room}: {killed} of {len(own)} mutants noticed, {killed / len(own):.0%} "
-            f"({low:.0%} to {high:.0%}), drawn of {len(everything)} by seed {args.seed}"
+            f"({low:.0%} to {high:.0%}), drawn of {len(everything)} by seed {args.seed}",
+            flush=True,
         )
-        for r in own:
-            if r["result"] != "killed":
-                print(f"  {r['path']}:{r['line']} {r['result']}: {r['what'][:110]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from helpers import ROOT, run_script, run_tool
 from PIL import Image
 
 import eval_linear
+from evaluation.protocols import PROTOCOLS
 from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
 from utils.errors import UserError
@@ -368,9 +369,15 @@ def test_the_protocol_holds_unless_it_is_overridden(tinted, tmp_path):
     rates, probe = train()
     assert rates == [1.0] and probe.BASE_LR == 1.0
     assert (probe.OPTIMIZER.NAME, probe.OPTIMIZER.MOMENTUM, probe.WEIGHT_DECAY) == ("sgd", 0.9, 0)
+    assert (probe.WARMUP_LR, probe.MIN_LR, probe.CLIP_GRAD) == (0, 0, 0)
+    assert PROTOCOLS["freeze"]["TRAIN.EPOCHS"] == PROTOCOLS["finetune"]["TRAIN.EPOCHS"] == 100
+    assert probe.LR_SCHEDULER.NAME == "cosine" and probe.WARMUP_EPOCHS == 1
+    assert {p["TRAIN.WARMUP_EPOCHS"] for p in PROTOCOLS.values()} == {5}
     assert probe.EPOCHS == 3  # of --opts; the configuration says 300
     rates, tuned = train(opts=[*FINETUNE, "TRAIN.WEIGHT_DECAY", "0.3"])
     assert (tuned.OPTIMIZER.NAME, tuned.WEIGHT_DECAY) == ("adamw", 0.3)
+    assert (tuned.WARMUP_LR, tuned.MIN_LR, tuned.CLIP_GRAD) == (0, 1e-6, 0)
+    assert PROTOCOLS["finetune"]["TRAIN.WEIGHT_DECAY"] == 0.05
     assert rates == [tuned.BASE_LR] == [2e-3]
     assert train("--lr", "0.1", "10")[0] == [0.1, 10.0]
     assert train(opts=["TRAIN.BASE_LR", "0.5"])[0] == [0.5]

@@ -146,12 +146,7 @@ PLAIN = {"crop": (1.0, 1.0), "jitter_prob": 0.0, "grey_prob": 0.0, "blur_prob": 
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**31),
-    st.integers(1, 400),
-    st.integers(1, 400),
-    st.floats(0.01, 1),
-)
+@given(st.integers(0, 2**31), st.integers(1, 400), st.integers(1, 400), st.floats(0.01, 1))
 def test_crops_lie_in_the_image(seed, width, height, smallest):
     rng = np.random.default_rng(seed)
     left, top, w, h = draw_box(rng, width, height, (smallest, 1.0))

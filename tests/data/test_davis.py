@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.davis import (
-    draw_mask,
-    fit_frame,
-    palette,
-    read_frame,
-    read_mask,
-    read_videos,
-    write_mask,
-)
+from data.davis import draw_mask, fit_frame, palette, read_frame, read_mask, read_videos, write_mask
 from tools.make_tiny_davis import UNUSUAL, write_davis
 from utils.errors import UserError
 

@@ -18,13 +18,7 @@ from models.byol import BYOL
 from models.encoder import create_encoder
 from models.moby import MoBY
 from models.synco import SynCo
-from utils.distributed import (
-    all_gather_batch,
-    data_parallel,
-    mean_over_processes,
-    rank,
-    world_size,
-)
+from utils.distributed import all_gather_batch, data_parallel, mean_over_processes, rank, world_size
 from utils.update import Precision
 
 pytestmark = pytest.mark.slow

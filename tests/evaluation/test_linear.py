@@ -1,0 +1,222 @@
+"""What the heads of a probe have achieved, their losses, and mixup."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluation.linear
+from data.loader import normalize
+from data.transfer_readers import DIFFICULT
+from evaluation.linear import (
+    Judged,
+    LinearClassifiers,
+    build_mixup,
+    by_name,
+    classification_loss,
+    describe,
+    forward_images,
+    score_heads,
+    weights_digest,
+)
+from models.encoder import create_encoder
+from utils.config import DEFAULTS
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def figure(value: float, **more: float) -> dict[str, float]:
+    return {"value": value, "top1": value, "top5": None, "loss": 1.0} | more
+
+
+@pytest.fixture(scope="module")
+def model() -> LinearClassifiers:
+    torch.manual_seed(0)
+    return LinearClassifiers(create_encoder("vit_nano", 32), 3, 2, seed=4, frozen=True)
+
+
+def test_the_best_head_of_all_epochs_is_kept(model, tmp_path):
+    path = tmp_path / "best.pth"
+    judged = Judged([0.1, 1.0])
+    assert judged.epoch == -1 and judged.left_out == [False, False]
+    with pytest.raises(ValueError, match="no epoch was judged"):
+        judged.outcome()
+    written = []
+    for epoch, values in enumerate([(10, 30), (30, 20), (40, None), (None, 35)]):
+        judged.add(epoch, [None if v is None else figure(v) for v in values])
+        path.unlink(missing_ok=True)
+        judged.save_best(model, str(path))
+        written.append(path.exists())
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
+            assert saved["epoch"] == epoch and saved["best"] == judged.best
+            assert [k for k in saved["model"] if k.startswith("heads")] == [
+                *("heads.0.weight", "heads.0.bias")
+            ]
+    assert written == [True, False, True, False]  # 30 again is no better
+    assert judged.best == {"value": 40, "epoch": 2, "lr": 0.1}
+    assert judged.outcome() == (judged.best, None)
+    again = Judged([0.1, 1.0])
+    again.load_state_dict(judged.state_dict() | {"epoch": 7})
+    assert vars(again) == vars(judged)
+    old = Judged([0.1, 1.0])  # as v0.1 wrote it
+    old.load_state_dict({"epoch": 7, "best": judged.best, "figures": judged.figures})
+    assert old.epoch == 7 and old.left_out == [False, False]
+
+
+def test_only_the_first_process_writes(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation.linear, "rank", lambda: 1)
+    judged = Judged([0.1, 1.0])
+    judged.add(0, [figure(1), figure(2)])
+    judged.save_best(model, str(tmp_path / "best.pth"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_that_diverged_are_left_out_for_good(model):
+    judged = Judged([0.1, 1.0])
+    judged.leave_out([False, True])
+    judged.leave_out([False, False])
+    assert judged.left_out == [False, True]
+    features, targets = torch.randn(6, 128), torch.arange(6) % 3
+    found = score_heads(model, features, targets, "top1", judged.left_out)
+    assert found[1] is None and found[0]["loss"] > 0
+    assert None not in score_heads(model, features, targets, "top1")
+    with pytest.raises(UserError, match=r"diverged with all rates \[0\.1, 1\.0\]"):
+        judged.add(0, [None, None])
+
+
+def test_figures_are_named_by_the_rate():
+    found = by_name([figure(5.0, loss=2.0), None], ["0.1", "3"])
+    assert found == {
+        **{"value@0.1": 5.0, "top1@0.1": 5.0, "top5@0.1": None, "test_loss@0.1": 2.0},
+        "value@3": None,
+    }
+    assert by_name([figure(5.0)], [""])["test_loss"] == 1.0
+
+
+def test_lines_of_the_log(caplog):
+    judged = Judged([0.1, 1.0])
+    judged.add(3, [figure(5.0), None])
+    with caplog.at_level(logging.INFO):
+        judged.log("top1", logging.getLogger("judged"))
+    assert [r.getMessage() for r in caplog.records] == [
+        "epoch 3, lr 0.1: top1 value 5.0000 top1 5.0000 loss 1.0000",
+        "epoch 3, lr 1: top1 diverged",
+    ]
+    assert describe(None) == "diverged"
+
+
+def test_heads_begin_alike_and_small(model):
+    first, second = model.heads
+    assert first.weight.equal(second.weight) and not first.bias.any()
+    assert float(first.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
+    other = LinearClassifiers(model.encoder, 3, 1, seed=5, frozen=True)
+    assert not other.heads[0].weight.equal(first.weight)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_losses_of_images(model, smoothing):
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    targets = torch.tensor([0, 2, 1, 1])
+    with torch.no_grad():
+        features = model.encoder.eval()(normalize(images))
+    expected = [
+        F.cross_entropy(h(features), targets, label_smoothing=smoothing) for h in model.heads
+    ]
+    found = forward_images(model, CPU, smoothing, None, [images, targets])
+    torch.testing.assert_close(found.loss, torch.stack(expected))
+    assert found.figures == {} and found.loss.requires_grad
+    # images that are normalised already stay as they are
+    same = forward_images(model, CPU, smoothing, None, [normalize(images), targets])
+    torch.testing.assert_close(same.loss, found.loss)
+
+    def swap(batch, labels):
+        return batch.flip(0), F.one_hot(labels.flip(0), 3).float()
+
+    mixed = forward_images(model, CPU, 0.0, lambda *given: swap(*given), [images, targets])
+    # two dimensions after mixing are probabilities, not several labels
+    plain = forward_images(model, CPU, 0.0, None, [images, targets])
+    torch.testing.assert_close(mixed.loss, plain.loss)
+
+
+def test_several_labels_leave_out_the_difficult():
+    scores = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -2.0]])
+    targets = torch.tensor([[1, 0, DIFFICULT], [0, 1, 1]])
+    p = scores.sigmoid()
+    by_hand = -(p[0, 0].log() + (1 - p[0, 1]).log() + (1 - p[1, 0]).log() + p[1, 1:].log().sum())
+    found = classification_loss(scores, targets, multi_label=True)
+    torch.testing.assert_close(found, by_hand / 2)
+
+
+@pytest.mark.parametrize("off", ["MIXUP", "CUTMIX", None])
+def test_mixup_is_on_if_one_of_its_kinds_is(off):
+    config = DEFAULTS.clone()
+    if off:
+        config.AUG[off] = 0.0
+    mixup = build_mixup(config, 7)
+    assert mixup.num_classes == 7 and mixup.label_smoothing == 0.1
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha) == (
+        0.0 if off == "MIXUP" else 0.8,
+        0.0 if off == "CUTMIX" else 1.0,
+    )
+    assert (mixup.mix_prob, mixup.switch_prob, mixup.mode) == (1.0, 0.5, "batch")
+    config.DATA.BATCH_SIZE = 7
+    with pytest.raises(UserError, match="mixup pairs images"):
+        build_mixup(config, 7)
+    config.AUG.MIXUP = config.AUG.CUTMIX = 0.0
+    assert build_mixup(config, 7) is None
+    config.AUG.CUTMIX_MINMAX = [0.2, 0.8]
+    config.DATA.BATCH_SIZE = 8
+    assert build_mixup(config, 7).cutmix_minmax == [0.2, 0.8]
+
+
+def test_a_digest_tells_weights_and_their_names_apart():
+    layer = torch.nn.Linear(2, 2)
+    digest = weights_digest(layer)
+    assert digest == weights_digest(layer) and len(digest) == 64
+    renamed = torch.nn.ModuleDict({"other": layer})
+    assert weights_digest(renamed) != digest
+    with torch.no_grad():
+        layer.bias[0] += 1e-7
+    assert weights_digest(layer) != digest
+
+
+def test_rates_fall_from_the_heads_down():
+    """By a factor a block; weight decay skips biases, norms and what the encoder names."""
+    tuned = LinearClassifiers(create_encoder("vit_nano", 32), 3, 1, seed=0, frozen=False)
+    names = {p: n for n, p in tuned.named_parameters()}
+    rates, decays = {}, {}
+    for group in tuned.layer_groups(0.3, 0.5):
+        for parameter in group["params"]:
+            rates[names[parameter]] = group["lr_scale"]
+            decays[names[parameter]] = group["weight_decay"]
+    assert set(rates) == {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert rates["heads.0.weight"] == rates["heads.0.bias"] == 1.0
+    blocks = [rates[f"encoder.blocks.{i}.mlp.fc1.weight"] for i in range(5)]
+    assert blocks == [0.5**n for n in (4, 3, 2, 1, 0)]
+    assert rates["encoder.cls_token"] == 0.5**5 and "encoder.pos_embed" not in rates
+    skipped = {n for n, decay in decays.items() if decay == 0}
+    assert set(decays.values()) == {0.0, 0.3}
+    assert {"heads.0.bias", "encoder.cls_token", "encoder.norm.weight"} <= skipped
+    assert not skipped & {"heads.0.weight", "encoder.blocks.0.attn.qkv.weight"}
+
+
+def test_each_head_of_a_probe_has_its_rate(model):
+    groups = model.head_groups([0.1, 3.0], 0.2)
+    assert [group["lr_scale"] for group in groups] == [0.1, 3.0]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.2]
+    assert groups[1]["params"] == list(model.heads[1].parameters())
+
+
+def test_a_frozen_encoder_stays_in_eval_mode(model):
+    model.train()
+    assert model.training and model.heads.training and not model.encoder.training
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    tuned = LinearClassifiers(create_encoder("vit_nano", 32), 3, 1, seed=0, frozen=False).train()
+    assert tuned.encoder.training
+    free = {n for n, p in tuned.encoder.named_parameters() if not p.requires_grad}
+    assert free == {"pos_embed"}  # fixed positions stay
+    assert not tuned.eval().encoder.training
+    assert model.eval() is model
