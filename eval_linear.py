@@ -50,13 +50,7 @@ from utils.checkpoint import (
 from utils.config import run_folder
 from utils.distributed import data_parallel, rank
 from utils.errors import UserError
-from utils.progress import (
-    Checkpoints,
-    Progress,
-    checkpoint_to_resume,
-    locate,
-    warn_of_changes,
-)
+from utils.progress import Checkpoints, Progress, checkpoint_to_resume, locate, warn_of_changes
 from utils.run import Run, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.signals import StopSignals, end_stopped
@@ -166,15 +160,15 @@ def main() -> None:
                 result = update(micro_batches, forward)
                 progress.advance()
 
-                stop, time_is_up = signals.agree(checkpoints.time_is_up())
-                if log.update(result, {}, stop):
+                stop, save_now = signals.agree(checkpoints.time_is_up())
+                if log.record(result, {}, stop):
                     advice = f"lower --lr {' '.join(f'{rate:g}' for rate in rates)}"
                     judged.leave_out(update.check_skipped(config.TRAIN.MAX_SKIPPED_UPDATES, advice))
                 # at its end an epoch is saved with its figures, but a signal leaves no time
-                if stop or (not progress.epoch_ended and (time_is_up or checkpoints.due())):
+                if stop or (not progress.epoch_ended and (save_now or checkpoints.due())):
                     checkpoints.save()
                 if stop:
-                    end_stopped(run.logger, progress.step)
+                    end_stopped(run.logger, progress.step)  # raises SystemExit
             if not frozen:
                 features, labels = encode_images(config, model.eval().encoder, test, run)
             figures = score_heads(model, features, labels, metric, judged.left_out)

@@ -55,6 +55,7 @@ def main() -> None:
         check_same_on_all(config, loader, model)
         ddp = data_parallel(model, run.device)
 
+        # ``effective`` is ``config`` with what follows from it and the run, such as scaled rates
         rates = scaled_rates(config, loader.size.images_per_update)
         effective = write_config(
             config, run.folder, {"DATA.TRAINING_IMAGES": loader.size.images} | rates.by_key()
@@ -79,7 +80,8 @@ def main() -> None:
         knn = KnnMonitor(config, loader.dataset.source, run)
         log = TrainingLog(config, run, progress, [optimizer], dim=model.dim, queues=model.queues())
         signals.training(config.DIST_TIMEOUT)
-        total_steps, started = config.TRAIN.EPOCHS * loader.size.updates, time.time()
+        total_steps = config.TRAIN.EPOCHS * loader.size.updates
+        started = time.time()
 
         # Whatever changes over time follows from ``progress``, so that a resumed run is the same.
         while progress.epoch < config.TRAIN.EPOCHS:
@@ -91,32 +93,36 @@ def main() -> None:
                 scheduler.step_update(progress.step)
                 seed_step(config.SEED, rank(), progress.step)
                 momentum = key_momentum(config.MODEL.CONTRAST_MOMENTUM, progress.step, total_steps)
-                model.update_key_encoder(momentum)
+                model.update_key_encoder(momentum)  # the keys come from the moved one
                 result = update(micro_batches, forward)
-                for output in result.outputs:  # only now: micro-batches share their negatives
+                for output in result.outputs:  # only now: all micro-batches see the same queue
                     model.enqueue(*output.keys, result.finite)
                 progress.advance()
 
-                stop, time_is_up = signals.agree(checkpoints.time_is_up())
-                if log.update(result, {"momentum": momentum}, stop):
+                # a signal on any process, and SAVE_MINUTES by the clock of the first
+                stop, save_now = signals.agree(checkpoints.time_is_up())
+                if log.record(result, {"momentum": momentum}, stop):  # a line: reads the device
                     bad_images.check()
                     update.check_skipped(config.TRAIN.MAX_SKIPPED_UPDATES, checkpoints.advice())
-                if stop or time_is_up or checkpoints.due():
+                if stop or save_now or checkpoints.due():
                     checkpoints.save()
                 if stop:
-                    end_stopped(run.logger, progress.step)
+                    end_stopped(run.logger, progress.step)  # raises SystemExit
             log.end_epoch(knn.after(progress.epoch, model.encoder))
             progress.next_epoch()
         run.logger.info("training took %s", duration(time.time() - started))
 
 
 def forward_views(
-    ddp: nn.Module, device: torch.device, epoch: int, batch: list[torch.Tensor]
+    model: nn.Module, device: torch.device, epoch: int, batch: list[torch.Tensor]
 ) -> Output:
-    """The model's output for the first two items of a batch: uint8 views, (B, S, S, 3) each."""
-    # channels last in memory, as they were decoded
+    """The model's output for the two views of a batch, uint8 of (B, S, S, 3) each.
+
+    SynCo makes synthetic negatives in a window of epochs, so the epoch is passed in.
+    """
+    # the third item says which images were replaced; the views stay channels last in memory
     views = (v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in batch[:2])
-    return ddp(*(normalize(view) for view in views), epoch)
+    return model(*(normalize(view) for view in views), epoch)
 
 
 def build_model(config: CfgNode, run: Run) -> MomentumMethod:
@@ -173,7 +179,8 @@ def resume(
     state = read_checkpoint(path, run.device)
     restore_training(state, path, model, update, ("epoch", "step", "rng_state"))
     progress = locate(state, loader.size)
-    warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
+    if not effective.EVAL_MODE:  # whose images are others anyway
+        warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
     run.logger.info("resumed from %s at update %d", path, progress.step)
     return progress, path
 
@@ -195,13 +202,10 @@ def evaluate(model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
 
 
 def throughput(
-    config: CfgNode,
-    ddp: DistributedDataParallel,
-    loader: TrainingLoader,
-    update: Update,
-    run: Run,
+    config: CfgNode, ddp: DistributedDataParallel, loader: TrainingLoader, update: Update, run: Run
 ) -> None:
     """Log images a second of the loader alone and of the update alone; saves nothing."""
+    # with synthetic negatives, if the method makes any
     forward = partial(forward_views, ddp, run.device, config.MODEL.WARMUP_EPOCHS)
 
     def step(micro_batches: list) -> None:

@@ -12,10 +12,7 @@ from utils.errors import UserError
 
 
 def build_optimizer(
-    config: CfgNode,
-    model: nn.Module,
-    base_lr: float,
-    groups: list[dict[str, Any]] | None = None,
+    config: CfgNode, model: nn.Module, base_lr: float, groups: list[dict[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer that ``config.TRAIN.OPTIMIZER`` names, for the parameters that learn.
 
@@ -42,11 +39,7 @@ def build_optimizer(
         )
     if options.NAME == "sgd":
         sgd = torch.optim.SGD(
-            groups,
-            base_lr,
-            momentum=options.MOMENTUM,
-            nesterov=options.MOMENTUM > 0,
-            fused=True,
+            groups, base_lr, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=True
         )
         if options.MOMENTUM:
             # torch leaves the buffers as they come from memory if the first step is skipped

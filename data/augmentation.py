@@ -1,6 +1,6 @@
 """The random views of pre-training: drawn first, then applied.
 
-What is drawn for a view depends on the seed, the epoch, the image and the view alone.
+Each view's draws follow from the seed, the epoch, the image and the view alone.
 """
 
 import math
@@ -46,8 +46,8 @@ class ViewParameters:
     Attributes:
         box: left, top, width and height of the crop in pixels.
         flip: mirror left and right.
-        jitter: (operation, amount) in the order of their application.
-        grey: to luminance.
+        jitter: (operation, amount) in the order in which they are applied.
+        grey: reduce to luminance.
         sigma: standard deviation of the blur in pixels, 0 for none.
         solarize: invert the values from 128 up.
     """
@@ -118,7 +118,7 @@ def draw_view(
             "hue": (-a.hue, a.hue),
         }
         amounts = zip(more[:4], ranges.items(), more[4:], strict=True)
-        # in the order of the first numbers, each order as likely as any other
+        # sorted by the first numbers, so that every order is equally likely
         jitter = [(name, _between(*span, u)) for _, (name, span), u in sorted(amounts)]
     return ViewParameters(
         box,

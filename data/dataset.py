@@ -22,15 +22,15 @@ from utils.seed import seed_libraries
 class TwoViews(Dataset):
     """Two random views of each image, from one decode.
 
-    Items are addressed by (epoch, index), because what is drawn depends on both and workers
-    outlive an epoch. A bad image gives way to another, which depends on these and the seed alone.
+    Items are addressed by (epoch, index): the draws follow from both, and workers outlive an
+    epoch. Another image replaces a bad one; these two and the seed alone decide which.
 
     Args:
         source: the images.
         augmentations: distribution of the first and of the second view.
         size: side of a view in pixels.
         seed: the run's seed.
-        backend: ``opencv``, or ``pil``, slower, as the published code.
+        backend: ``opencv``, or the slower ``pil``, as in the published code.
         replacements: how many images are tried in place of a bad one; with 0 it is an error.
     """
 
@@ -57,7 +57,7 @@ class TwoViews(Dataset):
         """(epoch, index) -> two uint8 images of size x size x 3, and -1 or the bad image's index.
 
         Raises:
-            UserError: neither the image nor those drawn in its place can be read.
+            UserError: neither the image nor its replacements can be read.
         """
         epoch, index = key
         image, replaced = self._decode_or_replace(epoch, index)
@@ -98,7 +98,7 @@ class TwoViews(Dataset):
 
 
 class TrainImages(Dataset):
-    """One random view of each image with its label, addressed by (epoch, index) as TwoViews.
+    """One random view of each image with its label, addressed by (epoch, index) as in TwoViews.
 
     Args:
         source: the images.
@@ -151,12 +151,12 @@ class RandAugmented:
     Args:
         size: side of the result in pixels.
         interpolation: bicubic, bilinear or nearest.
-        aug: the section AUG of the configuration, of which it takes COLOR_JITTER, AUTO_AUGMENT,
-            REPROB, REMODE and RECOUNT.
+        aug: the section AUG of the configuration. COLOR_JITTER, AUTO_AUGMENT, REPROB, REMODE and
+            RECOUNT are used.
     """
 
     def __init__(self, size: int, interpolation: str, aug: CfgNode) -> None:
-        jitter: Any = aug.COLOR_JITTER or None  # timm's type leaves out the None that it takes
+        jitter: Any = aug.COLOR_JITTER or None  # timm takes None, but its type does not say so
         self.transform = create_transform(
             size,
             is_training=True,

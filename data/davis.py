@@ -11,8 +11,8 @@ from data.image import open_image, read_rgb
 from utils.errors import UserError
 
 RESOLUTION = "480p"
-MULTIPLE = 64  # of the long side of a frame that is encoded, in pixels
-VOID = 255  # of a mask: neither an object nor background
+MULTIPLE = 64  # pixels; the long side of an encoded frame is a multiple of it
+VOID = 255  # in a mask: neither an object nor background
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_videos(root: str, split: str = "val") -> list[Video]:
     """The videos that ``<root>/ImageSets/2017/<split>.txt`` lists.
 
     Raises:
-        UserError: a missing list, video, frame or annotation, or a name that is no plain one.
+        UserError: a missing list, video, frame or annotation, or a name that is not plain.
     """
     listing = os.path.join(root, "ImageSets", "2017", f"{split}.txt")
     if not root:
@@ -79,9 +79,9 @@ def read_frame(path: str) -> np.ndarray:
 
 
 def fit_frame(frame: np.ndarray, short_side: int) -> np.ndarray:
-    """Resize a frame: short side to ``short_side`` pixels, long side to a multiple of 64 below.
+    """Resize a frame: short side to ``short_side`` pixels, long side down to a multiple of 64.
 
-    Of a square frame the height is rounded. The ratio of the sides changes a little.
+    In a square frame the height is rounded. The ratio of the sides changes a little.
 
     Args:
         frame: H x W x 3 of uint8.
@@ -108,7 +108,7 @@ def read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
         with open(path, "rb") as file:
             image = open_image(file.read())
         mode, mask = image.mode, np.array(image)
-    except Exception as error:  # a damaged file can raise any
+    except Exception as error:  # a damaged file can raise anything
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read the annotation ({reason})") from error
     if mode not in ("P", "L"):
@@ -132,8 +132,8 @@ def write_mask(path: str, mask: np.ndarray) -> None:
 def palette() -> np.ndarray:
     """The colours of the objects: PASCAL VOC's colour map, 256 x 3 of uint8.
 
-    Bit 0 of a number is red, 1 green, 2 blue, each the highest bit of its colour, bit 3 red
-    again, the second highest, and so on.
+    Bits 0, 1 and 2 of a number are the highest bits of red, green and blue. Bits 3, 4 and 5 are
+    the second highest, and so on.
     """
     bits = (np.arange(256)[:, None] >> np.arange(9)) & 1  # 256x9
     return (bits.reshape(256, 3, 3) * np.array([128, 64, 32])[:, None]).sum(1).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Decoding an image file to RGB, and refusing what is none."""
+"""Decoding an image file to RGB, and refusing files that are not images."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 
-# by content, whatever a file's name says; for some of its other formats PIL runs programs
+# judged by content, not by file name; for some of the other formats PIL runs programs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MAX_ASPECT = 100  # long side over short side
 MAX_BYTES = 2**30  # of a file
@@ -28,7 +28,7 @@ def open_image(content: bytes) -> Image.Image:
         ValueError: a side is over ``MAX_ASPECT`` times the other: a view would show one colour, and
             a resize of the short side would fill the memory.
         Image.DecompressionBombWarning: more pixels than ``Image.MAX_IMAGE_PIXELS``, 89 million.
-        Exception: any other, from a file that is no image of ``FORMATS``.
+        Exception: whatever PIL raises for a file that is not an image of ``FORMATS``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -39,13 +39,13 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def usual_size(width: int, height: int) -> bool:
-    """Whether an image of these pixels is neither empty, nor a thread, nor far too large."""
+    """Whether an image of this size is neither empty, nor far too thin, nor far too large."""
     sides = 0 < max(width, height) <= MAX_ASPECT * min(width, height)
     return sides and width * height <= (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
 def decode_rgb(content: bytes, name: str) -> Image.Image:
-    """Decode the bytes of an image file of any mode and of ``FORMATS``.
+    """Decode the bytes of an image file of any mode and any of ``FORMATS``.
 
     Grey, palette and CMYK images are converted; 16-bit and float ones are scaled to 8 bits;
     transparency is laid over white.
@@ -64,7 +64,7 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
 
 
 def check_head(content: bytes, name: str) -> None:
-    """Decode the head of an image file alone, see ``open_image``.
+    """Decode only the head of an image file, see ``open_image``.
 
     Raises:
         UserError: as ``decode_rgb``, but damaged pixels go unnoticed.
@@ -80,7 +80,7 @@ def _unreadable(name: str) -> Iterator[None]:
             # PIL warns of what is handled here (palettes with transparent bytes)
             warnings.simplefilter("ignore", UserWarning)
             yield
-    except Exception as error:  # a damaged file can raise any
+    except Exception as error:  # a damaged file can raise anything
         # PIL names a buffer by its address
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "of no known format" if unknown else str(error) or type(error).__name__
@@ -96,7 +96,7 @@ def read_file(path: str) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: a file that cannot be read, or of more than ``MAX_BYTES``.
+        UserError: a file that cannot be read, or is larger than ``MAX_BYTES``.
     """
     try:
         with open(path, "rb") as file:

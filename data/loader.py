@@ -28,16 +28,16 @@ from utils.signals import shield_workers
 class EpochBatches(Sampler):
     """The batches of one process in one epoch, each a list of (epoch, index).
 
-    All processes shuffle alike, by seed and epoch, and cut the order into global batches, of
-    which each takes its part: N processes read the images of one process with an N times larger
+    All processes shuffle alike, by seed and epoch. They cut the order into global batches, and
+    each takes its part. So N processes read the same images as one process with an N times larger
     batch. A last global batch that is not full is left out.
 
     Args:
         num_images: images in the data set.
-        batch_size: images a process and batch.
+        batch_size: images in a batch of one process.
         rank, world_size: this process and the number of processes.
         seed: the run's seed.
-        multiple: keep a number of batches that this divides (micro-batches of an update).
+        multiple: keep a multiple of so many batches (micro-batches of an update).
 
     Raises:
         ValueError: not even one global batch.
@@ -65,8 +65,8 @@ class EpochBatches(Sampler):
     def start_at(self, epoch: int, images_seen: int = 0) -> None:
         """Let the next iteration continue ``epoch`` after ``images_seen`` images of its order.
 
-        What was read in batches of another size need not end where a batch ends. The epoch keeps
-        its number of updates then: one that was begun counts as made.
+        Images read in batches of another size may end within a batch. The epoch then keeps its
+        number of updates: an update that was begun counts as made.
         """
         self.epoch, self.images_seen = epoch, images_seen
 
@@ -87,7 +87,7 @@ class EpochBatches(Sampler):
 class TrainingLoader(DataLoader):
     """The micro-batches of each update, lists of batches, in the order of an epoch.
 
-    Its length is the number of updates of a whole epoch.
+    Its length is the number of updates in a whole epoch.
 
     Attributes:
         size: how the images of an epoch divide into updates.
@@ -122,7 +122,7 @@ def build_source(
         config: DATA.DATASET names the set and DATA.DATA_PATH its folder.
         split: ``train`` or ``val``.
         download: fetch the set if it is missing and torchvision can.
-        cache_mode: in place of DATA.CACHE_MODE.
+        cache_mode: replaces DATA.CACHE_MODE.
     """
     data = config.DATA
     if data.DATASET == "imagenet":
@@ -159,7 +159,7 @@ def build_labelled_sources(
     Args:
         config, download: as for ``build_source``.
         train: the training images, if they are open already.
-        val_cache_mode: of the validation images, in place of DATA.CACHE_MODE.
+        val_cache_mode: replaces DATA.CACHE_MODE for the validation images.
 
     Raises:
         UserError: a class of the validation images has no training image.
@@ -189,11 +189,11 @@ def build_labelled_sources(
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingLoader:
     """Batches of ``TwoViews`` through an EpochBatches sampler.
 
-    These are two uint8 views, (B, S, S, 3) each, and the indices of bad training images that
-    were replaced, (B,), -1 where none was; a bad image of another split is an error.
+    A batch has two uint8 views, (B, S, S, 3) each, and the indices of bad training images that
+    were replaced, (B,), -1 where none was. A bad image of another split is an error.
 
     Raises:
-        UserError: no data, images that are no files, an unknown augmentation, or a batch larger
+        UserError: no data, images that are not files, an unknown augmentation, or a batch larger
             than the data set.
     """
     source = build_source(config, split)
@@ -216,8 +216,8 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
 def build_classification_loader(config: CfgNode, source: ImageSource) -> TrainingLoader:
     """Batches of one view and its label, through an EpochBatches sampler.
 
-    A linear probe sees uint8 crops, fine-tuning normalised float32 ones under AUG; else as
-    ``build_pretraining_loader``.
+    A linear probe gets uint8 crops. Fine-tuning gets normalised float32 crops, augmented as AUG
+    says. The rest is as in ``build_pretraining_loader``.
 
     Raises:
         UserError: an augmentation that timm does not know, or a batch larger than the data set.
@@ -262,7 +262,7 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
 
 
 def quiet_worker(worker: int) -> None:
-    """Keep what libjpeg says about damaged images off the terminal, but not what Python says."""
+    """Keep libjpeg's messages about damaged images off the terminal, but not Python's."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
@@ -276,7 +276,7 @@ def build_test_images(config: CfgNode, source: ImageSource) -> TestImages:
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 images, (B, 3, H, W) -> float32 with ImageNet's mean and deviation, on their device.
 
-    The order of the values in memory stays as it is.
+    The memory layout does not change.
     """
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
     std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
@@ -293,13 +293,13 @@ NAMED = 3  # bad images in the error
 
 
 class BadImages:
-    """Collects the bad images of all processes, logs each once, and stops when they are many.
+    """Collects the bad images of all processes, logs each once, and stops when there are many.
 
-    A resumed run starts to count anew, and meets them again.
+    A resumed run counts from zero, because it meets them again.
 
     Args:
         source: the images.
-        max_fraction: the run goes on while no larger share of the images is bad.
+        max_fraction: the largest share of bad images with which the run goes on.
         logger: of this process.
 
     Raises:
@@ -314,7 +314,7 @@ class BadImages:
         self._new: dict[int, str] = {}  # of this process, since the last check
 
     def note(self, micro_batches: list[Any]) -> None:
-        """Remember the third item of batches of ``TwoViews``: an index where one was replaced."""
+        """Remember the replaced images: the third item of each batch of ``TwoViews``."""
         for *_, replaced in micro_batches:
             for index in replaced[replaced >= 0].tolist():
                 if index not in self.bad and index not in self._new:

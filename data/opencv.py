@@ -1,7 +1,7 @@
 """The views of pre-training by OpenCV: the same draws as with PIL, applied several times faster.
 
-Brightness and contrast scale and shift, saturation is a 3 x 3 matrix, solarisation a table. Each
-operation stays within 2/255 of torchvision's on photographs, in the mean over the pixels.
+Brightness and contrast scale and shift, saturation is a 3 x 3 matrix, solarisation a table. On
+photographs each operation stays within 2/255 of torchvision's, averaged over the pixels.
 """
 
 import cv2
@@ -15,7 +15,7 @@ from data.image import decode_rgb, usual_size
 # its threads would compete with the other workers and processes
 cv2.setNumThreads(0)
 
-# Rec. 601, as PIL and torchvision turn colours to grey
+# Rec. 601, with which PIL and torchvision turn colours to grey
 GREY = np.array([[0.299, 0.587, 0.114]], dtype=np.float32)
 TRUNCATE = -0.49  # OpenCV rounds where PIL truncates
 
@@ -23,19 +23,19 @@ TRUNCATE = -0.49  # OpenCV rounds where PIL truncates
 def decode_array(content: bytes, name: str) -> np.ndarray:
     """Decode an image file to H x W x 3 of uint8; see ``decode_rgb``.
 
-    OpenCV decodes the JPEGs that it and PIL read alike, PIL everything else.
+    OpenCV decodes the JPEGs that both read alike. PIL decodes everything else.
     """
     if content[:2] == b"\xff\xd8" and _plain_jpeg(content):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
         if image is not None and content.rstrip(b"\0")[-2:] == b"\xff\xd9":
             return image
-    # also a truncated JPEG, which OpenCV would fill with grey: PIL says what is wrong
-    return np.array(decode_rgb(content, name))  # a copy, which may be written to
+    # truncated JPEGs too: OpenCV would fill them with grey, PIL says what is wrong
+    return np.array(decode_rgb(content, name))  # a copy, which is writable
 
 
 def _plain_jpeg(content: bytes) -> bool:
-    """Whether the header is of 8 bits, grey or three colours, and a size as ``open_image`` likes.
+    """Whether the header says 8 bits, grey or three colours, and a size that ``open_image`` takes.
 
     PIL takes far longer to tell.
     """
@@ -70,7 +70,7 @@ def apply_view(image: np.ndarray, view: ViewParameters, size: int) -> np.ndarray
 def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
     """Crop left, top, width, height, and resize to size x size, antialiased as PIL does it.
 
-    By torch: OpenCV has no such filter, and its mean over an area takes twice the time.
+    torch does this: OpenCV has no such filter, and its mean over an area takes twice the time.
     """
     left, top, width, height = box
     crop = torch.from_numpy(image[top : top + height, left : left + width])

@@ -28,8 +28,7 @@ class GroundTruth:
         database: names of the images that are ranked.
         queries: names of the queries.
         labels: for each query the numbers of its ``easy``, ``hard`` and ``junk`` images.
-        boxes: for each query left, top, right and bottom of what it asks for, in pixels; None
-            where there is none.
+        boxes: for each query left, top, right and bottom of its object in pixels, or None.
     """
 
     folder: str
@@ -47,7 +46,7 @@ def read_ground_truth(root: str, dataset: str) -> GroundTruth:
     """Read ``<root>/<dataset>/gnd_<dataset>.pkl``; the pickle may hold plain data only.
 
     Raises:
-        UserError: a file that is missing, damaged or hostile, or says what cannot be.
+        UserError: a file that is missing, damaged or hostile, or has impossible contents.
     """
     if not root:
         raise UserError(f"no data set given: set --data-path to the folder that holds {dataset}/")
@@ -112,7 +111,7 @@ def _box(value: Any, where: str) -> tuple[float, float, float, float] | None:
 
 
 def _refuse_nesting(values: Any) -> None:
-    """Lists of references to lists would let numpy make of a few bytes any number of values."""
+    """Refuse lists of lists: by references, a few bytes could become any number of values."""
     if isinstance(values, list | tuple) and any(isinstance(v, list | tuple) for v in values):
         raise ValueError("nested")
 
@@ -122,9 +121,9 @@ class RetrievalImages(Dataset):
 
     Args:
         truth: names and boxes.
-        queries: the queries, else the database.
+        queries: whether to read the queries or the database.
         size: longest side in pixels; a smaller image stays as it is.
-        crop: of a query keep its box alone, the benchmark's official protocol.
+        crop: crop each query to its box, the benchmark's official protocol.
 
     Raises:
         UserError: a missing image, or a query without a box that should be cropped.
@@ -149,7 +148,7 @@ class RetrievalImages(Dataset):
         image = read_rgb(self.paths[index])
         if box := self.boxes[index]:
             image = crop_to_box(image, box, self.paths[index])
-        # DINO's, which never enlarges
+        # DINO's resize, which never enlarges
         image.thumbnail((self.size, self.size), Image.Resampling.LANCZOS)
         return to_tensor(np.asarray(image)), index
 
@@ -160,7 +159,7 @@ def crop_to_box(
     """The part of an image in a box of left, top, right, bottom, in pixels.
 
     Raises:
-        UserError: the box lies beyond the image, which is called ``name``.
+        UserError: the box lies outside the image; the message names ``name``.
     """
     left, top, right, bottom = map(round, box)
     inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)

@@ -15,7 +15,7 @@ from data.image import MAX_BYTES, decode_rgb, read_file
 from utils.errors import UserError
 
 SPLITS = ("train", "val")
-_ENTRY = re.compile(r"([^\t]+)\t *(\d{1,5}) *", re.ASCII)  # a number of any length is no class
+_ENTRY = re.compile(r"([^\t]+)\t *(\d{1,5}) *", re.ASCII)  # no class has a longer number
 
 
 class ImageSource(Protocol):
@@ -136,7 +136,7 @@ class ZipSource:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.archive))
-            except Exception as error:  # a damaged archive can raise any
+            except Exception as error:  # a damaged archive can raise anything
                 raise UserError(f"{self.archive}: not a readable zip ({error})") from error
         return self._opened[1]
 
@@ -156,7 +156,7 @@ class ZipSource:
         """The file of image ``index``.
 
         Raises:
-            UserError: a damaged member, or one of more than ``MAX_BYTES``.
+            UserError: a damaged member, or one larger than ``MAX_BYTES``.
         """
         if index in self.cache:
             return self.cache[index]
@@ -167,13 +167,13 @@ class ZipSource:
                 if archive.getinfo(member).file_size > MAX_BYTES:
                     raise ValueError("the file is too large")
                 return archive.read(member)
-        except Exception as error:  # a damaged archive can raise any
+        except Exception as error:  # a damaged archive can raise anything
             raise UserError(f"{self.archive}: cannot read {self.names[index]} ({error})") from error
 
     def fill_cache(self, rank: int, world_size: int) -> None:
         """Read every ``world_size``-th image from ``rank`` on into memory."""
         for index in range(rank, len(self.names), world_size):
-            with contextlib.suppress(UserError):  # whoever needs a damaged one decides
+            with contextlib.suppress(UserError):  # whoever reads a damaged one later decides
                 self.cache[index] = self.read(index)
 
 
@@ -186,8 +186,8 @@ def open_source(
         root: folder of the data set.
         split: a name of ``SPLITS``.
         zipped: read ``<split>.zip``.
-        cache: of a zip, keep in memory nothing (``no``), all (``full``) or this process's share
-            (``part``).
+        cache: what to keep in memory of a zip: nothing (``no``), all (``full``) or this process's
+            share (``part``).
         rank, world: this process and the number of processes.
     """
     if not zipped:

@@ -1,7 +1,7 @@
-"""The data sets that a representation is transferred to: one table, one row a data set.
+"""The data sets that a representation is transferred to: a table with one row per data set.
 
 Splits and metrics are those of Kornblith et al. 2019 (arXiv 1805.08974), as SimCLR and BYOL use
-them; imagenet, stl10 and places365, which they lack, have their own standard splits and top-1.
+them. They lack imagenet, stl10 and places365, which have their own standard splits and top-1.
 ``python -m data.transfer`` prints the table in Markdown.
 """
 
@@ -149,7 +149,7 @@ def open_transfer_set(
 
     Args:
         name: its name.
-        root: the data path, in which torchvision's folders of the data set lie.
+        root: the data path, which holds torchvision's folders of the data set.
         split: ``train`` or ``test``.
         download: fetch what is missing; for one process only, before the others open it.
 
@@ -205,14 +205,14 @@ def _open(row: TransferSet, root: str, split: str) -> ImageFiles | ImageArrays |
         images = row.reader.open(root, split)
     except (UserError, *_MISSING):
         raise
-    except Exception as error:  # the parser of a damaged file can raise any
+    except Exception as error:  # the parser of a damaged file can raise anything
         if isinstance(error.__cause__, FileNotFoundError):  # as scipy reports it
             raise error.__cause__ from None
         raise UserError(
             f"{root}: the files of {row.name} are damaged "
             f"({type(error).__name__}: {_one_line(error)})"
         ) from error
-    if isinstance(images, FolderSource):  # the layout also of a data set of one's own
+    if isinstance(images, FolderSource):  # a user's own data set has this layout too
         return images
     found, labels = len(images.classes), np.asarray(images.labels)
     if found != row.classes:

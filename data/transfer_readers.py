@@ -1,8 +1,8 @@
 """Readers of the transfer data sets, in torchvision's folder layouts.
 
-torchvision finds and lists the images; decoding, errors and array pickles are this project's. The
-checksums of torchvision are for its downloads only: comparing gigabytes at every start would
-say no more than reading them does.
+torchvision finds and lists the images; decoding, errors and array pickles are this project's.
+torchvision's checksums are for its downloads only: comparing gigabytes at every start would tell
+no more than reading them does.
 """
 
 import os
@@ -19,7 +19,7 @@ from data.image import decode_rgb, read_file
 from data.source import FolderSource
 from utils.unpickle import load_plain_pickle
 
-DIFFICULT = -1  # a label among several of an image: neither positive nor negative
+DIFFICULT = -1  # for an image with several labels: neither positive nor negative
 
 CALTECH101_SPLITS = ("30 images a class", "the others")
 SUN397_PARTITIONS = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"
@@ -44,7 +44,7 @@ class ImageFiles:
     classes: list[str]
 
     def __post_init__(self) -> None:
-        # there may be lists without their images, which a download would bring
+        # the lists may be there without their images, which a download would bring
         if self.names:
             os.stat(self.names[0])
 
@@ -59,7 +59,7 @@ class ImageFiles:
 
 @dataclass
 class ImageArrays:
-    """Images that lie in one array, ``pixels``, N x H x W x 3 of uint8; else as ImageFiles."""
+    """Images in one array, ``pixels``, N x H x W x 3 of uint8; the rest is as in ImageFiles."""
 
     names: list[str]
     labels: list[int] | np.ndarray
@@ -76,7 +76,7 @@ class ListedFiles:
 
     Args:
         dataset: the class of torchvision.
-        options: further arguments of it.
+        options: further arguments of the class.
     """
 
     def __init__(self, dataset: type[VisionDataset], **options: Any) -> None:
@@ -84,7 +84,7 @@ class ListedFiles:
         self.options = options
 
     def arguments(self, split: str) -> dict[str, Any]:
-        """How torchvision's class is asked for a split."""
+        """The arguments with which torchvision's class reads a split."""
         return {"split": split, **self.options}
 
     def open(self, root: str, split: str) -> ImageFiles | ImageArrays | FolderSource:
@@ -92,7 +92,7 @@ class ListedFiles:
 
         Raises:
             FileNotFoundError, NotADirectoryError, RuntimeError: files are missing.
-            Exception: files are damaged, whatever their parser raises.
+            Exception: files are damaged; the type is the one that their parser raises.
         """
         names, labels = [], []
         classes: list[str] | None = None
@@ -123,7 +123,7 @@ class PetFiles(ListedFiles):
 
 
 class CifarArrays(ListedFiles):
-    """CIFAR, whose pickles torchvision would run."""
+    """CIFAR, whose pickles are read here, because torchvision would run them."""
 
     def arguments(self, split: str) -> dict[str, Any]:
         """As ``ListedFiles.arguments``."""
@@ -161,7 +161,7 @@ class StlArrays(ListedFiles):
 class VocFiles(ListedFiles):
     """PASCAL VOC 2007, with the class lists of its classification task.
 
-    There 0 marks an image whose objects of the class are all "difficult".
+    In these lists 0 marks an image whose objects of the class are all "difficult".
     """
 
     def arguments(self, split: str) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class CaltechFiles(ListedFiles):
 
 
 class ClassFolders:
-    """A folder a split and in it a folder a class, as ImageNet."""
+    """A folder for each split, and in it a folder for each class, as in ImageNet."""
 
     def open(self, root: str, split: str) -> FolderSource:
         """As ``ListedFiles.open``."""
@@ -239,7 +239,7 @@ class ClassFolders:
 
 
 def _unchecked(dataset: type[VisionDataset]) -> type[VisionDataset]:
-    """The class without its checksums, which then finds out by opening what is missing."""
+    """The class without its checksums: it finds missing files when it opens them."""
     return type(dataset.__name__, (dataset,), {"_check_integrity": lambda *_: True})
 
 

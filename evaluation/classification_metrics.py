@@ -7,14 +7,14 @@ from data.transfer_readers import DIFFICULT
 
 
 def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int = 1) -> float:
-    """Share of images whose class is among the ``k`` of the highest scores.
+    """Share of images whose class is among the ``k`` with the highest scores.
 
-    Of equal scores the lower class number comes first, on every device.
+    Among equal scores the lower class number comes first, on every device.
 
     Args:
         scores: (N, C), without NaN.
         labels: (N,), class numbers.
-        k: how many classes may be named; all are if ``k`` exceeds C.
+        k: how many classes count; if ``k`` exceeds C, all do.
 
     Returns:
         per cent.
@@ -46,7 +46,7 @@ def mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float
 
     Args:
         scores: (N, C), without NaN.
-        targets: (N, C), 1 for a positive, 0 for a negative, ``DIFFICULT`` to leave out.
+        targets: (N, C), 1 for a positive, 0 for a negative, ``DIFFICULT`` for one left out.
 
     Returns:
         per cent.
@@ -74,9 +74,9 @@ def mean_average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float
 def average_precision(scores: torch.Tensor, positive: torch.Tensor) -> float:
     """The 11-point average precision: mean over recalls 0, 0.1, ..., 1 of the best precision.
 
-    The best is over all thresholds that reach the recall. Equal scores lie on the same side of
-    every threshold, so the result does not depend on the order of the images, and equal scores
-    for all give the share of positives. Whether a recall is reached is decided in integers.
+    The best is over all thresholds that reach the recall. Equal scores lie on one side of every
+    threshold, so the order of the images does not matter. If all scores are equal, the result is
+    the share of positives. Integer arithmetic decides whether a recall is reached.
 
     Args:
         scores: (N,), without NaN.
@@ -130,6 +130,6 @@ def _ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_nan(scores: torch.Tensor) -> None:
-    # NaN compares as false with all, which would count as right
+    # every comparison with NaN is false, so NaN would count as right
     if scores.isnan().any():
         raise ValueError("scores hold NaN")

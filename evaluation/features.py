@@ -34,15 +34,15 @@ def extract_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The features of every image of a data set, exactly once and in its order.
 
-    Each process encodes its part; images of unequal size need a batch of 1. The memory is that of
-    the features, once on each process, and of a process's own part.
+    Each process encodes its part. Images of unequal size need a batch of 1. Each process needs
+    memory for all features, and for its own part once more.
 
     Args:
         encoder: images (B, 3, H, W) -> features (B, F), in eval mode on ``run.device``.
         dataset: items are (uint8 3 x H x W, label); it has a length.
         run: device and precision.
-        batch_size: images a process and batch.
-        num_workers: data workers a process.
+        batch_size: images in a batch of one process.
+        num_workers: data workers of each process.
         normalize: L2-normalise the features.
         label: what the progress bar says.
 
@@ -50,7 +50,7 @@ def extract_features(
         features (N, F) in float32 and labels (N, ...), on the CPU of every process.
     """
     total = len(cast(Sized, dataset))
-    # all processes encode as many, so that the rows can be gathered; repeats are dropped again
+    # all processes encode equally many, so that rows can be gathered; repeats are dropped later
     rows = -(-total // world_size())
     own = [i % total for i in range(rank(), rows * world_size(), world_size())]
     loader = DataLoader(
@@ -59,7 +59,7 @@ def extract_features(
         num_workers=num_workers,
         pin_memory=run.device.type == "cuda",
     )
-    shield_workers(loader)  # a training run that measures its encoder ends in order
+    shield_workers(loader)  # so that a training run that measures its encoder ends cleanly
     shown = rank() == 0 and sys.stderr.isatty()
     features = labels = torch.empty(0)
     filled = 0
@@ -93,7 +93,7 @@ def encode_images(
 
 
 def check_features(features: torch.Tensor, labels: torch.Tensor, name: str) -> None:
-    """Refuse features that would give figures that mean nothing.
+    """Refuse features whose figures would mean nothing.
 
     Args:
         features: what should be (N, F).

@@ -16,7 +16,7 @@ def knn_classify(
     """The five best classes of each test feature, for every k from one pass of similarities.
 
     The k nearest neighbours by cosine similarity vote with weight exp(similarity / temperature).
-    Works on the device of ``train_features``, beside which it needs ``chunk`` x N similarities.
+    It works on the device of ``train_features``, with room for ``chunk`` x N similarities there.
 
     Args:
         train_features: N x F, L2-normalised.
@@ -25,7 +25,7 @@ def knn_classify(
         ks: numbers of neighbours, each from 1 to N.
         temperature: divides the similarities.
         num_classes: number of classes.
-        chunk: test features at a time, by default as many as make 256 MiB of similarities.
+        chunk: test features at a time, by default as many as give 256 MiB of similarities.
 
     Returns:
         for each k the classes in falling order of votes, M x min(5, k, num_classes), on the CPU.
@@ -49,12 +49,12 @@ def knn_classify(
         similarity = queries.to(keys.device) @ keys  # mxN
         best, index = similarity.topk(max(ks), dim=1)  # sorted: the first k serve a smaller k
         labels = train_labels[index]  # mxk
-        # relative to the nearest, which changes no order and overflows at no temperature
+        # relative to the nearest: the order stays, and no temperature overflows
         weights = ((best - best[:, :1]) / temperature).exp()
         for k in ks:
             votes = weights.new_zeros(len(queries), num_classes)
             votes.scatter_add_(1, labels[:, :k], weights[:, :k])
-            # equal votes, such as none at all, rank by class number
+            # equal votes, also those of zero, rank by class number
             order = votes.sort(dim=1, descending=True, stable=True).indices
             ranked[k].append(order[:, : min(5, k, num_classes)].cpu())
     return {k: torch.cat(parts) for k, parts in ranked.items()}

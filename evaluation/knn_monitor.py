@@ -14,7 +14,7 @@ from evaluation.knn import knn_classify
 from utils.errors import UserError
 from utils.run import Run
 
-MOST_TRAIN, MOST_VAL = 10_000, 5_000  # images; of more, as many evenly spread over the data set
+MOST_TRAIN, MOST_VAL = 10_000, 5_000  # images; from a larger data set, evenly spread
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 UNREADABLE = -1
 
@@ -22,7 +22,7 @@ UNREADABLE = -1
 class KnnMonitor:
     """Classifies val images by train images every TRAIN.KNN_FREQ epochs, and after the last.
 
-    Training goes on as if it had not been there. An image that cannot be read is left out.
+    It does not change the training. An image that cannot be read is left out.
 
     Args:
         config: the configuration; with TRAIN.KNN_FREQ 0 nothing is measured.
@@ -30,7 +30,7 @@ class KnnMonitor:
         run: device, precision and log.
 
     Raises:
-        UserError: no val images, or other classes or labels than k-NN can use.
+        UserError: no val images, or classes or labels that k-NN cannot use.
     """
 
     def __init__(self, config: CfgNode, train: ImageSource, run: Run) -> None:
@@ -81,7 +81,7 @@ class KnnMonitor:
 
     def _encode(self, encoder: nn.Module, images: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         features, labels = extract_features(
-            encoder.forward,  # not a compiled one, which would be compiled anew for this
+            encoder.forward,  # not the compiled one, which would be compiled again for this
             images,
             self.run,
             batch_size=self.config.DATA.BATCH_SIZE,

@@ -12,12 +12,12 @@ BLOCK = 2**25  # similarities at a time: 128 MiB, and a 480p grid of 16-pixel pa
 class LabelPropagation:
     """Carries soft labels from frame to frame.
 
-    The context of a frame is the first frame and the last ones before it; nothing else is kept.
+    The context of a frame is the first frame and the ones just before it. Nothing else is kept.
 
     Args:
         features: of the first frame, (h, w, C).
-        labels: of the first frame, (h, w, K), a one-hot vector a patch.
-        n_last_frames: frames of the context beside the first.
+        labels: of the first frame, (h, w, K), a one-hot vector for each patch.
+        n_last_frames: frames of the context besides the first.
         radius: rows and columns that a label may move, None for any.
         topk: patches of the context that a patch takes its label from.
         temperature: of the affinity exp(cosine / temperature).
@@ -55,7 +55,7 @@ class LabelPropagation:
         """Features of the next frame, (h, w, C) -> its soft labels, (h, w, K).
 
         Raises:
-            ValueError: another grid than the first frame's.
+            ValueError: a grid other than the first frame's.
         """
         if features.shape != self.first[0].shape:
             raise ValueError(
@@ -121,7 +121,7 @@ def propagate(
 def outside_neighborhood(
     height: int, width: int, radius: int, device: torch.device
 ) -> torch.Tensor:
-    """Which patches of a grid are more than ``radius`` rows or columns away from which.
+    """Which pairs of patches of a grid are more than ``radius`` rows or columns apart.
 
     Returns:
         (h, w, h, w) of bool, kept for the next call.

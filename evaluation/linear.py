@@ -23,9 +23,9 @@ from utils.update import Forward
 
 
 class LinearClassifiers(nn.Module):
-    """An encoder with linear heads side by side, each of which learns as if it were alone.
+    """An encoder with linear heads side by side, each learning as if it were alone.
 
-    All heads begin with the same weights, so that nothing but their rates sets them apart.
+    All heads begin with the same weights, so that they differ only in their rates.
 
     Args:
         encoder: images (B, 3, H, W) -> features (B, F), with its ``num_features``.
@@ -66,14 +66,14 @@ class LinearClassifiers(nn.Module):
             return torch.stack([head(features.float()) for head in self.heads])
 
     def head_groups(self, rates: list[float], weight_decay: float) -> list[dict]:
-        """A group a head, with its rate as the ``lr_scale`` of timm's schedulers."""
+        """A group for each head, with its rate as the ``lr_scale`` of timm's schedulers."""
         return [
             {"params": list(head.parameters()), "lr_scale": rate, "weight_decay": weight_decay}
             for head, rate in zip(self.heads, rates, strict=True)
         ]
 
     def layer_groups(self, weight_decay: float, layer_decay: float) -> list[dict]:
-        """Groups of encoder and heads, with rates that fall by ``layer_decay`` a layer down.
+        """Groups of encoder and heads; the rate falls by ``layer_decay`` with each layer down.
 
         Weight decay skips one-dimensional parameters and what the encoder names.
 
@@ -92,7 +92,7 @@ class LinearClassifiers(nn.Module):
         ]
 
     def with_head(self, index: int) -> dict[str, torch.Tensor]:
-        """The state of a model that has head ``index`` alone."""
+        """The state of a model that has only head ``index``."""
         own = f"heads.{index}."
         return {
             name.replace(own, "heads.0."): value
@@ -108,10 +108,10 @@ def classification_loss(
 
     Args:
         scores: (B, C).
-        targets: class numbers (B,), probabilities (B, C), or for several labels an image
+        targets: class numbers (B,), probabilities (B, C), or, for images with several labels,
             (B, C) of 1, 0 and ``DIFFICULT``.
         smoothing: label smoothing of class numbers.
-        multi_label: the sum over classes of the binary cross-entropies, without those marked
+        multi_label: use the sum over classes of the binary cross-entropies, without those marked
             difficult; else cross-entropy.
     """
     if not multi_label:
@@ -157,7 +157,7 @@ def score_classifier(
 def read_classifiers(
     path: str, encoder: Backbone, num_classes: int
 ) -> tuple[LinearClassifiers, dict[str, Any]]:
-    """A checkpoint of classifiers with an encoder like theirs, for evaluation.
+    """Read a checkpoint of classifiers for evaluation; ``encoder`` is of the same kind as theirs.
 
     Returns:
         the classifiers in eval mode, and the checkpoint with ``lr``, the rate of each head, and
@@ -192,7 +192,7 @@ def score_heads(
     """
     device = next(model.heads.parameters()).device
     features, targets = features.to(device), targets.to(device)
-    # one after the other: N x C scores a head can fill a GPU
+    # one at a time, because N x C scores for every head can fill a GPU
     left_out = left_out or [False] * len(model.heads)
     return [
         None if left else score_classifier(head(features), targets, metric)
@@ -215,7 +215,7 @@ class Judged:
     """What the heads have achieved.
 
     Attributes:
-        epoch: the last that was judged.
+        epoch: the last one that was judged.
         best: ``value``, ``epoch`` and ``lr`` of the best head so far.
         figures: of each head after the last epoch, None for one that has diverged.
         left_out: whether each head has diverged for good.
@@ -229,7 +229,7 @@ class Judged:
         self.left_out = [False] * len(rates)
 
     def leave_out(self, diverged: list[bool]) -> None:
-        """Judge these heads no more."""
+        """Stop judging these heads."""
         self.left_out = [a or b for a, b in zip(self.left_out, diverged, strict=True)]
 
     def add(self, epoch: int, figures: list[dict[str, float | None] | None]) -> None:
@@ -246,7 +246,7 @@ class Judged:
             raise UserError(f"training diverged with all rates {self.rates}: lower --lr")
 
     def log(self, metric: str, logger: logging.Logger) -> None:
-        """A line a head."""
+        """Log a line for each head."""
         for rate, figure in zip(self.rates, self.figures, strict=True):
             logger.info("epoch %d, lr %g: %s %s", self.epoch, rate, metric, describe(figure))
 
@@ -265,12 +265,12 @@ class Judged:
             save_checkpoint(state, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """What a checkpoint stores."""
         state = {"judged": self.epoch, "best": self.best, "figures": self.figures}
         return state | {"left_out": self.left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what a checkpoint holds; one of v0.1 was written after its epoch was judged."""
+        """Restore from a checkpoint; v0.1 wrote its checkpoints after their epoch was judged."""
         self.epoch = state.get("judged", state["epoch"])
         self.best, self.figures = state["best"], state["figures"]
         self.left_out = state.get("left_out", self.left_out)
@@ -294,7 +294,7 @@ def forward_images(
 
 
 def describe(figure: dict[str, float | None] | None) -> str:
-    """A line of the figures of one classifier."""
+    """The figures of one classifier on a line."""
     if figure is None:
         return "diverged"
     return " ".join(f"{name} {v:.4f}" for name, v in figure.items() if v is not None)

@@ -42,14 +42,13 @@ class Fit:
 
 
 class LogisticRegression:
-    """Fits multinomial logistic regression, or one binary regression a class, by L-BFGS.
+    """Fits multinomial logistic regression, or one binary regression for each class, by L-BFGS.
 
-    The objective is that of Kornblith et al. 2019 (arXiv 1805.08974), the sum over the images of
-    the losses and l2 / 2 times the squared norm of the weights without the biases; scikit-learn's
-    ``C`` is 1 / l2. It is minimised in float64 and in coordinates in which the features are
-    centred and the Hessian at zero is about the identity, which moves no minimum and needs
-    far fewer steps where the features' scales differ. Every process sums over its part of the
-    images.
+    The objective is that of Kornblith et al. 2019 (arXiv 1805.08974): the sum of the images'
+    losses, plus l2 / 2 times the squared norm of the weights without the biases. scikit-learn's
+    ``C`` is 1 / l2. It is minimised in float64. In the coordinates used, the features are centred
+    and the Hessian at zero is about the identity. This does not move the minimum, and takes far
+    fewer steps where the features' scales differ. Every process sums over its part of the images.
 
     Args:
         features: N x F.
@@ -153,13 +152,13 @@ def choose_strength(
 ) -> tuple[float, Fit]:
     """Choose the L2 strength on a fifth of the images, then fit all of them.
 
-    The strengths are tried from the largest to the smallest, each from the fit before; of equally
-    good ones the larger is taken (SimCLR, arXiv 2002.05709, appendix B.8; BYOL, arXiv 2006.07733,
-    appendix D).
+    The strengths are tried from the largest to the smallest, each from the fit before. If several
+    are equally good, the largest is taken (SimCLR, arXiv 2002.05709, appendix B.8; BYOL, arXiv
+    2006.07733, appendix D).
 
     Args:
         features, targets, num_classes: as for ``LogisticRegression``.
-        metric: a key of ``METRICS``, the higher the better.
+        metric: a key of ``METRICS``; higher is better.
         strengths: what to choose from.
         seed: of the draw of the held-out images.
 
@@ -178,7 +177,7 @@ def choose_strength(
 
 
 def _hold_out(targets: torch.Tensor, seed: int) -> torch.Tensor:
-    """Which images are held out, N of bool: a fifth, of each class where classes are given."""
+    """Which images are held out, N of bool: a fifth, or a fifth of each class if there are any."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(targets), generator=generator)
     if targets.ndim == 1:

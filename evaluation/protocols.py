@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 from utils.config import with_values
 from utils.errors import UserError
 
-# what a configuration file, which is of pre-training, does not say; rates are for 512 images
+# a configuration file describes pre-training, so these replace its keys; rates are for 512 images
 PROTOCOLS: dict[str, dict[str, Any]] = {
     # the linear probe of MoBY (arXiv 2105.04553)
     "freeze": {
@@ -41,20 +41,20 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 def apply_protocol(
     config: CfgNode, opts: list[str], rates: list[float] | None
 ) -> tuple[CfgNode, list[float]]:
-    """The TRAIN.* of the protocol of LINEAR_EVAL.WEIGHTS in place of pre-training's.
+    """Replace pre-training's TRAIN.* by those of the protocol that LINEAR_EVAL.WEIGHTS names.
 
     Args:
         config: the configuration as it was read.
-        opts: ``KEY VALUE ...`` of ``--opts``, which go before the protocol.
-        rates: of ``--lr``, which go before TRAIN.BASE_LR.
+        opts: ``KEY VALUE ...`` of ``--opts``, which override the protocol.
+        rates: of ``--lr``, which override TRAIN.BASE_LR.
 
     Returns:
-        the configuration of the evaluation, and the base rate of each head. Its TRAIN.BASE_LR is
-        what the schedule is of: the rate of fine-tuning, or 1, of which the rate of each head of
-        a probe is a multiple.
+        the configuration of the evaluation, and the base rate of each head. The schedule is for
+        its TRAIN.BASE_LR: the rate of fine-tuning, or 1 for a probe, where each head multiplies
+        it by its own rate.
 
     Raises:
-        UserError: rates that cannot be, or several for fine-tuning.
+        UserError: impossible rates, or several for fine-tuning.
     """
     weights = config.LINEAR_EVAL.WEIGHTS
     protocol = {k: v for k, v in PROTOCOLS[weights].items() if k not in opts[::2]}

@@ -18,7 +18,7 @@ Scores = TypedDict("Scores", {"mAP": float, "mP@k": dict[int, float], "AP": list
 
 
 def rank_images(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The images of the database by falling similarity to each query; equal ones in their order.
+    """The database's images by falling similarity to each query; equal ones keep their order.
 
     Args:
         database: (N, F), L2-normalised.
@@ -71,7 +71,7 @@ def trapezoid_average_precision(positions: np.ndarray, positives: int) -> float:
     if positives < 1:
         raise ValueError("average precision needs a positive image")
     found = np.arange(len(positions))
-    # before the first image nothing was wrong yet
+    # nothing is wrong before the first image
     before = np.where(positions == 0, 1.0, found / np.maximum(positions, 1))
     after = (found + 1) / (positions + 1)
     return float(((before + after) / 2).sum() / positives)
@@ -109,7 +109,7 @@ def score_difficulty(
         difficulty: a key of ``DIFFICULTIES``.
 
     Returns:
-        ``mAP``, ``mP@k`` by k and ``AP`` by query, from 0 to 1; NaN where nothing was to find.
+        ``mAP``, ``mP@k`` by k and ``AP`` by query, from 0 to 1; NaN if there is nothing to find.
     """
     right, ignored = DIFFICULTIES[difficulty]
     precisions = np.full(len(ground_truth), np.nan)

@@ -54,7 +54,7 @@ def contour_accuracy(annotation: np.ndarray, prediction: np.ndarray) -> float:
 def contour(mask: np.ndarray) -> np.ndarray:
     """The pixels of a mask, (H, W) of bool, that differ from the one right, below or diagonal.
 
-    Beyond the last row and column the mask goes on as it is.
+    Beyond the edge, the last row and column are repeated.
     """
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     right, below, diagonal = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]

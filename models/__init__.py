@@ -12,7 +12,7 @@ from models.synco import SynCo
 from utils.errors import UserError
 
 METHODS: dict[str, type[MomentumMethod]] = {"byol": BYOL, "moby": MoBY, "synco": SynCo}
-# arguments of the methods whose key is not their own name
+# arguments of the methods whose key has another name
 KEYS = {
     "temperature": "CONTRAST_TEMPERATURE",
     "num_negatives": "CONTRAST_NUM_NEGATIVE",
@@ -23,8 +23,8 @@ KEYS = {
 def build_method(config: CfgNode) -> MomentumMethod:
     """The pre-training method that ``config.MODEL`` describes.
 
-    Each argument of the method's constructor has the value of the key with its name in capitals;
-    one that no key is named after keeps its default, or is set by ``MODEL.OPTIONS.<argument>``.
+    Each argument of the method's constructor takes the value of the key with its name in capitals.
+    Without such a key it keeps its default, or is set by ``MODEL.OPTIONS.<argument>``.
 
     Raises:
         UserError: an unknown method, option or encoder, or values that a method refuses.

@@ -28,8 +28,8 @@ class _MeanOverProcesses(torch.autograd.Function):
 class SyncBatchNorm(nn.BatchNorm1d):
     """BatchNorm of the last dimension with the statistics of all processes, by gloo on the CPU.
 
-    In training, every process must hold the same number of rows. ``synchronize_batch_norm`` puts
-    torch's SyncBatchNorm, which runs on GPUs alone, in its place there.
+    In training, every process must hold the same number of rows. On GPUs,
+    ``synchronize_batch_norm`` uses torch's SyncBatchNorm instead, which runs only there.
     """
 
     channels = -1  # the dimension
@@ -49,7 +49,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
 
     def _forward_gloo(self, rows: torch.Tensor) -> torch.Tensor:
         dims = tuple(range(rows.ndim - 1))
-        # two reductions, not one of the sum of squares: that difference cancels in float32
+        # two reductions, because a difference of sums of squares would cancel in float32
         mean = _MeanOverProcesses.apply(rows.mean(dims))
         centered = rows - mean
         var = _MeanOverProcesses.apply(centered.square().mean(dims))
@@ -63,7 +63,7 @@ class SyncBatchNorm(nn.BatchNorm1d):
 
 
 class _SyncBatchNormAct(SyncBatchNorm):
-    """The same of images, (B, C, ...), with what timm does after its BatchNorm."""
+    """The same for images, (B, C, ...), and then what timm does after its BatchNorm."""
 
     channels = 1
 
@@ -82,7 +82,7 @@ class _CudaSyncBatchNorm(nn.SyncBatchNorm):
 
 
 def synchronize_batch_norm(module: M, device: torch.device) -> M:
-    """Move ``module`` to ``device``, its BatchNorms to the kind that synchronises there."""
+    """Move ``module`` to ``device``, with BatchNorms of the kind that synchronises there."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm):

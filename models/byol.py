@@ -9,12 +9,7 @@ class BYOL(MomentumMethod):
     """The mean over both directions of the squared distance of unit query and key."""
 
     def loss(
-        self,
-        q1: torch.Tensor,
-        q2: torch.Tensor,
-        k1: torch.Tensor,
-        k2: torch.Tensor,
-        epoch: int,
+        self, q1: torch.Tensor, q2: torch.Tensor, k1: torch.Tensor, k2: torch.Tensor, epoch: int
     ) -> Output:
         """BYOL, equation 2; the accuracy is that among the keys of the batch."""
         positive1 = (q1 * k2).sum(1)  # B

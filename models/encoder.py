@@ -17,12 +17,12 @@ from utils.errors import UserError
 from utils.update import Precision
 
 PREFIX = "timm/"
-# for images of other sizes than those of training, where a backbone can
+# for images of other sizes than in training, where a backbone can take them
 ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
 
 
 class Backbone(nn.Module):
-    """What a type checker must know of the encoders, whose real classes are timm's and many."""
+    """What a type checker must know of the encoders, which are of many classes of timm."""
 
     num_features: int
     feature_info: list[dict[str, Any]]
@@ -58,7 +58,7 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str,
             )
             break
         except TypeError as error:
-            # the constructors tell what they do not know one by one
+            # a constructor names one unknown argument at a time
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if not unknown or unknown[1] not in options:
                 raise
@@ -69,7 +69,7 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str,
     # some have layers between the last map and the classifier
     encoder.num_features = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     if not hasattr(encoder, "no_weight_decay"):
-        encoder.no_weight_decay = set  # none beside the one-dimensional ones
+        encoder.no_weight_decay = set  # none besides the one-dimensional ones
     return encoder, options
 
 
@@ -105,7 +105,7 @@ def create_encoder(
         name: a key of ``ENCODERS``, or ``timm/`` and the name of a model of timm.
         img_size: side of the training images in pixels.
         drop_rate: dropout rate.
-        drop_path_rate: stochastic depth rate, of a model of timm if it has that.
+        drop_path_rate: stochastic depth rate; not every model of timm has it.
         stop_grad_conv1: keep a ViT's patch projection as initialised (MoCo v3, section 4).
         replace_ln_with_bn: BatchNorm in place of the LayerNorm before each MLP.
         use_checkpoint: recompute activations in the backward pass.
@@ -158,8 +158,8 @@ def _replace_norms(encoder: nn.Module, name: str) -> None:
 def choose_attention(model: nn.Module, precision: Precision) -> None:
     """Switch fused attention off where the plain form is faster.
 
-    On the CPU these are two cases: backward in bfloat16, and a position bias that learns (Swin),
-    whose gradient the fused kernel does not give.
+    On the CPU there are two such cases: the backward pass in bfloat16, and a position bias that
+    learns (Swin), because the fused kernel gives no gradient for it.
     """
     cpu = precision.device_type == "cpu"
     layers: list[Any] = list(model.modules())  # torch's types allow no attributes of other types

@@ -11,9 +11,9 @@ from utils.distributed import all_gather_batch
 class MoBY(MomentumMethod):
     """Each query must find its key among the keys of earlier batches.
 
-    Two first-in-first-out queues, one a view. Buffers, named as published: ``queue1`` and
-    ``queue2`` of dim x length, ``queue_ptr`` of 1, the next column to be written. The queues
-    start as unit-norm noise of torch's default generator: seed all processes alike.
+    Two first-in-first-out queues, one for each view. The buffers are named as published:
+    ``queue1`` and ``queue2`` of dim x length, and ``queue_ptr`` of 1, the next column to write.
+    The queues start as unit-norm noise of torch's default generator: seed all processes alike.
 
     Args:
         encoder, encoder_k, proj_num_layers, pred_num_layers: as in MomentumMethod.
@@ -51,12 +51,7 @@ class MoBY(MomentumMethod):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def loss(
-        self,
-        q1: torch.Tensor,
-        q2: torch.Tensor,
-        k1: torch.Tensor,
-        k2: torch.Tensor,
-        epoch: int,
+        self, q1: torch.Tensor, q2: torch.Tensor, k1: torch.Tensor, k2: torch.Tensor, epoch: int
     ) -> Output:
         """MoBY, section 3: CE(q1 against k2 and queue2) + CE(q2 against k1 and queue1)."""
         loss1, accuracy1, positive1 = self._contrast(q1, k2, self.queue2, epoch)
@@ -98,7 +93,7 @@ class MoBY(MomentumMethod):
 
     @torch.no_grad()
     def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor, finite: torch.Tensor) -> None:
-        """Put the keys of all processes in place of the oldest; wraps around.
+        """Replace the oldest keys by the keys of all processes; wraps around.
 
         Args:
             keys1, keys2: of this process, (B, dim) each.

@@ -60,7 +60,7 @@ class Output:
         accuracy: share of the queries, 0 to 1, whose own key is the most similar of all keys.
         positive: mean cosine similarity of a query and its own key.
         keys: k1 and k2, (B, dim), without gradient.
-        figures: what a training run reports beside the loss, scalars; set by ``forward``.
+        figures: scalars that a training run reports besides the loss; set by ``forward``.
     """
 
     loss: torch.Tensor
@@ -74,7 +74,7 @@ class MomentumMethod(nn.Module):
     """Base of the methods: encoder, projector and predictor learn, the key branch follows.
 
     A method implements ``loss``. Nothing counts steps here: momentum and epoch are passed in.
-    For each update, call ``update_key_encoder``, then ``forward`` once a micro-batch, and after
+    For each update, call ``update_key_encoder``, then ``forward`` for each micro-batch, and after
     the optimizer's step ``enqueue`` with the keys of each.
 
     Args:
@@ -128,18 +128,13 @@ class MomentumMethod(nn.Module):
         return output
 
     def loss(
-        self,
-        q1: torch.Tensor,
-        q2: torch.Tensor,
-        k1: torch.Tensor,
-        k2: torch.Tensor,
-        epoch: int,
+        self, q1: torch.Tensor, q2: torch.Tensor, k1: torch.Tensor, k2: torch.Tensor, epoch: int
     ) -> Output:
-        """The method's loss of unit float32 queries and keys, (B, dim) each."""
+        """The method's loss for unit float32 queries and keys, (B, dim) each."""
         raise NotImplementedError
 
     def enqueue(self, keys1: torch.Tensor, keys2: torch.Tensor, finite: torch.Tensor) -> None:
-        """Keep the keys for later updates, where a method needs them; every process calls it.
+        """Keep the keys for later updates, if the method needs them; every process calls it.
 
         Args:
             keys1, keys2: of this process, (B, dim) each.
@@ -163,7 +158,7 @@ class MomentumMethod(nn.Module):
 
     @staticmethod
     def _normalize(x: torch.Tensor) -> torch.Tensor:
-        # in float32, also inside autocast
+        # in float32, even inside autocast
         return F.normalize(x.float(), dim=1)
 
 
@@ -182,9 +177,9 @@ def spread_figures(
 
     Returns:
         scalars on the device: ``negative``, the mean similarity of a query and the queue of its
-        keys, or without one the keys of other images; and ``feature_std``, the standard deviation
-        of the queries over the batch, averaged over the dimensions. Only what B allows: both but
-        the former of a queue need two images.
+        keys, or without a queue the keys of other images; and ``feature_std``, the standard
+        deviation of the queries over the batch, averaged over the dimensions. With a single image
+        there is only ``negative``, and only with a queue.
     """
     with torch.autocast(queries[0].device.type, enabled=False):
         figures = {}

@@ -20,8 +20,8 @@ def patch_stride(encoder: Backbone) -> int:
 def patch_features(encoder: Backbone, images: torch.Tensor) -> torch.Tensor:
     """The patch features that DINO's video protocol compares.
 
-    A ViT's are its patch tokens after the last LayerNorm; those of a Swin or of a network of
-    convolutions are the map of stride 16, because its last has a patch for 32 pixels.
+    For a ViT they are its patch tokens after the last LayerNorm. For a Swin or a network of
+    convolutions they are the map of stride 16, because the last map has a patch for 32 pixels.
 
     Args:
         encoder: from ``models.encoder``.
@@ -31,7 +31,7 @@ def patch_features(encoder: Backbone, images: torch.Tensor) -> torch.Tensor:
         (B, h, w, C), a patch every ``patch_stride`` pixels.
 
     Raises:
-        UserError: a backbone of timm that gives no such map, or none of images of this size.
+        UserError: a backbone of timm that gives no such map, or none for images of this size.
     """
     depth = _depth(encoder)
     try:
@@ -47,7 +47,7 @@ def patch_features(encoder: Backbone, images: torch.Tensor) -> torch.Tensor:
 
 
 def _depth(encoder: nn.Module) -> int:
-    """The deepest block or stage whose patches lie no further apart than ``STRIDE``."""
+    """The deepest block or stage whose patches are at most ``STRIDE`` apart."""
     infos = getattr(encoder, "feature_info", None) or []
     fitting = [i for i, info in enumerate(infos) if info["reduction"] <= STRIDE]
     if not fitting or not hasattr(encoder, "forward_intermediates"):
@@ -66,7 +66,7 @@ def class_attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
         images: (B, 3, H, W).
 
     Returns:
-        (B, heads, h, w); what a head leaves to the class token itself is missing from its sum of 1.
+        (B, heads, h, w); each head sums to 1 less its attention to the class token itself.
 
     Raises:
         UserError: a backbone without a class token.

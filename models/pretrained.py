@@ -19,7 +19,7 @@ from utils.run import Run
 
 # where checkpoints of this field keep their weights, the innermost last
 CONTAINERS = ("model", "state_dict", "teacher", "student")
-# what stands before the names of a backbone's weights, and whose checkpoints have it
+# the prefixes of a backbone's weights, and whose checkpoints have them
 FAMILIES = (
     ("this project, SynCo-v2 or MoBY", "{key}."),
     ("MoCo v3", "module.{moco}."),
@@ -28,7 +28,7 @@ FAMILIES = (
     ("linear evaluation or timm under DistributedDataParallel", "module."),
     ("timm, DeiT or Microsoft's Swin", ""),
 )
-# heads and what belongs to the other parts of a wrapper
+# heads and the other parts of a wrapper
 LEFT_OUT = re.compile(
     r"^(head|head_dist|fc|fc_norm|predictor|projector|projector_k|queue|contrast)\b|^head\.|_head\."
 )
@@ -107,11 +107,11 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
             inside.append(name)
     weights = {name: value for name, value in state.items() if torch.is_tensor(value)}
     expected = encoder.state_dict()
-    # a backbone of timm may name its first convolution otherwise
+    # a backbone of timm may have another name for its first convolution
     stem = next((name for name, value in expected.items() if value.ndim == 4), STEM[0])
     family, prefix = _find_family(weights, (stem, *STEM), key, path)
     own = {name[len(prefix) :]: v for name, v in weights.items() if name.startswith(prefix)}
-    # and have a head.norm of its own
+    # it may also have a head.norm of its own
     own = {n: value for n, value in own.items() if n in expected or not LEFT_OUT.search(n)}
     load_model(encoder, own, path)
     count = len(expected)

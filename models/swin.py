@@ -12,15 +12,15 @@ PATCH = 4
 class SwinTransformer(TimmSwinTransformer):
     """Swin with windows of 7 x 7 at any image size.
 
-    The feature is the mean of the last stage. timm shrinks the windows of images below 224
-    pixels, which changes the shape of the weights; here such images are padded instead, so that
+    The feature is the mean of the last stage. timm shrinks the windows for images below 224
+    pixels, which changes the shape of the weights. Here such images are padded instead, so that
     one checkpoint serves every size.
 
     Args:
         img_size: side of the training images in pixels.
         embed_dim: width of the first stage, doubled at each of the next three.
-        depths: blocks a stage.
-        num_heads: attention heads a stage.
+        depths: blocks in each stage.
+        num_heads: attention heads in each stage.
         drop_rate: dropout rate.
         drop_path_rate: stochastic depth rate of the last block, rising linearly from 0.
     """
@@ -54,9 +54,9 @@ class SwinTransformer(TimmSwinTransformer):
 
 
 def _rename_microsoft(model: SwinTransformer, state_dict: dict, prefix: str, *_: object) -> None:
-    """Turn Microsoft's names, whose ``downsample`` ends the stage before, into timm's, in place.
+    """Turn Microsoft's names into timm's, in place: their ``downsample`` ends the stage before.
 
-    The buffers that timm derives are dropped.
+    Buffers that timm derives are dropped.
     """
     own = {k[len(prefix) :]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
     own = checkpoint_filter_fn(own, model)

@@ -12,8 +12,8 @@ carries no gradient, so the loss reaches q through the product q.v alone:
 
 Nothing here builds v. With q' for q held constant and unit q and n, types 1, 2 and 5 are
 v = (A q' + B n) / |A q' + B n|, so q.v = (A q.q' + B q.n) / sqrt(A^2 + B^2 + 2 A B q'.n), and q.n
-is at hand: it is an entry of q times queue. Type 6 has sign(q') for q', type 3 a second key, and
-type 4 the noise, the only one of them that needs a vector for each negative.
+is at hand: it is an entry of q times queue. In place of q', type 6 has sign(q'), type 3 a second
+key, and type 4 the noise. Only the noise needs a vector for each negative.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class Draws:
     """The random numbers of one call: which keys, and the coefficients.
 
     Attributes:
-        columns: for types 1 to 6 the queue columns of n, B x N_i each (type 3 two of them, the
-            second at the end).
+        columns: for types 1 to 6 the queue columns of n, B x N_i each, then those of the second
+            key of type 3.
         uniform: draws of U(0, 1) for types 1, 2 and 3, B x N_i each.
         normal: draws of N(0, 1) for type 4, B x N4 x dim.
     """
@@ -47,7 +47,7 @@ class SynCo(MoBY):
     Args:
         encoder, encoder_k, proj_num_layers, pred_num_layers, temperature, num_negatives: as in
             MoBY.
-        n_hard: the most similar keys of a query, from which its negatives are made.
+        n_hard: how many of a query's most similar keys its negatives are made from.
         counts: negatives of the types 1 to 6 for each query.
         warmup_epochs: first epoch, from 0, with synthetic negatives.
         cooldown_epochs: last epoch with them.
@@ -127,7 +127,7 @@ class SynCo(MoBY):
             )
         )
         _, _, c3, c4, _, c6, c3_other = draws.columns
-        # one gather for all types, whose backward pass writes B x K once
+        # one gather for all types: its backward pass writes B x K once
         picked = similarity.gather(1, torch.cat(draws.columns, dim=1))
         qn1, qn2, qn3, qn4, qn5, qn6, qn3_other = picked.split(
             [c.shape[1] for c in draws.columns], dim=1
@@ -158,7 +158,7 @@ class SynCo(MoBY):
 
 
 def _products(vectors: torch.Tensor, keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The dot product of each vector with its key, the one that ``columns`` names.
+    """The dot product of each vector with the key that ``columns`` names.
 
     vectors of B x N x D, keys of K x D, columns of B x N -> B x N.
     """

@@ -11,15 +11,15 @@ from torch import nn
 class VisionTransformer(TimmVisionTransformer):
     """ViT with fixed 2-D sine-cosine positions and MoCo v3's initialisation.
 
-    The feature is the class token after the last LayerNorm. Images of any size: positions are
-    computed anew for another grid, and a size that the patch does not divide is padded.
+    The feature is the class token after the last LayerNorm. Images may have any size: positions
+    are computed for their grid, and a size that the patch does not divide is padded.
 
     Args:
         img_size: side of the training images in pixels.
         patch_size: side of a patch in pixels.
         embed_dim: width; a multiple of 4.
         depth: number of blocks.
-        num_heads: attention heads a block.
+        num_heads: attention heads in each block.
         drop_rate: dropout rate.
         drop_path_rate: stochastic depth rate of the last block, rising linearly from 0.
 

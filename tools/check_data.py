@@ -82,7 +82,7 @@ def main() -> None:
 
 @dataclass
 class Images:
-    """Image files without labels, of which ``names`` are the paths."""
+    """Image files without labels; ``names`` are their paths."""
 
     names: list[str]
     labels: list[int] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Problems(Dataset):
         try:
             if not self.fast:
                 self.source.read_image(index)
-            elif hasattr(self.source, "read"):  # else it lies in an array, which was read
+            elif hasattr(self.source, "read"):  # else it lies in an array, which has been read
                 check_head(self.source.read(index), self.source.names[index])
         except UserError as error:
             return str(error)

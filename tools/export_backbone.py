@@ -32,7 +32,7 @@ from utils.config import with_values
 from utils.errors import UserError
 from utils.run import run_script
 
-# the model of timm with the same layers, and what to tell its constructor
+# timm's model with the same layers, and the arguments of its constructor
 TIMM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_nano": (
         "vit_tiny_patch16_224",
@@ -141,7 +141,7 @@ def write_pth(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) ->
 
 
 def published_name(name: str) -> str:
-    """timm's name of a weight -> Microsoft's, where a downsampling ends the stage before."""
+    """timm's name of a weight -> Microsoft's, whose downsampling ends the stage before."""
     parts = name.split(".")
     if parts[0] == "layers" and parts[2] == "downsample":
         parts[1] = str(int(parts[1]) - 1)
@@ -178,7 +178,7 @@ def write_onnx(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -
 
 @torch.no_grad()
 def compare(encoder: nn.Module, written: Features, size: int) -> float:
-    """The largest difference of both features of three random images, in parts of the largest.
+    """The largest difference in features of three random images, relative to the largest feature.
 
     Raises:
         RuntimeError: more than rounding explains.

@@ -21,7 +21,7 @@ OTHERS = "#C8C8C8"
 def draw_map(
     features: np.ndarray, labels: np.ndarray, classes: list[str], method: str, seed: int
 ) -> Image.Image:
-    """Points in the plane, near each other where features are, by colour and marker of a class.
+    """Draw features as points in the plane, like ones close, with a colour and marker per class.
 
     Classes beyond the ``MOST`` most frequent are drawn in grey.
 
@@ -54,7 +54,7 @@ def draw_map(
         axes.scatter(x, y, size, colour, marker=marker, alpha=0.8, linewidths=0, label=name)
     axes.set_axis_off()
     axes.margins(0.02)
-    # as high as the map: beside it, in as many columns as that takes
+    # beside the map, in as many columns as it takes to be no higher
     axes.legend(
         loc="upper left",
         bbox_to_anchor=(1.01, 1),

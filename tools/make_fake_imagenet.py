@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def write_split(folder: str, split: str, count: int, args: argparse.Namespace) -> None:
-    """Write ``count`` JPEGs a class; image i of a class depends on the seed and on i alone."""
+    """Write ``count`` JPEGs per class; image i of a class depends on the seed and on i alone."""
     for number, (shape, texture) in enumerate(CLASSES[: args.classes]):
         path = os.path.join(folder, f"{shape}_{texture}")
         os.makedirs(path, exist_ok=True)

@@ -1,8 +1,8 @@
 """Draw a small data set in the format of revisited Oxford and Paris.
 
-A landmark is a facade of coloured windows. Easy images show it whole, hard ones in part and in
-other light, junk ones hardly; the rest of the database shows other facades. The first query has
-no right image, the second no hard one and the third no junk.
+A landmark is a facade of coloured windows. Easy images show it whole, hard ones show a part in
+other light, and junk ones hardly show it. The rest of the database shows other facades. The first
+query has no right image, the second no hard one and the third no junk.
 """
 
 import argparse

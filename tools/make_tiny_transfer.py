@@ -1,6 +1,6 @@
 """Write a miniature of a transfer data set, in the names and formats of the original's files.
 
-The classes are as many as in the original (but 10 of imagenet) and the images few and small. An
+There are as many classes as in the original (but 10 for imagenet), with few and small images. An
 image's colour tells its class, so that a classifier has something to find.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-TRAIN, TEST = 2, 1  # images a class; of caltech101 as many train as its protocol draws
+TRAIN, TEST = 2, 1  # images per class; caltech101 trains on as many as its protocol draws
 CALTECH_TRAIN = 30
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -68,7 +68,7 @@ def class_names(count: int, form: str = "class_{:03}") -> list[str]:
 
 
 def imagenet(folder: Path) -> None:
-    """Folders train/ and val/, in them a folder a class."""
+    """Folders train/ and val/, each with a folder for each class."""
     for split, count in (("train", TRAIN), ("val", TEST)):
         for label, name in enumerate(class_names(10, "n{:08}")):
             for number in range(count):
@@ -97,7 +97,7 @@ def write_python2_pickle(path: Path, value: dict) -> None:
 
 
 def cifar_batch(labels: list[int], key: str) -> dict:
-    """A batch of CIFAR: a row an image, its red, green and blue plane after each other."""
+    """A batch of CIFAR: a row for each image, with its red, then green, then blue plane."""
     images = [pixels(label, 32, 32).transpose(2, 0, 1).ravel() for label in labels]
     names = [f"image_s_{number:06}.png" for number in range(len(labels))]
     return {"batch_label": "batch", key: labels, "data": np.stack(images), "filenames": names}
@@ -139,7 +139,7 @@ def stl10(folder: Path) -> None:
 
 
 def flowers102(folder: Path) -> None:
-    """MATLAB lists of image numbers a split and of labels from 1."""
+    """MATLAB lists of the image numbers of each split, and of labels from 1."""
     folder = folder / "flowers-102"
     parts = ["trnid", "valid"] + ["tstid"] * TEST
     labels = np.repeat(np.arange(102), len(parts))
@@ -196,7 +196,7 @@ def cars(folder: Path) -> None:
 
 
 def caltech101(folder: Path) -> None:
-    """A folder a class, and in the background's a file that is no image."""
+    """A folder for each class; the background's also holds a file that is not an image."""
     folder = folder / "caltech101" / "101_ObjectCategories"
     for label, name in enumerate(["BACKGROUND_Google", *class_names(101)]):
         for number in range(CALTECH_TRAIN + TEST):
@@ -205,7 +205,7 @@ def caltech101(folder: Path) -> None:
 
 
 def dtd(folder: Path) -> None:
-    """A folder a class, and lists of the first of ten divisions."""
+    """A folder for each class, and lists of the first of ten divisions."""
     folder = folder / "dtd" / "dtd"
     names = class_names(47)
     for number, split in enumerate(["train", "val"] + ["test"] * TEST):
@@ -244,7 +244,7 @@ def sun397(folder: Path) -> None:
 
 
 def voc2007(folder: Path) -> None:
-    """A list a class and split: 1, -1, or 0 where all objects of the class are difficult.
+    """A list for each class and split: 1, -1, or 0 where all objects of the class are difficult.
 
     The class after an image's own is difficult in it.
     """

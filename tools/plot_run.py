@@ -26,7 +26,7 @@ from utils.training_log import METRICS
 
 # told apart by colour-blind readers too (Okabe and Ito), the yellow left out
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-SMOOTHED = 40  # of so many parts of a run each is averaged to smooth it
+SMOOTHED = 40  # smoothing averages over one of so many parts of a run
 
 Series = tuple[np.ndarray, np.ndarray]
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def run_names(folders: list[str]) -> list[str]:
-    """The shortest ends of the paths that differ, of two parts (model and tag) at least.
+    """The shortest ends of the paths that differ, at least two parts long (model and tag).
 
     Raises:
         UserError: a folder given twice.
@@ -130,7 +130,7 @@ def by_head(runs: dict[str, dict[str, Series]]) -> dict[str, dict[str, Series]]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average, (N,) -> (N,), over a part of the run; NaN counts nowhere."""
+    """A centred moving average, (N,) -> (N,), over a part of the run; NaN does not count."""
     window = 2 * (len(values) // SMOOTHED // 2) + 1
     known = np.isfinite(values)
     kernel = np.ones(window)

@@ -68,7 +68,7 @@ def font() -> ImageFont.FreeTypeFont:
 
 
 def shorten(text: str, width: float) -> str:
-    """The text on one line, its end left out where it is wider than ``width`` pixels."""
+    """The text on one line, cut at the end if it is wider than ``width`` pixels."""
     text = " ".join(text.split())
     if font().getlength(text) <= width:
         return text
@@ -90,7 +90,7 @@ def wrap(text: str, width: float) -> list[str]:
 
 
 def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Values of patches, (h, w), between which there is a smooth course -> pixels of ``size``."""
+    """Values of patches, (h, w) -> pixels of ``size``, smoothly interpolated."""
     patches = Image.fromarray(values.astype(np.float32))
     return np.asarray(patches.resize(size, Image.Resampling.BICUBIC))
 
@@ -100,7 +100,7 @@ def overlay(picture: Image.Image, values: np.ndarray) -> Image.Image:
     values = resize_map(values, picture.size).clip(0, 1)
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
     colours = matplotlib.colormaps["inferno"](values)[..., :3]
-    # where the value is low, the picture remains to be seen
+    # where the value is low, the picture stays visible
     share = 0.45 + 0.4 * values[..., None]
     blended = (1 - share) * grey + share * colours
     return Image.fromarray((255 * blended).round().astype(np.uint8))

@@ -74,8 +74,8 @@ def watch(process: subprocess.Popen, seconds: float, every: float) -> list[tuple
 def measure(pid: int) -> tuple[float, int, int, int] | None:
     """Memory in MB, files, threads, and the number of processes.
 
-    Of the memory, shared pages in parts, without those of files: how many of these a process is
-    said to hold depends on what else runs.
+    Memory counts a share of each shared page. It leaves out the pages of files, because how many
+    of them count as the process's depends on what else runs.
     """
     pids, memory, files, threads = [pid], 0, 0, 0
     try:
@@ -92,7 +92,7 @@ def measure(pid: int) -> tuple[float, int, int, int] | None:
 
 
 def report(samples: np.ndarray) -> bool:
-    """Print the second tenth of the time against the last one; whether nothing grew."""
+    """Print the second tenth of the time against the last one; return whether nothing grew."""
     tenth = max(1, len(samples) // 10)
     flat = True
     for name, column in zip(NAMES[1:], samples.T[1:], strict=True):

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 class Files:
-    """Image files without labels; attributes as of a source, see ``data.source``."""
+    """Image files without labels; attributes as in a source, see ``data.source``."""
 
     def __init__(self, paths: list[str]) -> None:
         self.names: list[str] = []
@@ -110,7 +110,7 @@ class Chosen:
 
 
 def choose(args: argparse.Namespace, config: CfgNode, count: int) -> Chosen:
-    """``--images`` of the validation images, drawn by SEED, as many of each class as of another."""
+    """``--images`` of the validation images, drawn by SEED, equally many of each class."""
     source = build_source(config, "val", args.download)
     if np.ndim(source.labels) > 1:
         raise UserError(f"{config.DATA.DATASET} has several classes an image: use --files")
@@ -201,8 +201,8 @@ def principal_colours(features: list[torch.Tensor], foreground: bool = False) ->
 
     Args:
         features: (h, w, C) for each image.
-        foreground: leave white what the first component sets apart as the side that more of the
-            images' borders are on; the components are those of the rest.
+        foreground: split the patches by the first component, leave the side with more of the
+            images' borders white, and colour the rest by its own components.
 
     Returns:
         (h, w, 3) for each image, from 0 to 1.

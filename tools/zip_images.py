@@ -44,7 +44,7 @@ def pack(data: str, split: str, folder: str) -> int:
     names = [os.path.relpath(path, os.path.join(data, split)) for path in source.names]
     names = [name.replace(os.sep, "/") for name in names]
     for name in names:
-        if not name.isprintable():  # a tab, a line break, or bytes that are no UTF-8
+        if not name.isprintable():  # a tab, a line break, or bytes that are not UTF-8
             raise UserError(f"{os.path.join(data, split)}: {name!r} cannot be listed: rename it")
 
     def write_zip(file: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Whether all processes run the same program on the same data, asked before it would hang."""
+"""Checking that all processes run the same program on the same data, before it would hang."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ def check_agreement(facts: dict[str, object]) -> None:
     """Compare what each process holds of ``facts``; every process has to call it.
 
     Args:
-        facts: short values by the names that a user knows them by.
+        facts: short values, by names that a user knows.
 
     Raises:
         UserError: on every process: which one differs from the first, and in what.
@@ -37,13 +37,13 @@ def check_agreement(facts: dict[str, object]) -> None:
 
 
 def configuration_facts(config: CfgNode) -> dict[str, object]:
-    """Each key of the configuration with its value, but for those that may differ."""
+    """Each key of the configuration with its value, except those that may differ."""
     leaves = dict(_leaves(as_dict(config), ""))
     return {key: value for key, value in leaves.items() if key not in LOCAL_KEYS}
 
 
 def code_facts() -> dict[str, object]:
-    """A digest of the program's source, file by file in one."""
+    """One digest of all source files of the program."""
     files = [*ROOT.glob("*.py"), *(p for d in ROOMS for p in _sources(d))]
     named = ((str(path.relative_to(ROOT)), path.read_bytes()) for path in sorted(files))
     return {"the program's source (sha256)": digest(part for pair in named for part in pair)}

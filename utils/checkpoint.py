@@ -26,13 +26,13 @@ def save_checkpoint(
 ) -> None:
     """Write ``state`` to ``path``: on return it is on the disk, on failure nothing has changed.
 
-    It goes to a temporary file first, which then takes the place of ``path``, so that at every
-    instant a whole file has that name.
+    It is first written to a temporary file, which then replaces ``path``. So at every instant a
+    whole file has that name.
 
     Args:
         state: what ``torch.save`` takes.
         path: the file.
-        previous: the name that what ``path`` was until now gets, if that is to be kept.
+        previous: a new name for the old file at ``path``, if that is to be kept.
         also: a second name for the new file.
 
     Raises:
@@ -44,7 +44,7 @@ def save_checkpoint(
             _write(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if also:  # first: who finds the new ``path`` shall find this one too
+        if also:  # first, so that whoever finds the new ``path`` finds this one too
             link_file(temporary, also)
         if previous and os.path.exists(path):
             link_file(path, previous)
@@ -57,12 +57,12 @@ def save_checkpoint(
 
 
 def link_file(path: str, name: str) -> None:
-    """Give the file at ``path`` a second ``name``, which stays its own when ``path`` is replaced.
+    """Give the file at ``path`` a second ``name``, which stays when ``path`` is replaced.
 
-    A copy where the file system has no links.
+    It is a copy where the file system has no links.
     """
     if os.path.exists(name) and os.path.samefile(path, name):
-        return  # to rename one name of a file to another would do nothing
+        return  # renaming one name of a file to another would do nothing
     temporary = name + ".tmp"
     with contextlib.suppress(FileNotFoundError):
         os.remove(temporary)
@@ -120,13 +120,9 @@ def training_state(
 
 
 def restore_training(
-    state: dict[str, Any],
-    path: str,
-    model: nn.Module,
-    update: Update,
-    also: tuple[str, ...] = (),
+    state: dict[str, Any], path: str, model: nn.Module, update: Update, also: tuple[str, ...] = ()
 ) -> None:
-    """Put model, optimizers, loss scaling and random numbers to where a checkpoint was written.
+    """Restore model, optimizers, loss scaling and random numbers from a checkpoint.
 
     Args:
         state: the checkpoint, read from ``path``.
@@ -153,7 +149,7 @@ def _write(state: dict[str, Any] | torch.Tensor, file: Any) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        # torch trips over its own end of the file, and hides why a write has failed
+        # after a failed write, torch fails again at the end of the file and hides the cause
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -173,8 +169,8 @@ def _sync_folder(path: str) -> None:
 def _check_sums(path: str) -> None:
     """Compare each record with its CRC-32, which torch writes but does not look at.
 
-    That makes a digest of its own needless, which could not be replaced in the same instant as
-    the checkpoint. Files in the format before torch 1.6 have none.
+    So no separate digest is needed, which could not be replaced in the same instant as the
+    checkpoint. Files in the format before torch 1.6 have no CRC-32.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -194,7 +190,7 @@ def _read(path: str, kind: type, map_location: str | torch.device) -> Any:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: damaged, or holds more than weights ({reason})") from error
-    except Exception as error:  # a damaged file can raise any
+    except Exception as error:  # a damaged file can raise anything
         reason = (str(error).splitlines() or ["empty"])[0]
         raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, kind):

@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 DEFAULTS = CfgNode(
     {
-        "BASE": [""],  # files, relative to the one that names them, that this one overrides
+        "BASE": [""],  # files that this one overrides, by paths relative to it
         "DATA": {
             "BATCH_SIZE": 64,  # per process
             "DATA_PATH": "",
@@ -30,7 +30,7 @@ DEFAULTS = CfgNode(
             "MAX_BAD_FRACTION": 0.001,  # share of bad images at which pre-training stops
             "PIN_MEMORY": True,
             "NUM_WORKERS": 8,  # per process, at most its share of the cores
-            "TRAINING_IMAGES": 0,  # in config.json the number that was found
+            "TRAINING_IMAGES": 0,  # config.json has the number that was found
         },
         "MODEL": {
             "TYPE": "moby",
@@ -65,7 +65,7 @@ DEFAULTS = CfgNode(
             "SIGMA": 0.1,  # standard deviation of the noise
             "DELTA": 0.01,  # step along the gradient
             "ETA": 0.01,  # step along the gradient's sign
-            "OPTIONS": {},  # what else the constructor of a method takes, by its own names
+            "OPTIONS": {},  # further arguments of a method's constructor, by name
         },
         "TRAIN": {
             "START_EPOCH": 0,
@@ -83,7 +83,7 @@ DEFAULTS = CfgNode(
             "ON_SAVE_ERROR": "continue",  # or stop, when a checkpoint cannot be written
             "KNN_FREQ": 0,  # epochs between k-NN accuracies of the val images, 0: none
             "MAX_SKIPPED_UPDATES": 20,  # in a row, for a loss or gradient that is not finite
-            "ACCUMULATION_STEPS": 0,  # micro-batches an update; 0 and 1 mean none
+            "ACCUMULATION_STEPS": 0,  # micro-batches in an update; 0 and 1 mean none
             "USE_CHECKPOINT": False,
             "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
             "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": (0.9, 0.999), "MOMENTUM": 0.9},
@@ -113,7 +113,7 @@ DEFAULTS = CfgNode(
         "TAG": "default",
         "SAVE_FREQ": 100,  # epochs between the checkpoints that are kept
         "PRINT_FREQ": 10,  # updates between log lines
-        "TENSORBOARD": False,  # the figures of the log also there
+        "TENSORBOARD": False,  # send the figures of the log there
         "WANDB": False,  # and to Weights & Biases
         "SEED": 0,
         "EVAL_MODE": False,
@@ -232,7 +232,7 @@ def _merge_value(
         parent[name] = _coerce(value, default)
     except (ValueError, TypeError, OverflowError):
         kind = "plain value" if default is None else type(default).__name__
-        # by reprlib: a few lines of references within YAML can stand for billions of values
+        # reprlib, because a few YAML lines of references can stand for billions of values
         raise UserError(f"{where}: {key} must be a {kind}, got {reprlib.repr(value)}") from None
 
 

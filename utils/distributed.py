@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import UserError
 
 try:
-    # before any group is made, whose place its default arguments would keep
+    # imported before any group is made, because its default arguments would keep that group
     from diffdist.functional import all_gather as gather
 except ImportError:
     gather = dist.all_gather
@@ -39,7 +39,7 @@ def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         wait = datetime.timedelta(seconds=timeout)
         store, number, processes = next(dist.rendezvous("env://", timeout=wait))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # machines count restarts each for itself
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # each machine counts its own restarts
             # the launcher's store outlives a restart, with the addresses of the dead processes
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"restart_{restart}", store)
@@ -66,7 +66,7 @@ def local_world_size() -> int:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """``value`` of each process in the order of ranks; it must be one that pickle takes."""
+    """``value`` of each process in the order of ranks; pickle must be able to take it."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -74,7 +74,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def on_first_process(function: Callable[[], T]) -> T:
-    """What ``function`` returns on the first process, where alone it is called, on every process.
+    """Call ``function`` on the first process only, and return its result on every process.
 
     Raises:
         UserError: on every process, if ``function`` raises it.
@@ -105,7 +105,7 @@ def lost_peer(error: BaseException) -> bool:
 def all_gather_batch(tensor: torch.Tensor) -> torch.Tensor:
     """(B, ...) of each process -> (world size x B, ...) in the order of ranks, without gradient.
 
-    By diffdist, as MoBY's published code does it; by torch where diffdist does not import.
+    It uses diffdist, as MoBY's published code does, or torch where diffdist does not import.
     """
     tensor = tensor.detach().contiguous()
     if world_size() == 1:

@@ -4,8 +4,8 @@
 class UserError(Exception):
     """A mistake that the user can mend: one line saying what was wrong, where, and what to do.
 
-    Names and reasons from outside may hold line breaks and a terminal's control codes: lines are
-    joined, and codes shown escaped.
+    Names and reasons from outside may hold line breaks and a terminal's control codes. Lines are
+    joined, and codes are escaped.
     """
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 
 def images_per_update(config: CfgNode) -> int:
-    """Of all processes and micro-batches."""
+    """Images of one update, over all processes and micro-batches."""
     return config.DATA.BATCH_SIZE * world_size() * max(1, config.TRAIN.ACCUMULATION_STEPS)
 
 
@@ -82,7 +82,7 @@ class Progress:
         self.epoch, self.images_seen = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint holds of the place; an epoch that has ended counts all its images."""
+        """The place for a checkpoint; an epoch that has ended counts all its images."""
         seen = self.size.images if self.epoch_ended else self.images_seen
         return {
             "epoch": self.epoch,
@@ -94,15 +94,15 @@ class Progress:
 
 
 def locate(state: dict[str, Any], size: EpochSize) -> Progress:
-    """The place of a checkpoint, also with another number of images in an update than it had.
+    """The place of a checkpoint, even if an update had another number of images then.
 
     Args:
-        state: ``Progress.state_dict``; older checkpoints are of the end of an epoch and have no
-            ``images``.
+        state: ``Progress.state_dict``; older checkpoints are from the end of an epoch and have
+            no ``images``.
         size: of an epoch now.
 
     Returns:
-        the place; that of an epoch with no update left is the start of the next.
+        the place; if the epoch has no update left, the start of the next one.
     """
     seen = state.get("images", size.images)
     begun = -(-seen // size.images_per_update)
@@ -115,7 +115,7 @@ def locate(state: dict[str, Any], size: EpochSize) -> Progress:
 def warn_of_changes(
     state: dict[str, Any], path: str, progress: Progress, base_lr: float, logger: logging.Logger
 ) -> None:
-    """Say what a checkpoint's batches and data had other than those of the run that continues it.
+    """Warn where a checkpoint's batches and data differ from those of the run that continues it.
 
     Args:
         state: the checkpoint, read from ``path``.
@@ -150,7 +150,7 @@ class Checkpoints:
         progress: where the run is.
         state: makes what is to be written, with the weights as ``model``.
         resumed_from: the checkpoint that the run continues from, if any.
-        keep_epochs: whether epochs leave files of their own.
+        keep_epochs: whether epochs get files of their own.
         check_weights: refuse to save weights that are not finite.
     """
 
@@ -168,7 +168,7 @@ class Checkpoints:
         self.keep_epochs, self.check_weights = keep_epochs, check_weights
         self.latest = os.path.join(run.folder, LATEST)
         self.last_good = resumed_from
-        # what was passed over as damaged must not take the place of the one before it
+        # a damaged file that was passed over must not replace the one before it
         damaged = resumed_from in self._fallbacks()
         self._previous = None if damaged else os.path.join(run.folder, PREVIOUS)
         self._saved_at = time.monotonic()
@@ -178,9 +178,9 @@ class Checkpoints:
                     os.remove(path)
 
     def time_is_up(self) -> bool:
-        """Whether SAVE_MINUTES have passed since a checkpoint or the last yes; the first decides.
+        """Whether SAVE_MINUTES have passed since a checkpoint or the last yes.
 
-        The processes have to agree on the answer.
+        Only the first process can say yes, so the processes have to share the answer.
         """
         seconds = 60 * self.config.TRAIN.SAVE_MINUTES
         up = bool(seconds) and rank() == 0 and time.monotonic() - self._saved_at >= seconds
@@ -196,7 +196,7 @@ class Checkpoints:
     def save(self) -> None:
         """Write ``checkpoint.pth``; every process has to call it, and the first writes.
 
-        At the end of an epoch ``ckpt_epoch_N.pth`` too, where that is due.
+        At the end of an epoch it also writes ``ckpt_epoch_N.pth``, if that is due.
 
         Raises:
             UserError: on every process: weights that are not finite, or a file that cannot be
@@ -278,7 +278,7 @@ def checkpoint_to_resume(config: CfgNode, folder: str, logger: logging.Logger) -
     """MODEL.RESUME, or with TRAIN.AUTO_RESUME the newest readable checkpoint of ``folder``.
 
     Every process has to call it; all get what the first finds. When the launcher has restarted
-    the processes, what they have written goes before MODEL.RESUME.
+    the processes, their own checkpoints take precedence over MODEL.RESUME.
 
     Returns:
         its path, None if there is none.

@@ -106,7 +106,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # an error that a data worker raised comes with its traceback around it
+        # the error of a data worker comes wrapped in its traceback
         _fail(str(error).rsplit("UserError: ", 1)[-1].strip())
     except SystemExit:
         _leave_group()
@@ -142,9 +142,9 @@ LARGEST_KEPT = 2**30  # bytes
 def keep_freed_memory() -> None:
     """Let later tensors on the CPU use freed memory again; without the GNU C library, do nothing.
 
-    By default memory of over 32 MB goes back to the system and comes again page by page, filled
-    with zeros: a fifth of the time of a training step. A process then keeps as much as it needed
-    at its peak.
+    By default, pieces of over 32 MB go back to the system and return page by page, filled with
+    zeros, which takes a fifth of the time of a training step. With this call, a process keeps as
+    much as it needed at its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -31,8 +31,8 @@ class StopSignals:
     Before ``training`` is called, a signal ends the process at once, with RESUMABLE: there is
     nothing to save. From then on it is noted for ``agree``. A second SIGINT ends at once.
 
-    A thread waits for the signals, since the main one may be inside a collective for long, where
-    no handler of Python's runs.
+    A thread waits for the signals. The main thread may be inside a collective for long, where
+    Python runs no handlers.
     """
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class StopSignals:
         if world_size() > 1:
             wait = datetime.timedelta(seconds=timeout)
             group = dist.new_group(backend="gloo", timeout=wait)
-            self._group = cast(dist.ProcessGroup, group)  # of which every process is a member
+            self._group = cast(dist.ProcessGroup, group)  # every process is a member
         self._training = True
 
     def agree(self, save: bool) -> tuple[bool, bool]:
         """Whether any process wants to stop, and whether any wants to save; alike on all.
 
-        Every process has to call it once an update. In a group it tells what was so at the call
-        before, so that nobody waits for the answer, nor for the GPU.
+        Every process has to call it once per update. In a group it gives the answer as of the call
+        before, so that no process waits for the others or for the GPU.
 
         Args:
             save: whether this process wants to save.
@@ -90,7 +90,7 @@ class StopSignals:
         return bool(stop), bool(save)
 
     def close(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the handlers that were there before."""
         self._training = False
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
@@ -145,7 +145,7 @@ def _start_shielded(start: Callable[[int], None] | None, worker: int) -> None:
 
 
 def _end_workers() -> None:
-    """Before Python ends its children by the SIGTERM that they ignore, and waits for them."""
+    """Kill the workers before Python sends them the SIGTERM that they ignore and waits for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for a fault
     for child in multiprocessing.active_children():
         if child.daemon:
@@ -153,7 +153,7 @@ def _end_workers() -> None:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """Do nothing: without a handler of Python's own, the wake-up file would not hear of it."""
+    """Do nothing: without a Python handler, the wake-up file would not get the signal."""
 
 
 def _exit(code: int, message: str) -> None:

@@ -20,7 +20,7 @@ class Writer(Protocol):
 
 
 class Tracker:
-    """Sends the figures of a run elsewhere; once that fails no more, and training goes on."""
+    """Sends the figures of a run elsewhere; after a failure it stops, and training goes on."""
 
     def __init__(self, name: str, writer: Writer, run: Run) -> None:
         self.name, self.run = name, run
@@ -46,7 +46,7 @@ def open_trackers(config: CfgNode, run: Run, step: int) -> list[Tracker]:
         step: updates made so far.
 
     Returns:
-        on the first process the trackers, on the others none.
+        the trackers on the first process, none on the others.
 
     Raises:
         UserError: a package that is not installed, or that does not start.
@@ -72,7 +72,7 @@ def _tensorboard(config: CfgNode, run: Run, step: int) -> Writer:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = os.path.join(run.folder, "tensorboard")
-    # what a run left that is now continued from before it is hidden
+    # hides what an earlier start of the run wrote beyond the step it now continues from
     events = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def write(step: int, figures: dict[str, float]) -> None:

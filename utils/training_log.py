@@ -32,7 +32,7 @@ B = TypeVar("B")
 class TrainingLog:
     """Writes the figures of a run, and warns of skipped updates and of a collapse.
 
-    A figure of one of several optimizers has its name behind it, such as ``loss@0.1``.
+    With several optimizers, a figure ends with its optimizer's name, such as ``loss@0.1``.
 
     Args:
         config: PRINT_FREQ, TRAIN.EPOCHS, and the trackers.
@@ -79,13 +79,13 @@ class TrainingLog:
             leave=False,
         )
 
-    def update(self, result: Result, also: dict[str, float], stopping: bool = False) -> bool:
-        """Take what an update gave; every PRINT_FREQ updates all that came since become a line.
+    def record(self, result: Result, also: dict[str, float], stopping: bool = False) -> bool:
+        """Take an update's figures; every PRINT_FREQ updates, those since the last line become one.
 
-        So they do at the end of an epoch and of the run. Every process has to call it.
+        The end of an epoch and of the run also give a line. Every process has to call it.
 
         Args:
-            result: of the update that ``progress`` has counted last.
+            result: of the update that ``progress`` counted last.
             also: what else to report, as it is now.
             stopping: whether the run ends here.
 
@@ -106,7 +106,7 @@ class TrainingLog:
         return True
 
     def end_epoch(self, figures: Mapping[str, float | None]) -> None:
-        """One line at the end of an epoch, of what this start of the program did of it.
+        """Write a line at the end of an epoch, about the part that this start of the program did.
 
         Args:
             figures: of the encoder after the epoch.
@@ -117,7 +117,7 @@ class TrainingLog:
         self.run.logger.info(f"EPOCH {place.epoch} training takes {took}{listed}")
 
     def _rates(self) -> dict[str, float]:
-        # the last group has the highest rate of those that layer decay gives
+        # with layer decay, the last group has the highest rate
         rates = [optimizer.param_groups[-1]["lr"] for optimizer in self.optimizers]
         return {_named("lr", n): rate for n, rate in zip(self.names, rates, strict=True)}
 
@@ -140,7 +140,7 @@ class TrainingLog:
 
     def _write(self, kind: str, figures: Mapping[str, float | None]) -> None:
         place = self.progress
-        # the number of epochs made, a fraction within one, serves as the time axis
+        # the time axis is the number of epochs made, with a fraction within one
         epochs = place.step / place.size.updates
         where = {"epoch": place.epoch, "step": place.step, "epochs": epochs}
         self.metrics.write(kind, {**where, **figures})
@@ -169,15 +169,15 @@ class TrainingLog:
 class Averages:
     """Means of figures over updates and processes, without a synchronisation before ``read``.
 
-    Updates that were skipped count in none of the means.
+    Skipped updates do not count in the means.
 
     Args:
-        names: of the optimizers, each with figures of its own; one without a name is the only one.
+        names: of the optimizers, each with figures of its own; a single one has an empty name.
     """
 
     def __init__(self, names: Sequence[str] = ("",)) -> None:
         self.names = names
-        self._sums = torch.zeros(0)  # of no meaning before the first update
+        self._sums = torch.zeros(0)  # meaningless before the first update
         self._figures: tuple[str, ...] = ()
         self.updates = 0  # since the last reading, skipped ones included
 
@@ -190,9 +190,9 @@ class Averages:
         self.updates += 1
 
     def read(self) -> dict[str, float]:
-        """The means, and ``skipped``, the number of updates that were; then begins anew.
+        """The means, and ``skipped``, the number of skipped updates; then counting starts anew.
 
-        Every process has to call it. NaN, if all updates were skipped.
+        Every process has to call it. The means are NaN if all updates were skipped.
         """
         sums = mean_over_processes(self._sums.clone()).view(-1, len(self.names)).T.tolist()
         read: dict[str, float] = {}
@@ -209,9 +209,9 @@ class MetricsFile:
 
     Args:
         folder: the run folder.
-        step: updates made so far; lines of later ones, which a run left that is now continued
-            from before them, are dropped.
-        logger: gets a warning when the file cannot be written, which stops no training.
+        step: updates made so far; lines of later updates, from an earlier start of the run, are
+            dropped.
+        logger: gets a warning when the file cannot be written; training goes on.
     """
 
     def __init__(self, folder: str, step: int, logger: logging.Logger) -> None:
@@ -275,7 +275,7 @@ def collapsed(feature_std: float, dim: int) -> bool:
 def measure_throughput(
     updates: Iterable[B], size: EpochSize, steps: int, update: Callable[[B], object], run: Run
 ) -> None:
-    """Log images a second of the loader alone and of the update alone.
+    """Log images per second of the loader alone and of the update alone.
 
     Args:
         updates: the micro-batches of each update.

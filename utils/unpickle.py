@@ -17,8 +17,8 @@ _PLAIN_DTYPE = re.compile(r"[<>|=]?(\?|[biufc]\d{1,2}|[SU]\d{1,9})")
 def load_plain_pickle(path: str, encoding: str = "ASCII") -> Any:
     """Read a pickle of containers, numbers, text and numpy arrays of these.
 
-    A pickle can name any function for the reader to call; here only those that build plain data
-    are known, and numpy's are replaced by ones that check what they are given.
+    A pickle can name any function for the reader to call. Here only those that build plain data
+    are known, and numpy's are replaced by ones that check their arguments.
 
     Args:
         path: the file, of any pickle protocol, from Python 2 or 3 and numpy 1 or 2.
@@ -37,7 +37,7 @@ def load_plain_pickle(path: str, encoding: str = "ASCII") -> Any:
         return _PlainUnpickler(io.BytesIO(content), encoding=encoding).load()
     except OSError as error:
         raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except Exception as error:  # a damaged pickle can raise any
+    except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a pickle of plain data ({reason})") from error
 

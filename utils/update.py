@@ -25,7 +25,7 @@ class Precision:
 
     Attributes:
         scaler: a GradScaler, disabled unless the type is float16.
-        emulated: whether this processor computes bfloat16 by other means, slower than float32.
+        emulated: whether this processor emulates bfloat16, which is slower than float32.
     """
 
     def __init__(self, level: str, device: torch.device) -> None:
@@ -56,7 +56,7 @@ class Forward:
 
     Attributes:
         loss: the loss of each optimizer, (P,), or a scalar for a single one; with gradient.
-        figures: what to report beside it, each of the shape of ``loss``, without gradient.
+        figures: what to report besides it, each of the shape of ``loss``, without gradient.
     """
 
     loss: torch.Tensor
@@ -100,7 +100,7 @@ class Update:
         precision: autocast, and the loss scaling of float16.
         clip: the largest norm of a gradient, 0 for any.
         parts: of a single optimizer's model: gradient norms are reported for each, by name.
-        scale: whether float16 scales the losses; not where the weights compute in float32 alone.
+        scale: whether float16 scales the losses; not where the weights compute only in float32.
     """
 
     def __init__(
@@ -122,13 +122,14 @@ class Update:
             if parameter in owners:
                 self.weights[owners[parameter]].append(parameter)
         self._scales = scale and precision.scaler.is_enabled()
-        # a scale of 1 changes no gradient, but lets the scaler skip a step on the device
+        # a scale of 1 changes no gradient, but lets the scaler skip a step; the fused optimizers
+        # read on the device whether to, the others wait for it
         self.scaler = (
             precision.scaler
             if self._scales
             else torch.amp.GradScaler(precision.device_type, init_scale=1.0)
         )
-        self._skipped = self._most_skipped = torch.zeros((), dtype=torch.long)
+        self._row = self._longest_row = torch.zeros((), dtype=torch.long)
 
     def __call__(self, micro_batches: Sequence[Any], forward: Callable[[Any], F]) -> Result[F]:
         """One update.
@@ -145,17 +146,18 @@ class Update:
                     output = forward(batch)
                 loss = poisoned_if_not_finite(output.loss) / len(micro_batches)
                 self.scaler.scale(loss.sum()).backward()
-            output.loss = output.loss.detach()
+            output.loss = output.loss.detach()  # frees the graph
             outputs.append(output)
 
         norms = self._gradient_norms(outputs[0].loss)
         finite = norms["grad_norm"].isfinite()
-        # a norm that is not a number makes the gradient that too, so that the scaler skips the step
+        # Clipping multiplies the gradient, which may still be scaled, by limit / norm. Where the
+        # norm is not finite it multiplies by NaN, and the scaler then skips the step.
         limits = torch.where(finite, norms["grad_norm"], math.nan).view(-1)
         for optimizer, weights, norm in zip(self.optimizers, self.weights, limits, strict=True):
             nn.utils.clip_grads_with_norm_(weights, self.clip, norm, foreach=True)
             self.scaler.step(optimizer)
-        self.scaler.update(None if self._scales else 1.0)
+        self.scaler.update(None if self._scales else 1.0)  # at 1 it stays
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self._restore_statistics(statistics, finite)
@@ -169,9 +171,9 @@ class Update:
         """Whether each optimizer skipped ``most`` updates in a row; waits for the device.
 
         Raises:
-            UserError: all did; it ends in ``advice``.
+            UserError: all did; its message ends with ``advice``.
         """
-        rows = self._most_skipped.expand(len(self.optimizers)).tolist()
+        rows = self._longest_row.expand(len(self.optimizers)).tolist()
         if min(rows) >= most:
             raise UserError(
                 f"{min(rows)} updates in a row had a loss or gradient that is not finite (at most "
@@ -180,7 +182,7 @@ class Update:
         return [row >= most for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
-        """``optimizer``, in the form of a single one with the groups of all, and ``scaler``."""
+        """``optimizer``, as a single one with the groups of all, and ``scaler``."""
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         for optimizer in self.optimizers:
@@ -237,14 +239,14 @@ class Update:
             buffer.copy_(torch.where(finite, buffer, copy))
 
     def _count_skipped(self, finite: torch.Tensor) -> None:
-        self._skipped = torch.where(finite, 0, self._skipped.to(finite.device) + 1)
-        self._most_skipped = torch.maximum(self._most_skipped.to(finite.device), self._skipped)
+        self._row = torch.where(finite, 0, self._row.to(finite.device) + 1)
+        self._longest_row = torch.maximum(self._longest_row.to(finite.device), self._row)
 
 
 def poisoned_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
     """``loss`` unchanged where it is finite; else NaN, and so are its gradients.
 
-    Averaging the gradients then tells every process, which the loss of one does not.
+    Averaging the gradients then tells every process; the loss is known to one alone.
     """
     return loss * (1 + 0 * loss.detach())
 

@@ -2,8 +2,8 @@
 
     python -m tools.benchmark head step pipeline momentum knn scaling --json FILE --markdown FILE
 
-Whatever is compared runs in turn (A B A B), and medians are taken. A ratio is time over the plain
-form's time, a speedup its inverse, a share is of the limit measured in the same run.
+What is compared runs in turn (A B A B), and medians are taken. A ratio is time over the plain
+form's time. A speedup is its inverse. A share is of the limit measured in the same run.
 """
 
 import argparse

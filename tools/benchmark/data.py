@@ -66,7 +66,7 @@ def pipeline(args: argparse.Namespace) -> dict:
 
 
 def knn(args: argparse.Namespace) -> dict:
-    """Four values of k from one pass of similarities, and by a pass each."""
+    """Four values of k from one pass of similarities, and from one pass each."""
     train = F.normalize(torch.randn(args.features, 384, device=args.device), dim=1)
     test = F.normalize(torch.randn(args.features // 20, 384, device=args.device), dim=1)
     labels = torch.randint(1000, (args.features,), device=args.device)

@@ -17,7 +17,7 @@ TRAIN, TEST, CLASSES = 1_281_167, 50_000, 1000
 
 
 def main() -> None:
-    """Print a table, a row a size."""
+    """Print a table with a row for each size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--scale",

@@ -1,6 +1,6 @@
 """Plain forms of what this project computes faster: the measure of python -m tools.benchmark.
 
-Eager, float32, one thing after the other, as a first reading of the papers would be written.
+Eager, float32, one thing after the other, as one would write it on a first reading of the papers.
 """
 
 from typing import Any
@@ -70,7 +70,7 @@ class PlainSynCo(SynCo):
 
 
 def similarity_gradients(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The gradient of q.n with respect to each n, by one call of autograd a negative."""
+    """The gradient of q.n with respect to each n, by one call of autograd for each negative."""
     gradients = []
     with torch.enable_grad():
         for key in keys.unbind(1):

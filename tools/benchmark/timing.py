@@ -27,7 +27,7 @@ def compare_apart(
 ) -> dict[str, float]:
     """As ``compare``, with functions in processes of their own, which wait while others run.
 
-    What a process sets for itself, such as how it allocates memory, then concerns it alone.
+    Then a process's own settings, such as how it allocates memory, affect only itself.
 
     Args:
         rounds: timed runs of each.

@@ -28,7 +28,7 @@ from utils.distributed import data_parallel, init_process_group
 from utils.run import Run, keep_freed_memory
 from utils.update import Precision, Update
 
-HEAD_PASSES = 5  # in one timed run: a pass is short beside a change of processes
+HEAD_PASSES = 5  # in one timed run: a pass is short compared with a change of processes
 
 
 CONTEXT.set_forkserver_preload([__name__])
@@ -173,7 +173,7 @@ def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callab
 
 
 def plain_step(method: PlainSynCo, views: torch.Tensor) -> Callable:
-    """The update with everything one parameter at a time."""
+    """The update, with everything done one parameter at a time."""
     learned = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, 1e-4, foreach=False, fused=False)
     method.train()
@@ -281,7 +281,7 @@ def momentum(args: argparse.Namespace) -> dict:
 def worker(
     rank: int, processes: int, address: str, args: argparse.Namespace, results: Results
 ) -> None:
-    """Time the updates of one process of a group that computes on the CPU, a core each."""
+    """Time the updates of one process of a group on the CPU, with a core for each process."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
     step = training_step(synco(SynCo, args, args.encoders[0]), "O0", args)

@@ -57,7 +57,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def time_video(name: str, frames: int, objects: int, device: torch.device) -> tuple[float, float]:
-    """Median seconds a frame in the encoder and in the propagation, with a full context."""
+    """Median seconds per frame in the encoder and in the propagation, with a full context."""
     encoder = create_encoder(name).eval().to(device)
     image = torch.randn(1, 3, 480, 832, device=device)
     first = patch_features(encoder, image)[0]
