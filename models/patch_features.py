@@ -12,11 +12,6 @@ from utils.errors import UserError
 STRIDE = 16  # pixels
 
 
-def patch_stride(encoder: Backbone) -> int:
-    """Pixels between the patches of ``patch_features``."""
-    return encoder.feature_info[_depth(encoder)]["reduction"]
-
-
 def patch_features(encoder: Backbone, images: torch.Tensor) -> torch.Tensor:
     """The patch features that DINO's video protocol compares.
 
@@ -28,7 +23,7 @@ def patch_features(encoder: Backbone, images: torch.Tensor) -> torch.Tensor:
         images: (B, 3, H, W).
 
     Returns:
-        (B, h, w, C), a patch every ``patch_stride`` pixels.
+        (B, h, w, C), a patch every ``STRIDE`` pixels, or a ViT's own.
 
     Raises:
         UserError: a backbone of timm that gives no such map, or none for images of this size.

@@ -15,48 +15,31 @@ from yacs.config import CfgNode
 
 from utils.errors import UserError
 
+# fmt: off
 DEFAULTS = CfgNode(
     {
         "BASE": [""],  # files that this one overrides, by paths relative to it
         "DATA": {
             "BATCH_SIZE": 64,  # per process
-            "DATA_PATH": "",
-            "DATASET": "imagenet",
-            "IMG_SIZE": 224,
+            "DATA_PATH": "", "DATASET": "imagenet", "IMG_SIZE": 224,
             "INTERPOLATION": "bicubic",  # of the test-time resize
             "BACKEND": "opencv",  # of the views of pre-training: opencv or pil
-            "ZIP_MODE": False,
-            "CACHE_MODE": "part",
+            "ZIP_MODE": False, "CACHE_MODE": "part",
             "MAX_BAD_FRACTION": 0.001,  # share of bad images at which pre-training stops
             "PIN_MEMORY": True,
             "NUM_WORKERS": 8,  # per process, at most its share of the cores
             "TRAINING_IMAGES": 0,  # config.json has the number that was found
         },
         "MODEL": {
-            "TYPE": "moby",
-            "ENCODER": "swin_tiny",
-            "NAME": "moby__swin_tiny",
-            "RESUME": "",
-            "NUM_CLASSES": 1000,
-            "DROP_RATE": 0.0,
-            "DROP_PATH_RATE": 0.1,
-            "LABEL_SMOOTHING": 0.1,
-            "ONLINE_DROP_PATH_RATE": 0.2,
-            "TARGET_DROP_PATH_RATE": 0.0,
-            "CONTRAST_MOMENTUM": 0.99,
-            "CONTRAST_TEMPERATURE": 0.2,
-            "CONTRAST_NUM_NEGATIVE": 4096,
-            "PROJ_NUM_LAYERS": 2,
-            "PRED_NUM_LAYERS": 2,
-            "STOP_GRAD_CONV1": False,
-            "REPLACE_LN_WITH_BN": False,
-            "N_HARD": 256,
-            "N1": 128,  # interpolated
-            "N2": 128,  # extrapolated
-            "N3": 128,  # mixed
-            "N4": 128,  # noise
-            "N5": 128,  # perturbed
-            "N6": 128,  # adversarial
+            "TYPE": "moby", "ENCODER": "swin_tiny", "NAME": "moby__swin_tiny", "RESUME": "",
+            "NUM_CLASSES": 1000, "DROP_RATE": 0.0, "DROP_PATH_RATE": 0.1, "LABEL_SMOOTHING": 0.1,
+            "ONLINE_DROP_PATH_RATE": 0.2, "TARGET_DROP_PATH_RATE": 0.0,
+            "CONTRAST_MOMENTUM": 0.99, "CONTRAST_TEMPERATURE": 0.2, "CONTRAST_NUM_NEGATIVE": 4096,
+            "PROJ_NUM_LAYERS": 2, "PRED_NUM_LAYERS": 2,
+            "STOP_GRAD_CONV1": False, "REPLACE_LN_WITH_BN": False,
+            # most similar keys of a query; interpolated, extrapolated, mixed, noise, perturbed
+            # and adversarial negatives
+            "N_HARD": 256, "N1": 128, "N2": 128, "N3": 128, "N4": 128, "N5": 128, "N6": 128,
             "WARMUP_EPOCHS": 30,  # first and last epoch, from 0, with synthetic negatives
             "COOLDOWN_EPOCHS": 100,
             "ALPHA": [0.0, 0.5],  # range of the interpolation coefficient
@@ -68,13 +51,8 @@ DEFAULTS = CfgNode(
             "OPTIONS": {},  # further arguments of a method's constructor, by name
         },
         "TRAIN": {
-            "START_EPOCH": 0,
-            "EPOCHS": 300,
-            "WARMUP_EPOCHS": 20,
-            "WEIGHT_DECAY": 0.05,
-            "BASE_LR": 5e-4,  # for a total batch of 512
-            "WARMUP_LR": 5e-7,
-            "MIN_LR": 5e-6,
+            "START_EPOCH": 0, "EPOCHS": 300, "WARMUP_EPOCHS": 20, "WEIGHT_DECAY": 0.05,
+            "BASE_LR": 5e-4, "WARMUP_LR": 5e-7, "MIN_LR": 5e-6,  # for a total batch of 512
             "CLIP_GRAD": 5.0,  # 0 turns clipping off
             "AUTO_RESUME": True,
             "KEEP_CHECKPOINTS": 0,  # how many ckpt_epoch_N.pth stay, 0: all
@@ -90,38 +68,25 @@ DEFAULTS = CfgNode(
         },
         "LINEAR_EVAL": {"PRETRAINED": "", "WEIGHTS": "freeze"},
         "AUG": {
-            "COLOR_JITTER": 0.4,
-            "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
-            "REPROB": 0.25,
-            "REMODE": "pixel",
-            "RECOUNT": 1,
-            "MIXUP": 0.8,
-            "CUTMIX": 1.0,
-            "CUTMIX_MINMAX": None,
-            "MIXUP_PROB": 1.0,
-            "MIXUP_SWITCH_PROB": 0.5,
-            "MIXUP_MODE": "batch",
-            "SSL_AUG": False,
-            "SSL_AUG_TYPE": "byol",
-            "SSL_AUG_CROP": 0.08,
-            "SSL_LINEAR_AUG": False,
+            "COLOR_JITTER": 0.4, "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
+            "REPROB": 0.25, "REMODE": "pixel", "RECOUNT": 1,
+            "MIXUP": 0.8, "CUTMIX": 1.0, "CUTMIX_MINMAX": None,
+            "MIXUP_PROB": 1.0, "MIXUP_SWITCH_PROB": 0.5, "MIXUP_MODE": "batch",
+            "SSL_AUG": False, "SSL_AUG_TYPE": "byol", "SSL_AUG_CROP": 0.08, "SSL_LINEAR_AUG": False,
         },
         "TEST": {"CROP": True},
         "AMP_OPT_LEVEL": "O0",
         "COMPILE": False,  # the encoders by torch.compile
-        "OUTPUT": "output",
-        "TAG": "default",
+        "OUTPUT": "output", "TAG": "default",
         "SAVE_FREQ": 100,  # epochs between the checkpoints that are kept
         "PRINT_FREQ": 10,  # updates between log lines
         "TENSORBOARD": False,  # send the figures of the log there
         "WANDB": False,  # and to Weights & Biases
-        "SEED": 0,
-        "EVAL_MODE": False,
-        "THROUGHPUT_MODE": False,
-        "LOCAL_RANK": 0,
+        "SEED": 0, "EVAL_MODE": False, "THROUGHPUT_MODE": False, "LOCAL_RANK": 0,
         "DIST_TIMEOUT": 600.0,  # seconds until waiting for another process is an error
     }
 )
+# fmt: on
 DEFAULTS.MODEL.OPTIONS.set_new_allowed(True)
 
 

@@ -53,13 +53,8 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
     except OSError as error:
         raise UserError(f"{folder}: cannot write the run folder ({error.strerror})") from error
     torch.manual_seed(config.SEED)  # the same weights and queues on every process
-    logger.info(
-        "%d processes, torch %s, %s, configuration:\n%s",
-        world_size(),
-        torch.__version__,
-        device,
-        to_json(effective).rstrip(),
-    )
+    said = f"{world_size()} processes, torch {torch.__version__}, {device}, configuration:"
+    logger.info("%s\n%s", said, to_json(effective).rstrip())
     precision = Precision(config.AMP_OPT_LEVEL, device)
     if precision.emulated:
         logger.warning("this processor has no bfloat16: O1 is slower here than O0")

@@ -152,11 +152,8 @@ class TrainingLog:
         logger, before = self.run.logger, self._collapsed
         for name in self.names:
             if skipped := means[_named("skipped", name)]:
-                logger.warning(
-                    "updates skipped%s, as loss or gradient was not finite: %d",
-                    f" of rate {name}" if name else "",
-                    skipped,
-                )
+                who = f"updates skipped{f' of rate {name}' if name else ''}"
+                logger.warning("%s, as loss or gradient was not finite: %d", who, skipped)
         self._collapsed = collapsed(means.get("feature_std", 1.0), self.dim)
         if self._collapsed and not before:
             logger.warning(

@@ -10,7 +10,7 @@ from torch import nn
 from models import build_method
 from models.batch_norm import has_batch_norm, synchronize_batch_norm
 from models.encoder import create_encoder, create_timm_backbone
-from models.patch_features import patch_features, patch_stride
+from models.patch_features import patch_features
 from models.pretrained import load_encoder_weights
 from optimizer import build_optimizer
 from utils.config import load_config
@@ -41,7 +41,6 @@ def test_width_and_sizes(name, batch_norm):
             assert encoder(torch.randn(2, 3, *size)).shape == (2, encoder.num_features)
             grid = patch_features(encoder, torch.randn(1, 3, *size)).shape[1:3]
         assert grid == (size[0] // 16, size[1] // 16)
-    assert patch_stride(encoder) == 16
 
 
 def test_options_reach_a_backbone_that_has_them():
