@@ -8,6 +8,7 @@ from helpers import ROOT, spawn
 from torch import nn
 from torch.utils.data import Dataset
 
+import evaluation.features
 from data.loader import build_classification_loader, build_source
 from evaluation.features import check_features, extract_features
 from utils.config import load_config
@@ -120,3 +121,31 @@ def test_training_views_follow_from_seed_epoch_and_image(imagenet, weights):
         assert seen[0][epoch].equal(seen[1][epoch])
         assert not seen[0][epoch].equal(seen[2][epoch])
     assert not seen[0][0].equal(seen[0][1])
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [0, 2, 4]), (1, [1, 3, 0])])
+def test_each_process_encodes_its_share(monkeypatch, rank, expected):
+    """Every second image, and as many as the other process: the first comes once more."""
+    monkeypatch.setattr(evaluation.features, "world_size", lambda: 2)
+    monkeypatch.setattr(evaluation.features, "rank", lambda: rank)
+    monkeypatch.setattr(evaluation.features, "_interleave", lambda own, total, run: (own, total))
+    images = [(torch.full((3, 2, 2), i, dtype=torch.uint8), i) for i in range(5)]
+    run = SimpleNamespace(device=CPU, precision=Precision("O0", CPU))
+    (_, total), (labels, _) = extract_features(
+        lambda batch: batch.mean((2, 3)), images, run, batch_size=2, num_workers=0
+    )
+    assert labels.tolist() == expected and total == 5
+
+
+@pytest.mark.parametrize(("rank", "tty", "hidden"), [(0, 1, False), (0, 0, True), (1, 1, True)])
+def test_one_process_shows_its_progress(monkeypatch, rank, tty, hidden):
+    seen = {}
+    monkeypatch.setattr(evaluation.features, "rank", lambda: rank)
+    monkeypatch.setattr(evaluation.features.sys.stderr, "isatty", lambda: tty, raising=False)
+    monkeypatch.setattr(
+        evaluation.features, "tqdm", lambda loader, **options: seen.update(options) or loader
+    )
+    run = SimpleNamespace(device=CPU, precision=Precision("O0", CPU))
+    images = [(torch.zeros(3, 2, 2, dtype=torch.uint8), 0)]
+    extract_features(lambda b: b.mean((2, 3)), images, run, batch_size=1, num_workers=0, label="x")
+    assert seen == {"desc": "x", "disable": hidden, "leave": False}

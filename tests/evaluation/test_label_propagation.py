@@ -94,3 +94,14 @@ def test_refusals():
         LabelPropagation(features, labels[:2])
     with pytest.raises(ValueError, match="as in the first frame"):
         LabelPropagation(features, labels).step(draw(4, 3, 2))
+
+
+def test_the_least_that_is_accepted():
+    """One patch, no movement, and no frame but the first: labels stay where the best match is."""
+    features, labels = draw(3, 4, 2), labels_of(3, 4)
+    propagation = LabelPropagation(features, labels, n_last_frames=0, radius=0, topk=1)
+    torch.testing.assert_close(propagation.step(features), labels)
+    assert not propagation.recent
+    default = LabelPropagation(features, labels)
+    assert (default.radius, default.topk, default.temperature) == (12, 5, 0.1)
+    assert default.recent.maxlen == 7
