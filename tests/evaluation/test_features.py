@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 import evaluation.features
 from data.loader import build_classification_loader, build_source
-from evaluation.features import check_features, extract_features
+from evaluation.features import check_features, encode_images, extract_features
 from utils.config import load_config
 from utils.errors import UserError
 from utils.update import Precision
@@ -149,3 +149,26 @@ def test_one_process_shows_its_progress(monkeypatch, rank, tty, hidden):
     images = [(torch.zeros(3, 2, 2, dtype=torch.uint8), 0)]
     extract_features(lambda b: b.mean((2, 3)), images, run, batch_size=1, num_workers=0, label="x")
     assert seen == {"desc": "x", "disable": hidden, "leave": False}
+
+
+@pytest.mark.parametrize("normalize", [None, True])
+def test_images_are_encoded_as_the_configuration_says(imagenet, monkeypatch, normalize):
+    """And data workers leave signals to their process."""
+    opts = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "5", "DATA.NUM_WORKERS", "0"]
+    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
+    config.DATA.DATA_PATH = str(imagenet)
+    shielded, sizes = [], []
+    monkeypatch.setattr(evaluation.features, "shield_workers", shielded.append)
+    run = SimpleNamespace(device=CPU, precision=Precision("O0", CPU))
+
+    def encoder(images):
+        sizes.append(tuple(images.shape))
+        return 3 + images.mean((2, 3))
+
+    more = {} if normalize is None else {"normalize": normalize}
+    source = build_source(config, "val")
+    features, labels = encode_images(config, encoder, source, run, **more)
+    assert sizes == [(5, 3, 32, 32), (2, 3, 32, 32)] and len(shielded) == 1
+    assert labels.tolist() == source.labels
+    unit = torch.allclose(features.norm(dim=1), torch.ones(7), atol=1e-5)
+    assert unit == bool(normalize)

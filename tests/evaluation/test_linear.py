@@ -17,6 +17,8 @@ from evaluation.linear import (
     classification_loss,
     describe,
     forward_images,
+    read_classifiers,
+    score_classifier,
     score_heads,
     weights_digest,
 )
@@ -148,6 +150,35 @@ def test_several_labels_leave_out_the_difficult():
     by_hand = -(p[0, 0].log() + (1 - p[0, 1]).log() + (1 - p[1, 0]).log() + p[1, 1:].log().sum())
     found = classification_loss(scores, targets, multi_label=True)
     torch.testing.assert_close(found, by_hand / 2)
+    own = scores.log_softmax(1)
+    plain = classification_loss(scores, torch.tensor([0, 1]))  # one label, no smoothing
+    torch.testing.assert_close(plain, -(own[0, 0] + own[1, 1]) / 2)
+
+
+@pytest.mark.parametrize("missing", ["lr", "epoch", "heads.0.bias"])
+def test_what_is_no_probe_is_named(model, tmp_path, missing):
+    state = {"model": model.state_dict(), "lr": [0.1, 1.0], "epoch": 3}
+    path = str(tmp_path / "probe.pth")
+    torch.save(state, path)
+    read, found = read_classifiers(path, create_encoder("vit_nano", 32), 3)
+    assert not read.training and found["epoch"] == 3 and len(read.heads) == 2
+    assert read.heads[1].weight.equal(model.heads[1].weight)
+    state.pop(missing, None)
+    state["model"].pop(missing, None)
+    torch.save(state, path)
+    with pytest.raises(UserError, match="not a checkpoint of linear classifiers"):
+        read_classifiers(path, create_encoder("vit_nano", 32), 3)
+
+
+def test_figures_of_one_classifier():
+    scores = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 2.0], [5.0, 4.0, 3.0]])
+    found = score_classifier(scores, torch.tensor([0, 1, 2]), "top1")
+    assert found["value"] == found["top1"] == pytest.approx(100 / 3) and found["top5"] == 100
+    expected = F.cross_entropy(scores, torch.tensor([0, 1, 2]))
+    assert found["loss"] == pytest.approx(float(expected))
+    several = score_classifier(scores, torch.eye(3).long(), "mAP")
+    assert several["top1"] is None and several["top5"] is None and several["loss"] > 0
+    assert score_classifier(scores / 0, torch.tensor([0, 1, 2]), "top1") is None
 
 
 @pytest.mark.parametrize("off", ["MIXUP", "CUTMIX", None])
