@@ -22,12 +22,12 @@ from data.augmentation import (
     draw_view,
     view_augmentations,
 )
-from data.dataset import TestImages, TwoViews
+from data.dataset import CropAndFlip, RandAugmented, TestImages, TwoViews
 from data.image import decode_rgb
-from data.loader import EpochBatches, build_pretraining_loader, normalize
+from data.loader import EpochBatches, build_pretraining_loader, normalize, num_workers
 from data.source import FolderSource, ZipSource, open_source
 from tools.make_tiny_transfer import write_tiny
-from utils.config import load_config
+from utils.config import DEFAULTS, load_config
 from utils.errors import UserError
 
 
@@ -391,3 +391,86 @@ def test_pretraining_needs_images_that_are_files(tmp_path, process_group):
     config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
     with pytest.raises(UserError, match=r"DATA\.DATASET cifar10: its images are no files"):
         build_pretraining_loader(config)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "asked", "workers"),
+    [(8, 2, 8, 4), (8, 2, 3, 3), (8, 3, 8, 2), (2, 4, 8, 1), (None, 1, 8, 1), (4, 1, 0, 0)],
+)
+def test_data_workers_share_the_cores(monkeypatch, cores, processes, asked, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("data.loader.local_world_size", lambda: processes)
+    config = DEFAULTS.clone()
+    config.DATA.NUM_WORKERS = asked
+    assert num_workers(config) == workers
+
+
+def test_the_loader_of_training(imagenet, process_group, monkeypatch):
+    """Prefetches and keeps its workers, which leave signals to their process."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), TINY)
+    config.DATA.DATA_PATH = str(imagenet)
+    config.DATA.NUM_WORKERS = 2
+    loader = build_pretraining_loader(config)
+    assert loader.num_workers == 2 and loader.persistent_workers and loader.prefetch_factor == 4
+    assert len(loader) == 6 and (loader.size.images, loader.size.images_per_update) == (24, 4)
+    assert loader.worker_init_fn.func.__name__ == "_start_shielded"
+    config.DATA.NUM_WORKERS = 0
+    alone = build_pretraining_loader(config, "val")
+    assert not alone.persistent_workers and alone.prefetch_factor is None
+    assert (loader.dataset.replacements, alone.dataset.replacements) == (8, 0)
+
+
+@pytest.mark.parametrize("accumulation", [0, 1, 3])
+def test_the_micro_batches_of_an_update_come_together(imagenet, process_group, accumulation):
+    opts = [*TINY, "TRAIN.ACCUMULATION_STEPS", str(accumulation), "DATA.NUM_WORKERS", "0"]
+    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
+    config.DATA.DATA_PATH = str(imagenet)
+    loader = build_pretraining_loader(config)
+    each = max(1, accumulation)
+    updates = list(loader)
+    assert len(loader) == len(updates) == 6 // each
+    assert {len(micro_batches) for micro_batches in updates} == {each}
+    first = torch.cat([batch[0] for update in updates for batch in update])
+    loader.start_at(0, 4 * each)
+    rest = torch.cat([batch[0] for update in loader for batch in update])
+    assert rest.equal(first[4 * each :])
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_fine_tuning_takes_its_augmentations_from_the_configuration(jitter):
+    aug = DEFAULTS.clone().AUG
+    aug.AUTO_AUGMENT, aug.COLOR_JITTER, aug.REPROB = "none", jitter, 0.3
+    steps = {
+        type(step).__name__: step for step in RandAugmented(32, "bicubic", aug).transform.transforms
+    }
+    assert ("ColorJitter" in steps) == bool(jitter)
+    assert "RandAugment" not in steps and steps["RandomErasing"].probability == 0.3
+    aug.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+    made = RandAugmented(32, "bicubic", aug).transform.transforms
+    names = [type(step).__name__ for step in made]
+    assert "RandAugment" in names and "ColorJitter" not in names
+    image = RandAugmented(32, "bicubic", aug)(Image.new("RGB", (50, 40)), (0, 1, 2))
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+
+
+def test_a_probe_crops_and_flips_alone():
+    draws = CropAndFlip.DRAWS
+    assert draws.crop == (0.08, 1.0)
+    rest = (draws.jitter_prob, draws.grey_prob, draws.blur_prob, draws.solarize_prob)
+    assert rest == (0, 0, 0, 0)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    view = CropAndFlip(16)(image, (1, 2, 3))
+    drawn = draw_view(np.random.default_rng((1, 2, 3)), 50, 40, draws)
+    expected = torch.from_numpy(apply_view(image, drawn, 16)).permute(2, 0, 1)
+    assert view.equal(expected) and view.is_contiguous()
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_the_test_time_transform(tmp_path, crop):
+    write_images(tmp_path / "val", classes=1, images=1)
+    images = TestImages(FolderSource(str(tmp_path), "val"), 48, crop=crop)
+    sizes = [step.size for step in images.transform.transforms]
+    assert sizes == ([80, (48, 48)] if crop else [(48, 48)])
+    assert images.transform.transforms[0].interpolation.value == "bicubic"
+    assert len(images) == 1
