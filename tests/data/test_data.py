@@ -24,7 +24,14 @@ from data.augmentation import (
 )
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TwoViews
 from data.image import decode_rgb
-from data.loader import EpochBatches, build_pretraining_loader, normalize, num_workers
+from data.loader import (
+    EpochBatches,
+    build_labelled_sources,
+    build_pretraining_loader,
+    build_source,
+    normalize,
+    num_workers,
+)
 from data.source import FolderSource, ZipSource, open_source
 from tools.make_tiny_transfer import write_tiny
 from utils.config import DEFAULTS, load_config
@@ -474,3 +481,30 @@ def test_the_test_time_transform(tmp_path, crop):
     assert sizes == ([80, (48, 48)] if crop else [(48, 48)])
     assert images.transform.transforms[0].interpolation.value == "bicubic"
     assert len(images) == 1
+
+
+@pytest.mark.parametrize(("given", "kept"), [("no", 0), ("part", 24), ("full", 24)])
+def test_a_zip_is_cached_as_the_configuration_says(imagenet, tmp_path, process_group, given, kept):
+    make_zip(tmp_path, imagenet)
+    config = DEFAULTS.clone()
+    config.DATA.update({"DATA_PATH": str(tmp_path), "ZIP_MODE": True, "CACHE_MODE": given})
+    assert len(build_source(config, "train").cache) == kept
+    assert len(build_source(config, "train", cache_mode="no").cache) == 0
+    train, val = build_labelled_sources(config, val_cache_mode="no")
+    assert len(train.cache) == kept and len(val.cache) == 0
+    assert len(open_source(str(tmp_path), "train", True, "part").cache) == 24  # one process alone
+    assert len(open_source(str(tmp_path), "train", True).cache) == 0
+
+
+def test_test_images_are_cropped_unless_told_otherwise(imagenet):
+    source = FolderSource(str(imagenet), "val")
+    assert len(TestImages(source, 32).transform.transforms) == 2
+
+
+def test_an_augmentation_has_byols_ranges():
+    """arXiv 2006.07733, table 6."""
+    first = Augmentation((0.08, 1.0))
+    assert (first.brightness, first.contrast, first.saturation, first.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert (first.jitter_prob, first.grey_prob, first.blur_prob) == (0.8, 0.2, 1.0)
+    assert first.solarize_prob == 0 and first.sigma == (0.1, 2.0)
+    assert view_augmentations("byol", 0.08)[0] == first

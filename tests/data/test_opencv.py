@@ -100,3 +100,97 @@ def test_truncated_jpegs_are_named(keep):
     content = encoded(PHOTOGRAPHS[0], "JPEG")
     with pytest.raises(UserError, match=r"photo\.jpg: not a readable image"):
         opencv.decode_array(content[: int(keep * len(content))], "photo.jpg")
+
+
+def header(marker=0xC0, bits=8, height=40, width=60, components=3, before=b"", after=20) -> bytes:
+    """The start of a JPEG up to its frame's header, and some bytes behind."""
+    frame = (
+        bytes([0xFF, marker, 0, 17, bits]) + height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    )
+    jfif = bytes([0xFF, 0xE0, 0, 16]) + b"JFIF\0".ljust(14, b"\0")
+    return b"\xff\xd8" + jfif + before + frame + bytes([components]) + bytes(after)
+
+
+HUFFMAN = bytes([0xFF, 0xC4, 0, 5, 1, 2, 3])  # the tables of a code, of length 5
+
+
+@pytest.mark.parametrize(
+    ("content", "plain"),
+    [
+        (header(), True),
+        (header(components=1), True),
+        (header(components=4), False),  # CMYK
+        (header(components=2), False),
+        (header(bits=12), False),
+        (header(marker=0xC2), True),  # progressive
+        (header(marker=0xCF), True),
+        (header(marker=0xD0), False),
+        (header(before=HUFFMAN), True),
+        (header(before=b"\xff\xff\xff"), True),  # padding
+        (header(before=b"\0"), False),  # no marker
+        (header(height=1, width=100), True),
+        (header(height=1, width=101), False),
+        (header(height=101, width=1), False),
+        (header(height=300, width=30001), False),
+        (header(height=0), False),
+        (header(height=65535, width=65535), False),
+        (header(after=0), True),
+        (header(after=0)[:-1], False),  # it ends within
+        (b"\xff\xd8", False),
+        (b"\xff\xd8" + HUFFMAN, False),
+    ],
+)
+def test_what_opencv_may_decode(content, plain):
+    assert opencv._plain_jpeg(content) == plain
+    for marker in (0xC4, 0xC8, 0xCC):  # no frame's header, whatever stands there
+        assert not opencv._plain_jpeg(header(marker=marker, components=3, after=0))
+
+
+@pytest.mark.parametrize("end", [b"", b"\0", b"\0\0\0"])
+def test_a_whole_jpeg_is_opencvs_and_a_part_is_pils(monkeypatch, end):
+    content = encoded(SMALL[0], "JPEG", quality=92) + end
+    calls = []
+    monkeypatch.setattr(opencv, "decode_rgb", lambda *given: calls.append(given) or SMALL[0])
+    opencv.decode_array(content, "x")
+    assert not calls
+    opencv.decode_array(content[: -len(end) - 1], "x")
+    opencv.decode_array(encoded(SMALL[0], "PNG"), "y")
+    assert [name for _, name in calls] == ["x", "y"]
+
+
+def test_pil_solarises_from_128():
+    pixels = np.array([[[0, 127, 128], [129, 254, 255]]] * 2, np.uint8)
+    view = augmentation.ViewParameters((0, 0, 2, 2), False, (), False, 0.0, True)
+    expected = np.array([[[0, 127, 127], [126, 1, 0]]] * 2)
+    assert np.array_equal(augmentation.apply_view(Image.fromarray(pixels), view, 2), expected)
+    assert np.array_equal(opencv.SOLARIZE[[0, 127, 128, 129, 255]], [0, 127, 127, 126, 0])
+
+
+def test_hue_turns_the_whole_circle():
+    """A third of a turn makes red green, and two thirds, or one back, make it blue."""
+    red = np.full((2, 2, 3), (200, 20, 20), np.uint8)
+    for turns, channel in ((1 / 3, 1), (2 / 3, 2), (-1 / 3, 2), (0.0, 0), (1.0, 0)):
+        turned = opencv.hue(red.copy(), turns)
+        assert turned[0, 0].argmax() == channel and turned[0, 0].max() > 190, turns
+
+
+def test_a_view_does_what_was_drawn_in_its_order(monkeypatch):
+    done = []
+    for name in opencv.JITTER:
+        monkeypatch.setitem(
+            opencv.JITTER,
+            name,
+            lambda image, amount, name=name: done.append((name, amount)) or image,
+        )
+    monkeypatch.setattr(opencv, "blur", lambda image, sigma: done.append(("blur", sigma)) or image)
+    jitter = (("hue", 0.1), ("contrast", 0.7))
+    pixels = np.asarray(SMALL[0])
+    view = augmentation.ViewParameters((10, 20, 30, 40), True, jitter, True, 1.5, False)
+    made = opencv.apply_view(pixels, view, 32)
+    assert done == [("hue", 0.1), ("contrast", 0.7), ("blur", 1.5)]
+    assert (made == made[..., :1]).all()  # grey
+    plain = augmentation.ViewParameters((10, 20, 30, 40), False, (), False, 0.0, False)
+    crop = opencv.resized_crop(pixels, (10, 20, 30, 40), 32)
+    assert np.array_equal(opencv.apply_view(pixels, plain, 32), crop)
+    flipped = augmentation.ViewParameters((10, 20, 30, 40), True, (), False, 0.0, False)
+    assert np.array_equal(opencv.apply_view(pixels, flipped, 32), crop[:, ::-1])
