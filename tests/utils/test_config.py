@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -201,3 +202,57 @@ def test_mistakes_on_the_command_line_are_named(arguments, message):
     with pytest.raises(UserError) as error:
         parse_arguments("test", argv=arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+PUBLISHED = """
+DATA: {BATCH_SIZE: 64, DATA_PATH: '', DATASET: imagenet, IMG_SIZE: 224, INTERPOLATION: bicubic,
+  PIN_MEMORY: true, NUM_WORKERS: 8, ZIP_MODE: false, CACHE_MODE: part}
+MODEL: {TYPE: moby, ENCODER: swin_tiny, NAME: moby__swin_tiny, RESUME: '', NUM_CLASSES: 1000,
+  DROP_RATE: 0.0, DROP_PATH_RATE: 0.1, LABEL_SMOOTHING: 0.1, ONLINE_DROP_PATH_RATE: 0.2,
+  TARGET_DROP_PATH_RATE: 0.0, CONTRAST_MOMENTUM: 0.99, CONTRAST_TEMPERATURE: 0.2,
+  CONTRAST_NUM_NEGATIVE: 4096, PROJ_NUM_LAYERS: 2, PRED_NUM_LAYERS: 2, STOP_GRAD_CONV1: false,
+  REPLACE_LN_WITH_BN: false, N_HARD: 256, N1: 128, N2: 128, N3: 128, N4: 128, N5: 128, N6: 128,
+  WARMUP_EPOCHS: 30, COOLDOWN_EPOCHS: 100}
+TRAIN: {START_EPOCH: 0, EPOCHS: 300, WARMUP_EPOCHS: 20, WEIGHT_DECAY: 0.05, BASE_LR: 5.0e-4,
+  WARMUP_LR: 5.0e-7, MIN_LR: 5.0e-6, CLIP_GRAD: 5.0, AUTO_RESUME: true, ACCUMULATION_STEPS: 0,
+  USE_CHECKPOINT: false, LR_SCHEDULER: {NAME: cosine, DECAY_EPOCHS: 30, DECAY_RATE: 0.1},
+  OPTIMIZER: {NAME: adamw, EPS: 1.0e-8, BETAS: [0.9, 0.999], MOMENTUM: 0.9}}
+LINEAR_EVAL: {PRETRAINED: '', WEIGHTS: freeze}
+AUG: {COLOR_JITTER: 0.4, AUTO_AUGMENT: rand-m9-mstd0.5-inc1, REPROB: 0.25, REMODE: pixel,
+  RECOUNT: 1, MIXUP: 0.8, CUTMIX: 1.0, CUTMIX_MINMAX: null, MIXUP_PROB: 1.0,
+  MIXUP_SWITCH_PROB: 0.5, MIXUP_MODE: batch, SSL_AUG: false, SSL_AUG_TYPE: byol,
+  SSL_AUG_CROP: 0.08, SSL_LINEAR_AUG: false}
+TEST: {CROP: true}
+AMP_OPT_LEVEL: O0
+OUTPUT: output
+TAG: default
+SAVE_FREQ: 100
+PRINT_FREQ: 10
+SEED: 0
+EVAL_MODE: false
+THROUGHPUT_MODE: false
+LOCAL_RANK: 0
+"""
+OWN = {  # what the published configuration does not have
+    "DATA": {"BACKEND": "opencv", "MAX_BAD_FRACTION": 0.001, "TRAINING_IMAGES": 0},
+    "MODEL": {
+        **{"ALPHA": [0.0, 0.5], "BETA": [1.0, 1.5], "GAMMA": [0.0, 1.0]},
+        **{"SIGMA": 0.1, "DELTA": 0.01, "ETA": 0.01, "OPTIONS": {}},
+    },
+    "TRAIN": {
+        **{"KEEP_CHECKPOINTS": 0, "SAVE_MINUTES": 30.0, "SAVE_STEPS": 0, "KNN_FREQ": 0},
+        **{"ON_SAVE_ERROR": "continue", "MAX_SKIPPED_UPDATES": 20},
+    },
+    **{"COMPILE": False, "TENSORBOARD": False, "WANDB": False, "DIST_TIMEOUT": 600.0},
+}
+
+
+def test_the_defaults_are_the_published_ones():
+    published, ours = yaml.safe_load(PUBLISHED), as_dict(DEFAULTS)
+    published["TRAIN"]["OPTIMIZER"]["BETAS"] = (0.9, 0.999)
+    assert ours.pop("BASE") == [""]
+    for section, value in ours.items():
+        if isinstance(value, dict):
+            assert value == published[section] | OWN.get(section, {}), section
+        else:
+            assert value == (published | OWN)[section], section

@@ -1,0 +1,168 @@
+"""What a training run writes down, and when."""
+
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils.config import DEFAULTS
+from utils.progress import EpochSize, Progress, locate
+from utils.training_log import Averages, TrainingLog, duration, measure_throughput, memory
+from utils.update import Result
+
+
+def log_of(tmp_path, names=("",), print_freq=3, **more):
+    config = DEFAULTS.clone()
+    config.PRINT_FREQ, config.TRAIN.EPOCHS = print_freq, 2
+    logger = logging.getLogger("training log")
+    run = SimpleNamespace(folder=str(tmp_path), logger=logger, device=torch.device("cpu"))
+    progress = Progress(EpochSize(42, 8))  # 5 updates an epoch
+    optimizers = [
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5 + i) for i in range(len(names))
+    ]
+    return progress, TrainingLog(config, run, progress, optimizers, names, **more)
+
+
+def result_of(loss, finite=True) -> Result:
+    loss = torch.tensor(loss)
+    return Result({"loss": loss}, torch.as_tensor(finite).expand(loss.shape), [])
+
+
+def lines(tmp_path) -> list[dict]:
+    return [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_every_so_many_updates_and_at_the_ends(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("utils.training_log.time.time", lambda: now[0])
+    progress, log = log_of(tmp_path)
+    said = []
+    for step in range(1, 9):
+        if step in (1, 6):
+            list(log.watch([]))  # a new epoch begins
+        now[0] += 2
+        progress.advance()
+        said.append(
+            log.record(result_of(float(step)), {"momentum": 0.1 * step}, stopping=step == 7)
+        )
+        if progress.epoch_ended:
+            now[0] += 50  # the evaluation
+            log.end_epoch({"knn": 0.25, "other": None})
+            progress.next_epoch()
+    assert said == [False, False, True, False, True, False, True, True]
+    written = lines(tmp_path)
+    train = [x for x in written if x["kind"] == "train"]
+    assert [x["step"] for x in train] == [3, 5, 7, 8]
+    assert [x["loss"] for x in train] == [2.0, 4.5, 6.5, 8.0]
+    assert [x["epoch"] for x in train] == [0, 0, 1, 1]
+    assert [x["epochs"] for x in train] == [0.6, 1.0, 1.4, 1.6]
+    assert [round(x["momentum"], 3) for x in train] == [0.3, 0.5, 0.7, 0.8]
+    assert {x["seconds"] for x in train} == {2.0} and {x["images_per_s"] for x in train} == {4.0}
+    assert [x["eta_s"] for x in train] == [14.0, 10.0, 6.0, 4.0]
+    assert {x["lr"] for x in train} == {0.5} and {x["skipped"] for x in train} == {0}
+    (epoch,) = [x for x in written if x["kind"] == "epoch"]
+    assert epoch == {
+        **{"kind": "epoch", "epoch": 0, "step": 5, "epochs": 1.0},
+        **{"seconds": 10.0, "knn": 0.25, "other": None},
+    }
+
+
+def test_the_text_of_a_line(tmp_path, caplog):
+    progress, log = log_of(tmp_path, print_freq=1)
+    progress.advance()
+    with caplog.at_level(logging.INFO):
+        log.record(result_of(1.5), {})
+        log.end_epoch({"knn": 0.5})
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.startswith("Train: [0/2][1/5] eta 0:00:00 time 0.0")
+    assert first.endswith("lr 0.5 loss 1.5 skipped 0")
+    assert last == "EPOCH 0 training takes 0:00:00 knn 0.5000"
+
+
+def test_figures_of_several_optimizers_are_named(tmp_path, caplog):
+    progress, log = log_of(tmp_path, names=("0.1", "3"), print_freq=2)
+    for finite in ([True, True], [True, False]):
+        progress.advance()
+        log.record(result_of([1.0, 2.0], torch.tensor(finite)), {})
+    (line,) = lines(tmp_path)
+    assert line["loss@0.1"] == 1.0 and line["loss@3"] == 2.0
+    assert (line["skipped@0.1"], line["skipped@3"]) == (0, 1)
+    assert (line["lr@0.1"], line["lr@3"]) == (0.5, 1.5)
+    assert "updates skipped of rate 3, as loss or gradient was not finite: 1" in caplog.text
+    assert "of rate 0.1" not in caplog.text
+
+
+def test_means_of_each_optimizer_leave_out_its_own_skipped_updates(process_group):
+    averages = Averages(("a", "b"))
+    for loss, finite in (([1.0, math.nan], [1, 0]), ([3.0, 5.0], [1, 1]), ([8.0, 7.0], [0, 1])):
+        averages.add({"loss": torch.tensor(loss)}, torch.tensor(finite, dtype=torch.bool))
+    assert averages.updates == 3
+    expected = {"loss@a": 2.0, "skipped@a": 1, "loss@b": 6.0, "skipped@b": 1}
+    assert averages.read() == expected and averages.updates == 0
+
+
+def test_a_queues_spread_is_reported(tmp_path):
+    queue = torch.nn.functional.normalize(torch.randn(4, 50), dim=0)
+    progress, log = log_of(tmp_path, print_freq=1, queues=(queue, queue))
+    progress.advance()
+    log.record(result_of(1.0), {})
+    assert lines(tmp_path)[0]["queue_spread"] == pytest.approx(float(queue.std(1).mean()))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (61, "0:01:01"), (7325, "2:02:05")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_memory_is_in_megabytes():
+    before = memory(torch.device("cpu"))
+    assert 50 < before < 100_000
+    kept = bytearray(300 * 2**20)
+    assert memory(torch.device("cpu")) >= min(before, 350) and kept[-1] == 0
+
+
+def test_speed_of_loader_and_update(monkeypatch, caplog):
+    now, made = [0.0], []
+    monkeypatch.setattr("utils.training_log.time.time", lambda: now[0])
+
+    def updates():
+        for number in range(10):
+            now[0] += 0.5
+            yield [number]
+
+    def update(micro_batches):
+        made.append(micro_batches)
+        now[0] += 4
+
+    run = SimpleNamespace(logger=logging.getLogger("speed"), device=torch.device("cpu"))
+    with caplog.at_level(logging.INFO):
+        measure_throughput(updates(), EpochSize(100, 8), 5, update, run)
+    assert made == [[0]] * 8  # three of them to warm up
+    assert [r.getMessage() for r in caplog.records] == [
+        "loader: 16.0 images/s",
+        "update: 2.0 images/s, 4.0000 s an update",
+    ]
+
+
+def test_the_place_in_the_epochs():
+    progress = Progress(EpochSize(42, 8), 1, 7, 16)
+    assert progress.size.updates == 5 and progress.steps_of_epoch == 2
+    assert not progress.epoch_ended
+    state = progress.state_dict()
+    assert state == {
+        **{"epoch": 1, "step": 7, "images": 16, "images_per_update": 8, "training_images": 42}
+    }
+    assert locate(state, progress.size) == progress
+    for _ in range(3):
+        progress.advance()
+    assert (progress.step, progress.images_seen) == (10, 40) and progress.epoch_ended
+    assert progress.state_dict()["images"] == 42  # also those that fill no update
+    following = locate(progress.state_dict(), progress.size)
+    progress.next_epoch()
+    assert following == progress == Progress(EpochSize(42, 8), 2, 10, 0)
+    assert locate({"epoch": 3}, progress.size) == Progress(EpochSize(42, 8), 4, 20, 0)
