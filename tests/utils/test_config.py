@@ -9,7 +9,7 @@ from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.arguments import parse_arguments
+from utils.arguments import number_in, parse_arguments
 from utils.config import DEFAULTS, as_dict, load_config, run_folder, to_json, with_values
 from utils.errors import UserError
 
@@ -204,7 +204,7 @@ def test_mistakes_on_the_command_line_are_named(arguments, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-PUBLISHED = """
+PUBLISHED_DEFAULTS = """
 DATA: {BATCH_SIZE: 64, DATA_PATH: '', DATASET: imagenet, IMG_SIZE: 224, INTERPOLATION: bicubic,
   PIN_MEMORY: true, NUM_WORKERS: 8, ZIP_MODE: false, CACHE_MODE: part}
 MODEL: {TYPE: moby, ENCODER: swin_tiny, NAME: moby__swin_tiny, RESUME: '', NUM_CLASSES: 1000,
@@ -248,7 +248,7 @@ OWN = {  # what the published configuration does not have
 
 
 def test_the_defaults_are_the_published_ones():
-    published, ours = yaml.safe_load(PUBLISHED), as_dict(DEFAULTS)
+    published, ours = yaml.safe_load(PUBLISHED_DEFAULTS), as_dict(DEFAULTS)
     published["TRAIN"]["OPTIMIZER"]["BETAS"] = (0.9, 0.999)
     assert ours.pop("BASE") == [""]
     for section, value in ours.items():
@@ -256,3 +256,55 @@ def test_the_defaults_are_the_published_ones():
             assert value == published[section] | OWN.get(section, {}), section
         else:
             assert value == (published | OWN)[section], section
+
+
+LEAST = {
+    **{"DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 1, "DATA.NUM_WORKERS": 0, "TRAIN.EPOCHS": 1},
+    **{"TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 0, "TRAIN.KEEP_CHECKPOINTS": 0},
+    **{"TRAIN.SAVE_MINUTES": 0, "TRAIN.SAVE_STEPS": 0, "TRAIN.KNN_FREQ": 0, "SEED": 0},
+    **{"TRAIN.MAX_SKIPPED_UPDATES": 1, "DIST_TIMEOUT": 1, "SAVE_FREQ": 1, "PRINT_FREQ": 1},
+}
+
+
+@pytest.mark.parametrize("key", sorted(LEAST))
+def test_the_least_of_a_number_is_accepted_and_less_is_not(key):
+    def read(value):
+        return parse_arguments("", argv=["--cfg", str(RECIPES[0]), "--opts", key, str(value)])[1]
+
+    config, section = read(LEAST[key]), key.split(".")
+    assert (config[section[0]][section[1]] if len(section) > 1 else config[key]) == LEAST[key]
+    with pytest.raises(UserError, match=f"{key} must be at least {LEAST[key]}, got"):
+        read(LEAST[key] - 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "choices"),
+    [
+        ("AMP_OPT_LEVEL", ["O0", "O1", "O2"]),
+        ("DATA.BACKEND", ["opencv", "pil"]),
+        ("DATA.CACHE_MODE", ["no", "full", "part"]),
+        ("DATA.INTERPOLATION", ["bicubic", "bilinear", "nearest"]),
+        ("TRAIN.ON_SAVE_ERROR", ["continue", "stop"]),
+        ("LINEAR_EVAL.WEIGHTS", ["freeze", "finetune"]),
+    ],
+)
+def test_words_are_of_a_list(key, choices):
+    for word in choices:
+        parse_arguments("", argv=["--cfg", str(RECIPES[0]), "--opts", key, word])
+    with pytest.raises(UserError, match=f"{key} must be one of {', '.join(choices)}, got 'x'"):
+        parse_arguments("", argv=["--cfg", str(RECIPES[0]), "--opts", key, "x"])
+
+
+def test_numbers_of_flags_have_ranges():
+    whole, share = number_in(1, 9), number_in(0.0, 0.5)
+    assert (whole("1"), whole("9"), share("0.5"), share("0")) == (1, 9, 0.5, 0.0)
+    assert isinstance(whole("1"), int) and isinstance(share("0"), float)
+    for number, text in (
+        (whole, "0"),
+        (whole, "10"),
+        (whole, "1.5"),
+        (share, "0.51"),
+        (share, "-1"),
+    ):
+        with pytest.raises(ValueError, match=r"|invalid literal"):
+            number(text)
