@@ -299,12 +299,8 @@ def test_numbers_of_flags_have_ranges():
     whole, share = number_in(1, 9), number_in(0.0, 0.5)
     assert (whole("1"), whole("9"), share("0.5"), share("0")) == (1, 9, 0.5, 0.0)
     assert isinstance(whole("1"), int) and isinstance(share("0"), float)
-    for number, text in (
-        (whole, "0"),
-        (whole, "10"),
-        (whole, "1.5"),
-        (share, "0.51"),
-        (share, "-1"),
-    ):
-        with pytest.raises(ValueError, match=r"|invalid literal"):
-            number(text)
+    refused = {whole: ("0", "10", "1.5"), share: ("0.51", "-1")}
+    for number, texts in refused.items():
+        for text in texts:
+            with pytest.raises(ValueError):  # argparse says the rest
+                number(text)
