@@ -48,9 +48,9 @@ def main() -> None:
                 save_checkpoint(tensor, os.path.join(args.dump_features, name))
     train, train_labels, test, test_labels = parts
     check(train, train_labels, test, test_labels)
-    given = (args.nb_knn, args.temperature, run.device)
+    train, train_labels = train.to(run.device), train_labels.to(run.device)
     try:
-        figures = accuracies(train, train_labels, test, test_labels, *given)
+        figures = accuracies(train, train_labels, test, test_labels, args.nb_knn, args.temperature)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -99,13 +99,12 @@ def accuracies(
     test_labels: torch.Tensor,
     ks: list[int],
     temperature: float,
-    device: torch.device,
 ) -> dict[str, dict[str, float]]:
     """Top-1 and top-5 in per cent for each k; each process classifies its part of the tests."""
     own = slice(rank(), None, world_size())
     ranked = knn_classify(
-        train_features.to(device),
-        train_labels.to(device),
+        train_features,
+        train_labels,
         test_features[own],
         sorted(set(ks)),
         temperature,
@@ -114,7 +113,7 @@ def accuracies(
     figures = {}
     for k, classes in ranked.items():
         hits = classes == test_labels[own, None]
-        right = torch.stack([hits[:, :1].sum(), hits.sum()]).to(device)
+        right = torch.stack([hits[:, :1].sum(), hits.sum()]).to(train_features.device)
         dist.all_reduce(right)
         top1, top5 = (100 * right.double() / len(test_labels)).tolist()
         figures[str(k)] = {"top1": top1, "top5": top5}

@@ -103,7 +103,7 @@ def main() -> None:
         encoder = load_pretrained_encoder(args, config, run, 0.0 if frozen else args.drop_path_rate)
         if args.probe == "lbfgs":
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
-            return probe_by_lbfgs(config, encoder, train, test, strengths, metric, run)
+            return probe_by_lbfgs(config, encoder, train, test, strengths, run)
         loader = build_classification_loader(config, train)
 
         # an interrupted run is continued only by one that agrees in these
@@ -269,10 +269,10 @@ def probe_by_lbfgs(
     train: ImageSource,
     test: ImageSource,
     strengths: list[float],
-    metric: str,
     run: Run,
 ) -> None:
     """Logistic regression on the features, with the L2 strength chosen on held-out images."""
+    metric = TRANSFER_SETS[config.DATA.DATASET].metric
     features, labels = encode_images(config, encoder, train, run)
     test_features, test_labels = encode_images(config, encoder, test, run)
     check_features(features, labels, "training")
