@@ -102,7 +102,7 @@ def train(_, folder: str, encoder: str) -> None:
         config = load_config(str(ROOT / f"configs/{method}_vit_tiny.yaml"), opts)
         torch.manual_seed(0)
         model = synchronize_batch_norm(build_method(config), CPU)
-        optimizer = build_optimizer(config, model)
+        optimizer = build_optimizer(config, model, config.TRAIN.BASE_LR)
         parallel = data_parallel(model, CPU)
         torch.manual_seed(rank())
         losses = []
