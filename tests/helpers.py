@@ -68,7 +68,7 @@ def run_script(script: str, *arguments, processes: int = 0, launcher: str = "tor
     Returns the finished process with its output as text; standard error is in ``stdout``.
     """
     command = [sys.executable]
-    words = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    words = [str(ROOT / script)] if str(script).endswith(".py") else ["-m", script]
     if processes:
         module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}
         command += ["-m", module[launcher], f"--nproc_per_node={processes}"]
