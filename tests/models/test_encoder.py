@@ -8,6 +8,7 @@ import torch
 from helpers import reference
 
 from models.encoder import ENCODERS, choose_attention, create_encoder
+from models.swin import SwinTransformer
 from models.vit import VisionTransformer
 from utils.errors import UserError
 from utils.update import Precision
@@ -311,3 +312,20 @@ def test_what_a_wrapper_holds_is_fitted_below_its_prefix():
     wrapper.load_state_dict({f"encoder.{k}": v for k, v in small.state_dict().items()})
     assert large.fixed_positions and large.pos_embed.shape == (1, 65, 128)
     torch.testing.assert_close(large.pos_embed, create_encoder("vit_nano", 64).pos_embed)
+
+
+def test_networks_are_built_as_published_unless_told_otherwise():
+    """Swin-T at 224 pixels, and a ViT-S of 16-pixel patches, without dropout."""
+    swin, named = SwinTransformer(), create_encoder("swin_tiny")
+    assert {k: v.shape for k, v in swin.state_dict().items()} == {
+        k: v.shape for k, v in named.state_dict().items()
+    }
+    assert [s.blocks[0].attn.num_heads for s in swin.layers] == [3, 6, 12, 24]
+    vit, named = VisionTransformer(), create_encoder("vit_small")
+    assert {k: v.shape for k, v in vit.state_dict().items()} == {
+        k: v.shape for k, v in named.state_dict().items()
+    }
+    for encoder in (swin, vit):
+        assert {m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
+        assert not any(getattr(m, "drop_prob", 0.0) for m in encoder.modules())
+        assert encoder.patch_embed.img_size == (224, 224)
