@@ -150,3 +150,16 @@ def test_two_processes_train_with_it(imagenet, tmp_path):
     done = run_script("main_pretrain.py", *opts, processes=2)
     assert done.returncode == 0, done.stdout
     assert set(figures(tmp_path)) == {0, 1}
+
+
+@pytest.mark.parametrize("empty", ["train", "val"])
+def test_without_a_readable_image_there_is_no_accuracy(imagenet, process_group, empty):
+    made = monitor(imagenet)
+    encode = made._encode
+
+    def none_of(encoder, images):
+        features, labels = encode(encoder, images)
+        return (features[:0], labels[:0]) if images is getattr(made, empty) else (features, labels)
+
+    made._encode = none_of
+    assert np.isnan(made.after(0, MeanColour())["knn"])

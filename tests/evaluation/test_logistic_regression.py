@@ -138,3 +138,18 @@ def test_processes_fit_what_one_fits(tmp_path):
 def _fit(rank: int, folder: str) -> None:
     fit = LogisticRegression(*problem(101), CLASSES).fit(0.1)
     torch.save(fit.weight, f"{folder}/{rank}.pth")
+
+
+def test_the_objective_of_several_labels_by_hand():
+    """The sum of the losses without those marked difficult, and the penalty."""
+    torch.manual_seed(0)
+    features = torch.randn(30, 4, dtype=torch.float64)
+    targets = torch.randint(0, 2, (30, 3))
+    targets[::5, 1] = DIFFICULT
+    fit = LogisticRegression(features, targets, 3).fit(0.7)
+    scores = fit.scores(features)
+    losses = F.binary_cross_entropy_with_logits(
+        scores, targets.clamp(min=0).double(), reduction="none"
+    )
+    expected = losses[targets != DIFFICULT].sum() + 0.35 * fit.weight.square().sum()
+    assert fit.objective == pytest.approx(float(expected), rel=1e-9) and fit.converged

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from evaluation.video_metrics import contour, contour_accuracy, region_similarity, statistics
+from evaluation.video_metrics import (
+    _dilate,
+    contour,
+    contour_accuracy,
+    region_similarity,
+    statistics,
+)
 
 MASKS = npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, max_side=12))
 
@@ -88,3 +94,11 @@ def test_statistics():
     assert statistics([1.0] * 200 + [0.0] * 200)[2] == 1.0
     with pytest.raises(ValueError, match="no frame"):
         statistics([])
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 3, 5])
+def test_contours_grow_by_a_disc(radius):
+    point = np.zeros((13, 13), dtype=bool)
+    point[6, 6] = True
+    y, x = np.mgrid[:13, :13] - 6
+    assert np.array_equal(_dilate(point, radius), np.hypot(x, y) <= radius)
