@@ -114,13 +114,9 @@ class Update:
     ) -> None:
         self.ddp, self.optimizers, self.precision = ddp, list(optimizers), precision
         self.clip, self.parts = clip or math.inf, parts or {}
-        owners = {
-            p: n for n, o in enumerate(optimizers) for g in o.param_groups for p in g["params"]
-        }
-        self.weights: list[list[nn.Parameter]] = [[] for _ in optimizers]  # in the model's order
-        for parameter in ddp.parameters():
-            if parameter in owners:
-                self.weights[owners[parameter]].append(parameter)
+        owned = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
+        # of each optimizer, in the model's order
+        self.weights = [[p for p in ddp.parameters() if p in own] for own in owned]
         self._scales = scale and precision.scaler.is_enabled()
         # a scale of 1 changes no gradient, but lets the scaler skip a step; the fused optimizers
         # read on the device whether to, the others wait for it
