@@ -29,7 +29,7 @@ SCALES = (1, 1 / math.sqrt(2), 1 / 2)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this script."""
     add_pretrained_arguments(parser)
-    parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0])
+    parser.add_argument("--dataset", dest="DATA.DATASET", choices=DATASETS, default=DATASETS[0])
     parser.add_argument(
         "--imsize", type=int, default=224, help="longest side of an image in pixels"
     )
@@ -48,8 +48,9 @@ def main() -> None:
     args, config = parse_arguments(__doc__, add_arguments)
     if args.imsize < 1:
         raise UserError(f"--imsize must be at least 1, got {args.imsize}")
-    run = start(config, os.path.join(run_folder(config), f"retrieval_{args.dataset}"))
-    truth = read_ground_truth(config.DATA.DATA_PATH, args.dataset)
+    dataset = config.DATA.DATASET
+    run = start(config, os.path.join(run_folder(config), f"retrieval_{dataset}"))
+    truth = read_ground_truth(config.DATA.DATA_PATH, dataset)
     if args.load_features:
         features = [read_tensor(os.path.join(args.load_features, name)) for name in FILES]
     else:
@@ -61,7 +62,7 @@ def main() -> None:
     database, queries = features
     check(database, queries, truth)
     if rank() == 0:
-        report(score(database, queries, truth), args.dataset, run)
+        report(score(database, queries, truth), dataset, run)
 
 
 def encode(

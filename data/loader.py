@@ -139,6 +139,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--dataset`` and ``--download``."""
     parser.add_argument(
         "--dataset",
+        dest="DATA.DATASET",
         metavar="NAME",
         choices=list(TRANSFER_SETS),
         help=f"data set of --data-path: {', '.join(TRANSFER_SETS)}",
@@ -166,23 +167,18 @@ def build_labelled_sources(
     """
     train = train or build_source(config, "train", download)
     val = build_source(config, "val", download, val_cache_mode)
-    if val.classes != train.classes:  # folders are numbered by what is there
-        numbers = {name: number for number, name in enumerate(train.classes)}
-        for name in val.classes:
-            if name not in numbers:
+    if np.ndim(val.labels) == 1:
+        known = {train.classes[label] for label in set(train.labels)}
+        for name in (val.classes[label] for label in sorted(set(val.labels))):
+            if name not in known:
                 raise UserError(
                     f"{config.DATA.DATA_PATH}: class {name} is among the validation images, but "
                     "has no training image"
                 )
+    if val.classes != train.classes:  # folders are numbered by what is there
+        numbers = {name: number for number, name in enumerate(train.classes)}
         val.labels = [numbers[val.classes[label]] for label in val.labels]
         val.classes = train.classes
-    if np.ndim(val.labels) == 1:
-        unknown = set(val.labels) - set(train.labels)
-        if unknown:
-            raise UserError(
-                f"{config.DATA.DATA_PATH}: class {train.classes[min(unknown)]} is among the "
-                "validation images, but has no training image"
-            )
     return train, val
 
 

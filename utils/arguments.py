@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config import load_config
+from utils.config import load_config, with_values
 from utils.errors import UserError
 
 
@@ -35,74 +35,56 @@ def parse_arguments(
         UserError: unknown flag, missing file, unknown key or value of the wrong type.
     """
     parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration file (YAML)")
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="override configuration keys"
-    )
-    parser.add_argument("--batch-size", type=int, help="images per process")
-    parser.add_argument("--data-path", help="folder of the data set")
-    parser.add_argument("--output", help="root of the run folders (default: output)")
-    parser.add_argument("--tag", help="name of the run (default: default)")
-    parser.add_argument("--resume", metavar="PATH", help="continue from this checkpoint")
-    parser.add_argument("--accumulation-steps", type=int, help="micro-batches for one update")
-    parser.add_argument(
-        "--use-checkpoint", action="store_true", help="activation checkpointing to save memory"
-    )
-    parser.add_argument(
-        "--amp-opt-level",
-        choices=["O0", "O1", "O2"],
-        help="O0: float32; O1 and O2: autocast to bfloat16, or float16 with loss scaling",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the encoders of pre-training: slow start"
-    )
-    parser.add_argument("--zip", action="store_true", help="read train.zip and val.zip")
-    parser.add_argument(
-        "--cache-mode",
-        choices=["no", "full", "part"],
-        help="keep the zipped images in memory: none, all, or this process's share",
-    )
-    parser.add_argument("--eval", action="store_true", help="evaluate only")
-    parser.add_argument("--throughput", action="store_true", help="measure the speed only")
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    # fmt: off
+    add = parser.add_argument  # a flag whose ``dest`` is a key sets that key
+    add("--cfg", required=True, metavar="FILE", help="configuration file (YAML)")
+    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override configuration keys")
+    add("--batch-size", dest="DATA.BATCH_SIZE", type=int, metavar="N", help="images per process")
+    add("--data-path", dest="DATA.DATA_PATH", metavar="DIR", help="folder of the data set")
+    add("--output", dest="OUTPUT", metavar="DIR", help="root of the run folders (default: output)")
+    add("--tag", dest="TAG", help="name of the run (default: default)")
+    add("--resume", dest="MODEL.RESUME", metavar="PATH", help="continue from this checkpoint")
+    add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N",
+        help="micro-batches for one update")
+    add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_true",
+        help="activation checkpointing to save memory")
+    add("--amp-opt-level", dest="AMP_OPT_LEVEL", choices=["O0", "O1", "O2"],
+        help="O0: float32; O1 and O2: autocast to bfloat16, or float16 with loss scaling")
+    add("--compile", dest="COMPILE", action="store_true",
+        help="compile the encoders of pre-training: slow start")
+    add("--zip", dest="DATA.ZIP_MODE", action="store_true", help="read train.zip and val.zip")
+    add("--cache-mode", dest="DATA.CACHE_MODE", choices=["no", "full", "part"],
+        help="keep the zipped images in memory: none, all, or this process's share")
+    add("--eval", dest="EVAL_MODE", action="store_true", help="evaluate only")
+    add("--throughput", dest="THROUGHPUT_MODE", action="store_true", help="measure the speed only")
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    # fmt: on
     if add_arguments:
         add_arguments(parser)
     args = parser.parse_args(argv)
 
-    config = load_config(args.cfg, args.opts)
-    for node, key, value in (
-        (config.DATA, "BATCH_SIZE", args.batch_size),
-        (config.DATA, "DATA_PATH", args.data_path),
-        (config.DATA, "DATASET", getattr(args, "dataset", None)),  # a flag of the evaluations
-        (config.DATA, "ZIP_MODE", args.zip or None),
-        (config.DATA, "CACHE_MODE", args.cache_mode),
-        (config.MODEL, "RESUME", args.resume),
-        (config.TRAIN, "ACCUMULATION_STEPS", args.accumulation_steps),
-        (config.TRAIN, "USE_CHECKPOINT", args.use_checkpoint or None),
-        (config, "AMP_OPT_LEVEL", args.amp_opt_level),
-        (config, "COMPILE", args.compile or None),
-        (config, "TENSORBOARD", getattr(args, "tensorboard", None) or None),  # of pre-training
-        (config, "WANDB", getattr(args, "wandb", None) or None),
-        (config, "OUTPUT", args.output),
-        (config, "TAG", args.tag),
-        (config, "EVAL_MODE", args.eval or None),
-        (config, "THROUGHPUT_MODE", args.throughput or None),
-    ):
-        if value is not None:
-            node[key] = value
-    config.LOCAL_RANK = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
+    given = {
+        k: v for k, v in vars(args).items() if k.isupper() and v is not None and v is not False
+    }
+    given["LOCAL_RANK"] = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
+    config = with_values(load_config(args.cfg, args.opts), given)
     _check(config)
-    config.freeze()
     return args, config
 
 
 def add_tracker_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--tensorboard`` and ``--wandb``."""
     parser.add_argument(
-        "--tensorboard", action="store_true", help="write the figures for TensorBoard too"
+        "--tensorboard",
+        dest="TENSORBOARD",
+        action="store_true",
+        help="write the figures for TensorBoard too",
     )
     parser.add_argument(
-        "--wandb", action="store_true", help="send the figures to Weights & Biases too"
+        "--wandb",
+        dest="WANDB",
+        action="store_true",
+        help="send the figures to Weights & Biases too",
     )
 
 
