@@ -5,6 +5,7 @@ them. They lack imagenet, stl10 and places365, which have their own standard spl
 ``python -m data.transfer`` prints the table in Markdown.
 """
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -203,6 +204,8 @@ def markdown_table() -> str:
 def _open(row: TransferSet, root: str, split: str) -> ImageFiles | ImageArrays | FolderSource:
     try:
         images = row.reader.open(root, split)
+        if isinstance(images, ImageFiles) and images.names:
+            os.stat(images.names[0])  # the lists may be there without what a download would bring
     except (UserError, *_MISSING):
         raise
     except Exception as error:  # the parser of a damaged file can raise anything

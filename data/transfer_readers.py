@@ -6,7 +6,7 @@ no more than reading them does.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,19 +34,11 @@ class ImageFiles:
         labels: class number of each image, or N x C of 1 (positive), 0 (negative) and
             ``DIFFICULT`` (not counted).
         classes: names of the classes.
-
-    Raises:
-        FileNotFoundError: the first image is not there.
     """
 
     names: list[str]
-    labels: list[int] | np.ndarray
-    classes: list[str]
-
-    def __post_init__(self) -> None:
-        # the lists may be there without their images, which a download would bring
-        if self.names:
-            os.stat(self.names[0])
+    labels: list[int] | np.ndarray = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
     def read(self, index: int) -> bytes:
         """The file of image ``index``."""

@@ -8,17 +8,18 @@ from the root of the repository.
 import argparse
 import os
 import sys
-from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import davis, retrieval
-from data.image import check_head, read_file, read_rgb
+from data.image import check_head
 from data.loader import quiet_worker
-from data.source import ImageSource, open_source
+from data.source import FileSource, ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
+from data.transfer_readers import ImageFiles
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -80,40 +81,23 @@ def main() -> None:
     print(f"{args.data_path}: ready")
 
 
-@dataclass
-class Images:
-    """Image files without labels; ``names`` are their paths."""
-
-    names: list[str]
-    labels: list[int] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-
-    def read(self, index: int) -> bytes:
-        """The file of image ``index``."""
-        return read_file(self.names[index])
-
-    def read_image(self, index: int) -> object:
-        """Decode image ``index``."""
-        return read_rgb(self.names[index])
-
-
-class Frames(Images):
+class Frames(ImageFiles):
     """The frames of DAVIS, each read together with its annotation."""
 
     def __init__(self, videos: list[davis.Video]) -> None:
         super().__init__([path for video in videos for path in video.frames])
         self.annotations = [path for video in videos for path in video.annotations]
 
-    def read_image(self, index: int) -> object:
-        """Decode frame ``index``, and its annotation, which must be of the same size."""
+    def read_image(self, index: int) -> Image.Image:
+        """The annotation of frame ``index``, which must be of the frame's size."""
         frame = davis.read_frame(self.names[index])
-        return davis.read_mask(self.annotations[index], frame.shape[:2])
+        return Image.fromarray(davis.read_mask(self.annotations[index], frame.shape[:2]))
 
 
 class Problems(Dataset):
     """What is wrong with each image of ``source``: one line, or None."""
 
-    def __init__(self, source: ImageSource | Images, fast: bool) -> None:
+    def __init__(self, source: ImageSource, fast: bool) -> None:
         self.source, self.fast = source, fast
 
     def __len__(self) -> int:
@@ -124,14 +108,14 @@ class Problems(Dataset):
         try:
             if not self.fast:
                 self.source.read_image(index)
-            elif hasattr(self.source, "read"):  # else it lies in an array, which has been read
+            elif isinstance(self.source, FileSource):  # an array was read on opening
                 check_head(self.source.read(index), self.source.names[index])
         except UserError as error:
             return str(error)
         return None
 
 
-def open_split(args: argparse.Namespace, split: str) -> ImageSource | Images:
+def open_split(args: argparse.Namespace, split: str) -> ImageSource:
     """The images of a split.
 
     Raises:
@@ -144,11 +128,11 @@ def open_split(args: argparse.Namespace, split: str) -> ImageSource | Images:
     if args.dataset in retrieval.DATASETS:
         truth = retrieval.read_ground_truth(args.data_path, args.dataset)
         names = truth.database if split == "database" else truth.queries
-        return Images([truth.path(name) for name in names])
+        return ImageFiles([truth.path(name) for name in names])
     return open_transfer_set(args.dataset, args.data_path, split)
 
 
-def check_images(source: ImageSource | Images, split: str, args: argparse.Namespace) -> int:
+def check_images(source: ImageSource, split: str, args: argparse.Namespace) -> int:
     """Read every image, print a line for each bad one, and return how many there are."""
     loader = DataLoader(
         Problems(source, args.fast),
@@ -172,7 +156,7 @@ def check_images(source: ImageSource | Images, split: str, args: argparse.Namesp
     return bad
 
 
-def summarize(dataset: str, split: str, source: ImageSource | Images, bad: int) -> None:
+def summarize(dataset: str, split: str, source: ImageSource, bad: int) -> None:
     """Print what a split holds, and where it differs from the official one."""
     images, classes = len(source.names), len(source.classes)
     kinds = f" of {classes} classes" if classes else ""

@@ -15,9 +15,9 @@ from torch import nn
 from yacs.config import CfgNode
 
 from data.dataset import to_tensor
-from data.image import read_rgb
 from data.loader import add_dataset_arguments, build_source, normalize
 from data.source import ImageSource
+from data.transfer_readers import ImageFiles
 from evaluation.features import encode_images
 from models.patch_features import class_attention, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
@@ -64,7 +64,7 @@ def main() -> None:
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
     run = start(config, os.path.join(run_folder(config), "pictures"))
     draw, count = PICTURES[args.picture]
-    images = Files(args.files) if args.files else choose(args, config, count)
+    images = find_images(args.files) if args.files else choose(args, config, count)
     encoder = load_pretrained_encoder(args, config, run)
     picture = draw(args, config, images, encoder, run)
     path = os.path.join(run.folder, f"{args.picture}.png")
@@ -73,26 +73,16 @@ def main() -> None:
         run.logger.info("%s written, %d x %d pixels", path, *picture.size)
 
 
-class Files:
-    """Image files without labels; attributes as in a source, see ``data.source``."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.names: list[str] = []
-        for path in paths:
-            inside = sorted(os.listdir(path)) if os.path.isdir(path) else None
-            if inside is None:
-                self.names.append(path)
-            else:
-                found = [name for name in inside if name.lower().endswith(ENDINGS)]
-                self.names += [os.path.join(path, name) for name in found]
-        if not self.names:
-            raise UserError(f"--files {' '.join(paths)}: no images there")
-        self.classes: list[str] = []
-        self.labels: list[int] | np.ndarray = [-1] * len(self.names)
-
-    def read_image(self, index: int) -> Image.Image:
-        """Image ``index`` in RGB."""
-        return read_rgb(self.names[index])
+def find_images(paths: list[str]) -> ImageFiles:
+    """The image files ``paths``, and those in the folders among them; labels are -1."""
+    names: list[str] = []
+    for path in paths:
+        inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        found = [os.path.join(path, n) for n in inside if n.lower().endswith(ENDINGS)]
+        names += found if os.path.isdir(path) else [path]
+    if not names:
+        raise UserError(f"--files {' '.join(paths)}: no images there")
+    return ImageFiles(names, [-1] * len(names))
 
 
 class Chosen:
