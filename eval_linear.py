@@ -58,7 +58,6 @@ from utils.training_log import TrainingLog, duration, measure_throughput
 from utils.update import Update
 
 BEST = "best.pth"
-THROUGHPUT_STEPS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +132,7 @@ def main() -> None:
         if config.THROUGHPUT_MODE:
             ddp.train()
             step = partial(update, forward=forward)
-            return measure_throughput(loader, loader.size, THROUGHPUT_STEPS, step, run)
+            return measure_throughput(loader, loader.size, step, run)
 
         def state() -> dict[str, Any]:
             place = progress.state_dict() | identity | judged.state_dict()

@@ -36,7 +36,6 @@ from utils.training_log import TrainingLog, duration, measure_throughput
 from utils.update import Update
 
 PARTS = ("encoder", "projector", "predictor")  # whose gradient norms are reported
-THROUGHPUT_STEPS = 30
 
 
 def main() -> None:
@@ -215,7 +214,7 @@ def throughput(
             ddp.module.enqueue(*output.keys, result.finite)
 
     ddp.train()
-    measure_throughput(loader, loader.size, THROUGHPUT_STEPS, step, run)
+    measure_throughput(loader, loader.size, step, run)
 
 
 if __name__ == "__main__":

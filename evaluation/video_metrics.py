@@ -30,14 +30,7 @@ def region_similarity(annotation: np.ndarray, prediction: np.ndarray) -> float:
 def contour_accuracy(annotation: np.ndarray, prediction: np.ndarray) -> float:
     """F: the F-measure of the contour pixels that have a counterpart close by.
 
-    Args:
-        annotation, prediction: (H, W) of bool.
-
-    Returns:
-        from 0 to 1.
-
-    Raises:
-        ValueError: masks of unequal shapes.
+    It takes, returns and raises what ``region_similarity`` does.
 
     Source: Perazzi et al., CVPR 2016, section 4.1, with the tolerance of the official toolkit.
     """

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import nn
 
 from models.batch_norm import SyncBatchNorm, has_batch_norm
 from models.encoder import Backbone
+from utils.update import Forward
 
 
 class MLPHead(nn.Module):
@@ -52,22 +53,18 @@ class MLPHead(nn.Module):
 
 
 @dataclass
-class Output:
-    """What one forward pass gives.
+class Output(Forward):
+    """What one forward pass gives: the mean loss over this process's images, a scalar, and more.
 
     Attributes:
-        loss: the mean over this process's images, a scalar with gradient.
         accuracy: share of the queries, 0 to 1, whose own key is the most similar of all keys.
         positive: mean cosine similarity of a query and its own key.
         keys: k1 and k2, (B, dim), without gradient.
-        figures: scalars that a training run reports besides the loss; set by ``forward``.
     """
 
-    loss: torch.Tensor
     accuracy: torch.Tensor
     positive: torch.Tensor
     keys: tuple[torch.Tensor, torch.Tensor]
-    figures: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class MomentumMethod(nn.Module):

@@ -17,6 +17,7 @@ import eval_linear
 from evaluation.protocols import PROTOCOLS
 from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
+from utils import training_log
 from utils.errors import UserError
 from utils.progress import Checkpoints
 from utils.signals import RESUMABLE
@@ -326,7 +327,7 @@ def test_eval_repeats_the_figures_and_saves_nothing(run_main, tinted, tmp_path, 
 
 
 def test_throughput_saves_nothing(run_main, tinted, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_linear, "THROUGHPUT_STEPS", 2)
+    monkeypatch.setattr(training_log, "THROUGHPUT_STEPS", 2)
     run_main(eval_linear, *arguments(tinted, tmp_path, "--throughput"))
     log = (folder(tmp_path) / "log_rank0.txt").read_text()
     assert "loader: " in log and "update: " in log

@@ -11,6 +11,7 @@ from helpers import arguments, assert_same, build_update, run_script, tiny, weig
 import main_pretrain
 from models import METHODS
 from models.momentum import MomentumMethod, key_momentum
+from utils import training_log
 from utils.errors import UserError
 from utils.update import Precision, Update
 
@@ -218,7 +219,7 @@ def test_options_train(run_main, imagenet, tmp_path, flags):
 
 
 def test_throughput_and_eval_save_nothing(run_main, imagenet, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_pretrain, "THROUGHPUT_STEPS", 2)
+    monkeypatch.setattr(training_log, "THROUGHPUT_STEPS", 2)
     opts = arguments("moby", imagenet, tmp_path)
     run_main(main_pretrain, "--throughput", *opts)
     log = tmp_path / "run/default/log_rank0.txt"

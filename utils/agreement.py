@@ -44,7 +44,7 @@ def configuration_facts(config: CfgNode) -> dict[str, object]:
 
 def code_facts() -> dict[str, object]:
     """One digest of all source files of the program."""
-    files = [*ROOT.glob("*.py"), *(p for d in ROOMS for p in _sources(d))]
+    files = [*ROOT.glob("*.py"), *(p for d in ROOMS for p in (ROOT / d).glob("*.py"))]
     named = ((str(path.relative_to(ROOT)), path.read_bytes()) for path in sorted(files))
     return {"the program's source (sha256)": digest(part for pair in named for part in pair)}
 
@@ -56,10 +56,6 @@ def digest(parts: Iterable[str | bytes]) -> str:
         total.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
         total.update(b"\0")
     return total.hexdigest()[:16]
-
-
-def _sources(folder: str) -> list[Path]:
-    return list((ROOT / folder).glob("*.py"))
 
 
 def _leaves(node: dict, prefix: str) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 import os
 import uuid
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from yacs.config import CfgNode
 
@@ -11,12 +12,8 @@ from utils.distributed import on_first_process
 from utils.errors import UserError
 from utils.run import Run
 
-
-class Writer(Protocol):
-    """Where a tracker sends its figures."""
-
-    def __call__(self, step: int, figures: dict[str, float]) -> None:
-        """Take the figures after ``step`` updates, named as they will be shown."""
+# takes the number of updates made, and figures by the names under which they will be shown
+Writer = Callable[[int, dict[str, float]], None]
 
 
 class Tracker:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 # of 1 / sqrt(dim), the standard deviation of features that are spread evenly over the sphere
 COLLAPSED = 0.1
+THROUGHPUT_STEPS = 30  # updates that are read, and updates that are made
 B = TypeVar("B")
 
 
@@ -270,30 +271,29 @@ def collapsed(feature_std: float, dim: int) -> bool:
 
 
 def measure_throughput(
-    updates: Iterable[B], size: EpochSize, steps: int, update: Callable[[B], object], run: Run
+    updates: Iterable[B], size: EpochSize, update: Callable[[B], object], run: Run
 ) -> None:
     """Log images per second of the loader alone and of the update alone.
 
     Args:
         updates: the micro-batches of each update.
         size: images of an update.
-        steps: how many updates are read, and how many are made.
         update: one update from its micro-batches.
         run: device and log.
     """
     batches = iter(updates)
     micro_batches = next(batches)
     started = time.time()
-    loaded = size.images_per_update * sum(1 for _ in itertools.islice(batches, steps))
+    loaded = size.images_per_update * sum(1 for _ in itertools.islice(batches, THROUGHPUT_STEPS))
     if loaded:
         run.logger.info("loader: %.1f images/s", loaded / (time.time() - started))
-    for step in range(-3, steps):
+    for step in range(-3, THROUGHPUT_STEPS):
         if step == 0:  # warmed up
             synchronize(run.device)
             started = time.time()
         update(micro_batches)
     synchronize(run.device)
-    seconds = (time.time() - started) / steps
+    seconds = (time.time() - started) / THROUGHPUT_STEPS
     run.logger.info(
         "update: %.1f images/s, %.4f s an update", size.images_per_update / seconds, seconds
     )

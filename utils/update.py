@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -60,15 +60,10 @@ class Forward:
     """
 
     loss: torch.Tensor
-    figures: dict[str, torch.Tensor] = field(default_factory=dict)
+    figures: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
 
-class _Forward(Protocol):
-    loss: torch.Tensor
-    figures: dict[str, torch.Tensor]
-
-
-F = TypeVar("F", bound=_Forward)
+F = TypeVar("F", bound=Forward)
 
 
 @dataclass(frozen=True)

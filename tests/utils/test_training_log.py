@@ -129,6 +129,7 @@ def test_memory_is_in_megabytes():
 def test_speed_of_loader_and_update(monkeypatch, caplog):
     now, made = [0.0], []
     monkeypatch.setattr("utils.training_log.time.time", lambda: now[0])
+    monkeypatch.setattr("utils.training_log.THROUGHPUT_STEPS", 5)
 
     def updates():
         for number in range(10):
@@ -141,7 +142,7 @@ def test_speed_of_loader_and_update(monkeypatch, caplog):
 
     run = SimpleNamespace(logger=logging.getLogger("speed"), device=torch.device("cpu"))
     with caplog.at_level(logging.INFO):
-        measure_throughput(updates(), EpochSize(100, 8), 5, update, run)
+        measure_throughput(updates(), EpochSize(100, 8), update, run)
     assert made == [[0]] * 8  # three of them to warm up
     assert [r.getMessage() for r in caplog.records] == [
         "loader: 16.0 images/s",

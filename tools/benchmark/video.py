@@ -16,6 +16,7 @@ from evaluation.label_propagation import LabelPropagation, outside_neighborhood
 from models.encoder import ENCODERS, create_encoder
 from models.patch_features import patch_features
 from utils.run import run_script
+from utils.training_log import synchronize
 
 GRID, RADIUS = (30, 52), 12  # patches of a frame of 480 x 832 pixels
 
@@ -86,12 +87,10 @@ def outside_by_loops(height: int, width: int, radius: int) -> torch.Tensor:
 
 def timed(function: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:
     """Seconds that a call takes, and what it returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start, result
 
 
