@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config import load_config, with_values
+from utils.config import check_ranges, load_config, with_values
 from utils.errors import UserError
 
 
@@ -68,7 +68,7 @@ def parse_arguments(
     }
     given["LOCAL_RANK"] = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
     config = with_values(load_config(args.cfg, args.opts), given)
-    _check(config)
+    check_ranges(config)
     return args, config
 
 
@@ -98,35 +98,3 @@ def number_in(least: float, most: float) -> Callable[[str], float]:
         return value
 
     return number
-
-
-def _check(config: CfgNode) -> None:
-    for key, value, least in (
-        ("DATA.BATCH_SIZE", config.DATA.BATCH_SIZE, 1),
-        ("DATA.IMG_SIZE", config.DATA.IMG_SIZE, 1),
-        ("DATA.NUM_WORKERS", config.DATA.NUM_WORKERS, 0),
-        ("TRAIN.EPOCHS", config.TRAIN.EPOCHS, 1),
-        ("TRAIN.WARMUP_EPOCHS", config.TRAIN.WARMUP_EPOCHS, 0),
-        ("TRAIN.ACCUMULATION_STEPS", config.TRAIN.ACCUMULATION_STEPS, 0),
-        ("TRAIN.KEEP_CHECKPOINTS", config.TRAIN.KEEP_CHECKPOINTS, 0),
-        ("TRAIN.SAVE_MINUTES", config.TRAIN.SAVE_MINUTES, 0),
-        ("TRAIN.SAVE_STEPS", config.TRAIN.SAVE_STEPS, 0),
-        ("TRAIN.KNN_FREQ", config.TRAIN.KNN_FREQ, 0),
-        ("TRAIN.MAX_SKIPPED_UPDATES", config.TRAIN.MAX_SKIPPED_UPDATES, 1),
-        ("DIST_TIMEOUT", config.DIST_TIMEOUT, 1),
-        ("SAVE_FREQ", config.SAVE_FREQ, 1),
-        ("PRINT_FREQ", config.PRINT_FREQ, 1),
-        ("SEED", config.SEED, 0),
-    ):
-        if value < least:
-            raise UserError(f"{key} must be at least {least}, got {value}")
-    for key, value, choices in (
-        ("AMP_OPT_LEVEL", config.AMP_OPT_LEVEL, ("O0", "O1", "O2")),
-        ("DATA.BACKEND", config.DATA.BACKEND, ("opencv", "pil")),
-        ("DATA.CACHE_MODE", config.DATA.CACHE_MODE, ("no", "full", "part")),
-        ("DATA.INTERPOLATION", config.DATA.INTERPOLATION, ("bicubic", "bilinear", "nearest")),
-        ("TRAIN.ON_SAVE_ERROR", config.TRAIN.ON_SAVE_ERROR, ("continue", "stop")),
-        ("LINEAR_EVAL.WEIGHTS", config.LINEAR_EVAL.WEIGHTS, ("freeze", "finetune")),
-    ):
-        if value not in choices:
-            raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")

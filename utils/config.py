@@ -6,88 +6,163 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError
 
+
+class Key(NamedTuple):
+    """One key of the configuration.
+
+    Attributes:
+        default: its type is the key's type.
+        allowed: the least and the largest number (of each element of a list), or the words.
+        about: what it is.
+    """
+
+    default: Any
+    allowed: tuple[float, float] | tuple[str, ...] = ()
+    about: str = ""
+
+
+COUNT, SHARE, WORKERS = (0, 10**9), (0, 1), (0, 1024)
 # fmt: off
-DEFAULTS = CfgNode(
-    {
-        "BASE": [""],  # files that this one overrides, by paths relative to it
-        "DATA": {
-            "BATCH_SIZE": 64,  # per process
-            "DATA_PATH": "", "DATASET": "imagenet", "IMG_SIZE": 224,
-            "INTERPOLATION": "bicubic",  # of the test-time resize
-            "BACKEND": "opencv",  # of the views of pre-training: opencv or pil
-            "ZIP_MODE": False, "CACHE_MODE": "part",
-            "MAX_BAD_FRACTION": 0.001,  # share of bad images at which pre-training stops
-            "PIN_MEMORY": True,
-            "NUM_WORKERS": 8,  # per process, at most its share of the cores
-            "TRAINING_IMAGES": 0,  # config.json has the number that was found
-        },
-        "MODEL": {
-            "TYPE": "moby", "ENCODER": "swin_tiny", "NAME": "moby__swin_tiny", "RESUME": "",
-            "NUM_CLASSES": 1000, "DROP_RATE": 0.0, "DROP_PATH_RATE": 0.1, "LABEL_SMOOTHING": 0.1,
-            "ONLINE_DROP_PATH_RATE": 0.2, "TARGET_DROP_PATH_RATE": 0.0,
-            "CONTRAST_MOMENTUM": 0.99, "CONTRAST_TEMPERATURE": 0.2, "CONTRAST_NUM_NEGATIVE": 4096,
-            "PROJ_NUM_LAYERS": 2, "PRED_NUM_LAYERS": 2,
-            "STOP_GRAD_CONV1": False, "REPLACE_LN_WITH_BN": False,
-            # most similar keys of a query; interpolated, extrapolated, mixed, noise, perturbed
-            # and adversarial negatives
-            "N_HARD": 256, "N1": 128, "N2": 128, "N3": 128, "N4": 128, "N5": 128, "N6": 128,
-            "WARMUP_EPOCHS": 30,  # first and last epoch, from 0, with synthetic negatives
-            "COOLDOWN_EPOCHS": 100,
-            "ALPHA": [0.0, 0.5],  # range of the interpolation coefficient
-            "BETA": [1.0, 1.5],  # range of the extrapolation coefficient
-            "GAMMA": [0.0, 1.0],  # range of the mixing coefficient
-            "SIGMA": 0.1,  # standard deviation of the noise
-            "DELTA": 0.01,  # step along the gradient
-            "ETA": 0.01,  # step along the gradient's sign
-            "OPTIONS": {},  # further arguments of a method's constructor, by name
-        },
-        "TRAIN": {
-            "START_EPOCH": 0, "EPOCHS": 300, "WARMUP_EPOCHS": 20, "WEIGHT_DECAY": 0.05,
-            "BASE_LR": 5e-4, "WARMUP_LR": 5e-7, "MIN_LR": 5e-6,  # for a total batch of 512
-            "CLIP_GRAD": 5.0,  # 0 turns clipping off
-            "AUTO_RESUME": True,
-            "KEEP_CHECKPOINTS": 0,  # how many ckpt_epoch_N.pth stay, 0: all
-            "SAVE_MINUTES": 30.0,  # between checkpoints within an epoch, 0: none
-            "SAVE_STEPS": 0,  # updates between checkpoints within an epoch, 0: none
-            "ON_SAVE_ERROR": "continue",  # or stop, when a checkpoint cannot be written
-            "KNN_FREQ": 0,  # epochs between k-NN accuracies of the val images, 0: none
-            "MAX_SKIPPED_UPDATES": 20,  # in a row, for a loss or gradient that is not finite
-            "ACCUMULATION_STEPS": 0,  # micro-batches in an update; 0 and 1 mean none
-            "USE_CHECKPOINT": False,
-            "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
-            "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": (0.9, 0.999), "MOMENTUM": 0.9},
-        },
-        "LINEAR_EVAL": {"PRETRAINED": "", "WEIGHTS": "freeze"},
-        "AUG": {
-            "COLOR_JITTER": 0.4, "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
-            "REPROB": 0.25, "REMODE": "pixel", "RECOUNT": 1,
-            "MIXUP": 0.8, "CUTMIX": 1.0, "CUTMIX_MINMAX": None,
-            "MIXUP_PROB": 1.0, "MIXUP_SWITCH_PROB": 0.5, "MIXUP_MODE": "batch",
-            "SSL_AUG": False, "SSL_AUG_TYPE": "byol", "SSL_AUG_CROP": 0.08, "SSL_LINEAR_AUG": False,
-        },
-        "TEST": {"CROP": True},
-        "AMP_OPT_LEVEL": "O0",
-        "COMPILE": False,  # the encoders by torch.compile
-        "OUTPUT": "output", "TAG": "default",
-        "SAVE_FREQ": 100,  # epochs between the checkpoints that are kept
-        "PRINT_FREQ": 10,  # updates between log lines
-        "TENSORBOARD": False,  # send the figures of the log there
-        "WANDB": False,  # and to Weights & Biases
-        "SEED": 0, "EVAL_MODE": False, "THROUGHPUT_MODE": False, "LOCAL_RANK": 0,
-        "DIST_TIMEOUT": 600.0,  # seconds until waiting for another process is an error
-    }
-)
+KEYS = {
+    "BASE": Key([""], (), "files that this one overrides, by paths relative to it"),
+    "DATA.BATCH_SIZE": Key(64, (1, 10**6), "images per process"),
+    "DATA.DATA_PATH": Key("", (), "folder of the data set"),
+    "DATA.DATASET": Key("imagenet", (), "a name of the table of data sets"),
+    "DATA.IMG_SIZE": Key(224, (1, 16384), "side of an image in pixels, any"),
+    "DATA.INTERPOLATION": Key("bicubic", ("bicubic", "bilinear", "nearest"), "of the test resize"),
+    "DATA.BACKEND": Key("opencv", ("opencv", "pil"), "of the views of pre-training"),
+    "DATA.ZIP_MODE": Key(False, (), "read `train.zip` and `val.zip`"),
+    "DATA.CACHE_MODE": Key("part", ("no", "full", "part"), "zipped images kept in memory"),
+    "DATA.MAX_BAD_FRACTION": Key(0.001, SHARE, "share of unreadable images at which pre-training "
+        "stops; below it they are replaced"),
+    "DATA.PIN_MEMORY": Key(True, (), "on a GPU: batches in memory that it copies faster"),
+    "DATA.NUM_WORKERS": Key(8, WORKERS, "per process, at most its share of the cores"),
+    "DATA.TRAINING_IMAGES": Key(0, COUNT, "`config.json` has the number that was found"),
+    "MODEL.TYPE": Key("moby", (), "`moby`, `byol` or `synco`"),
+    "MODEL.ENCODER": Key("swin_tiny", (), "`vit_{nano,tiny,small,base}`, `swin_{tiny,small,base}`, "
+        "or `timm/<name>` for any backbone of timm, such as `timm/resnet50`"),
+    "MODEL.NAME": Key("moby__swin_tiny", (), "first folder of a run"),
+    "MODEL.RESUME": Key("", (), "checkpoint to begin from, see `--resume`"),
+    "MODEL.NUM_CLASSES": Key(1000, (1, 10**7), "no effect: the data set tells"),
+    "MODEL.DROP_RATE": Key(0.0, (0, 0.99), "dropout"),
+    "MODEL.DROP_PATH_RATE": Key(0.1, (0, 0.99), "no effect: the next two and a flag tell"),
+    "MODEL.ONLINE_DROP_PATH_RATE": Key(0.2, (0, 0.99), "stochastic depth of the encoder"),
+    "MODEL.TARGET_DROP_PATH_RATE": Key(0.0, (0, 0.99), "and of the key encoder"),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, (0, 0.99), "of fine-tuning"),
+    "MODEL.CONTRAST_MOMENTUM": Key(0.99, SHARE, "of the key encoder at the start; rises to 1 by a "
+        "cosine"),
+    "MODEL.CONTRAST_TEMPERATURE": Key(0.2, (1e-4, 1e4), "divides the similarities"),
+    "MODEL.CONTRAST_NUM_NEGATIVE": Key(4096, (1, 10**9), "length of a queue"),
+    "MODEL.PROJ_NUM_LAYERS": Key(2, (0, 100), "linear layers of the projector"),
+    "MODEL.PRED_NUM_LAYERS": Key(2, (0, 100), "and of the predictor"),
+    "MODEL.STOP_GRAD_CONV1": Key(False, (), "keep the patch projection of a ViT as it is"),
+    "MODEL.REPLACE_LN_WITH_BN": Key(False, (), "BatchNorm in place of LayerNorm in a ViT's blocks"),
+    "MODEL.N_HARD": Key(256, (1, 10**9), "most similar keys that synthetic negatives start from"),
+    "MODEL.N1": Key(128, COUNT, "interpolated negatives of a query"),
+    "MODEL.N2": Key(128, COUNT, "extrapolated"),
+    "MODEL.N3": Key(128, COUNT, "mixed"),
+    "MODEL.N4": Key(128, COUNT, "with noise"),
+    "MODEL.N5": Key(128, COUNT, "perturbed along the gradient"),
+    "MODEL.N6": Key(128, COUNT, "adversarial, along the gradient's sign"),
+    "MODEL.WARMUP_EPOCHS": Key(30, COUNT, "first epoch, from 0, with synthetic negatives"),
+    "MODEL.COOLDOWN_EPOCHS": Key(100, COUNT, "last epoch with them"),
+    "MODEL.ALPHA": Key([0.0, 0.5], (-100, 100), "range of the interpolation coefficient"),
+    "MODEL.BETA": Key([1.0, 1.5], (-100, 100), "of the extrapolation coefficient"),
+    "MODEL.GAMMA": Key([0.0, 1.0], (-100, 100), "of the mixing coefficient"),
+    "MODEL.SIGMA": Key(0.1, (0, 100), "standard deviation of the noise"),
+    "MODEL.DELTA": Key(0.01, (-100, 100), "step along the gradient"),
+    "MODEL.ETA": Key(0.01, (-100, 100), "step along the gradient's sign"),
+    "MODEL.OPTIONS": Key({}, (), "further arguments of a method's constructor, by name"),
+    "TRAIN.START_EPOCH": Key(0, COUNT, "of a run without a checkpoint"),
+    "TRAIN.EPOCHS": Key(300, (1, 10**9), "of the whole run"),
+    "TRAIN.WARMUP_EPOCHS": Key(20, COUNT, "in which the rate rises"),
+    "TRAIN.WEIGHT_DECAY": Key(0.05, (0, 100), "not of biases and one-dimensional weights"),
+    "TRAIN.BASE_LR": Key(5e-4, (0, 1e6), "for 512 images an update; scaled to the images of yours, "
+        "as are the next two"),
+    "TRAIN.WARMUP_LR": Key(5e-7, (0, 1e6), "at the start"),
+    "TRAIN.MIN_LR": Key(5e-6, (0, 1e6), "at the end"),
+    "TRAIN.CLIP_GRAD": Key(5.0, (0, 1e12), "largest norm of the gradient; 0: any"),
+    "TRAIN.AUTO_RESUME": Key(True, (), "continue from the run folder's newest checkpoint"),
+    "TRAIN.WAIT_FOR_LOCK": Key(60.0, (0, 1e9), "seconds to wait for a run folder that another start"
+        " uses; 0: none"),
+    "TRAIN.KEEP_CHECKPOINTS": Key(0, COUNT, "how many `ckpt_epoch_N.pth` stay; 0: all"),
+    "TRAIN.SAVE_MINUTES": Key(30.0, (0, 1e9), "between checkpoints within an epoch; 0: none"),
+    "TRAIN.SAVE_STEPS": Key(0, COUNT, "updates between checkpoints within an epoch; 0: none"),
+    "TRAIN.ON_SAVE_ERROR": Key("continue", ("continue", "stop"), "when a checkpoint cannot be "
+        "written"),
+    "TRAIN.SAVE_PATIENCE": Key(10.0, (0, 1e9), "minutes to go on trying to write the last one"),
+    "TRAIN.KNN_FREQ": Key(0, COUNT, "epochs between k-NN accuracies of the val images; 0: none"),
+    "TRAIN.MAX_SKIPPED_UPDATES": Key(20, (1, 10**9), "updates in a row with a loss or gradient that"
+        " is not finite, after which the run stops"),
+    "TRAIN.ACCUMULATION_STEPS": Key(0, COUNT, "micro-batches in an update; 0 and 1: no more"),
+    "TRAIN.USE_CHECKPOINT": Key(False, (), "activation checkpointing: less memory, more time"),
+    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", (), "`cosine`, `linear` or `step`"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, (1, 10**9), "of `step`: epochs between drops"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, SHARE, "of `step`: factor of a drop"),
+    "TRAIN.OPTIMIZER.NAME": Key("adamw", (), "`adamw`, `sgd` or `lars`"),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, (1e-30, 1), "of `adamw`"),
+    "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), (0, 0.9999999), "of `adamw`"),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, (0, 0.9999999), "of `sgd` and `lars`"),
+    "LINEAR_EVAL.PRETRAINED": Key("", (), "checkpoint of the encoder, see `--pretrained`"),
+    "LINEAR_EVAL.WEIGHTS": Key("freeze", ("freeze", "finetune"), "a linear probe or fine-tuning"),
+    "AUG.COLOR_JITTER": Key(0.4, (0, 10), "of fine-tuning, as all down to MIXUP_MODE"),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", (), "timm's name, or `none`"),
+    "AUG.REPROB": Key(0.25, SHARE, "probability of random erasing"),
+    "AUG.REMODE": Key("pixel", (), "`pixel`, `rand` or `const`"),
+    "AUG.RECOUNT": Key(1, (1, 1000), "erased boxes"),
+    "AUG.MIXUP": Key(0.8, (0, 1000), "alpha; 0: off"),
+    "AUG.CUTMIX": Key(1.0, (0, 1000), "alpha; 0: off"),
+    "AUG.CUTMIX_MINMAX": Key(None, SHARE, "least and largest side of the box, in place of alpha"),
+    "AUG.MIXUP_PROB": Key(1.0, SHARE, "of either"),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, SHARE, "of cutmix where both are on"),
+    "AUG.MIXUP_MODE": Key("batch", (), "`batch`, `pair` or `elem`"),
+    "AUG.SSL_AUG": Key(False, (), "two views of an image, which pre-training needs"),
+    "AUG.SSL_AUG_TYPE": Key("byol", (), "`byol` or `simclr`"),
+    "AUG.SSL_AUG_CROP": Key(0.08, (1e-6, 1), "smallest crop of `byol` (`simclr` has 0.2)"),
+    "AUG.SSL_LINEAR_AUG": Key(False, (), "no effect: a probe always crops and flips"),
+    "TEST.CROP": Key(True, (), "crop the middle, else resize to a square"),
+    "AMP_OPT_LEVEL": Key("O0", ("O0", "O1", "O2"), "float32, or autocast, see the flag"),
+    "COMPILE": Key(False, (), "the encoders by torch.compile"),
+    "OUTPUT": Key("output", (), "root of the run folders"),
+    "TAG": Key("default", (), "second folder of a run"),
+    "SAVE_FREQ": Key(100, (1, 10**9), "epochs between the checkpoints that are kept"),
+    "PRINT_FREQ": Key(10, (1, 10**9), "updates between log lines"),
+    "TENSORBOARD": Key(False, (), "send the figures of the log there"),
+    "WANDB": Key(False, (), "and to Weights & Biases"),
+    "SEED": Key(0, (0, 2**63 - 1), "of all random draws"),
+    "EVAL_MODE": Key(False, (), "see `--eval`"),
+    "THROUGHPUT_MODE": Key(False, (), "see `--throughput`"),
+    "LOCAL_RANK": Key(0, WORKERS, "number of the GPU, from the launcher"),
+    "DIST_TIMEOUT": Key(600.0, (1, 1e7), "seconds until waiting for another process is an error"),
+}
 # fmt: on
-DEFAULTS.MODEL.OPTIONS.set_new_allowed(True)
+
+
+def _defaults() -> CfgNode:
+    root: dict[str, Any] = {}
+    for key, entry in KEYS.items():
+        *sections, name = key.split(".")
+        node = root
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = entry.default
+    config = CfgNode(root)
+    config.MODEL.OPTIONS.set_new_allowed(True)
+    return config
+
+
+DEFAULTS = _defaults()
+MOST_VALUES = 10_000  # of a file; a few lines of YAML that refer to each other can stand for more
 
 
 def load_config(path: str, opts: list[str] | None = None) -> CfgNode:
@@ -125,12 +200,42 @@ def with_values(config: CfgNode, values: dict[str, Any]) -> CfgNode:
     changed.defrost()
     for key, value in values.items():
         *sections, name = key.split(".")
-        node = changed
-        for section in sections:
-            node = node[section]
-        node[name] = value
+        reduce(getitem, sections, changed)[name] = value
     changed.freeze()
     return changed
+
+
+def check_ranges(config: CfgNode) -> None:
+    """Refuse values that the table of keys does not allow.
+
+    Raises:
+        UserError: the first such key, and what it may be.
+    """
+    for key, (_, allowed, _) in KEYS.items():
+        value = reduce(getitem, key.split("."), config)
+        if not allowed or value is None:
+            continue
+        if isinstance(allowed[0], str):
+            if value not in allowed:
+                raise UserError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+            continue
+        low, high = allowed
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            real = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not real or not low <= number <= high:
+                raise UserError(f"{key} must be from {low:.8g} to {high:.8g}, got {value!r}")
+
+
+def markdown_table() -> str:
+    """The table of keys in Markdown."""
+    lines = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    for key, (default, allowed, about) in KEYS.items():
+        if allowed and isinstance(allowed[0], str):
+            words = ", ".join(f"`{word}`" for word in allowed)
+        else:
+            words = "{:.8g} to {:.8g}".format(*allowed) if allowed else ""
+        lines.append(f"| `{key}` | `{json.dumps(default)}` | {words} | {about} |")
+    return "\n".join(lines)
 
 
 def run_folder(config: CfgNode) -> str:
@@ -153,6 +258,8 @@ def _merge_file(config: CfgNode, path: Path, including: tuple[Path, ...]) -> Non
         if path.resolve() in including:
             raise UserError(f"{path}: BASE files include each other")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _values(content, {}) > MOST_VALUES:
+            raise UserError(f"{path}: it stands for more than {MOST_VALUES} values")
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -172,12 +279,22 @@ def _merge_file(config: CfgNode, path: Path, including: tuple[Path, ...]) -> Non
         _merge_value(config, key, value, str(key), str(path))
 
 
+def _values(node: Any, known: dict[int, float]) -> float:
+    """The number of values that a tree stands for, infinite for one that holds itself."""
+    if not isinstance(node, (dict, list, tuple, set)):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        children = [*node, *node.values()] if isinstance(node, dict) else node
+        known[id(node)] = 1 + sum(_values(child, known) for child in children)
+    return known[id(node)]
+
+
 def _merge_value(
     parent: Any, name: Any, value: Any, key: str, where: str, text: str | None = None
 ) -> None:
     if not isinstance(parent, CfgNode) or not (name in parent or parent.is_new_allowed()):
-        known = list(_leaves(DEFAULTS))
-        close = difflib.get_close_matches(key, known, n=1)
+        close = difflib.get_close_matches(key, KEYS, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         raise UserError(f"{where}: unknown configuration key {key}{hint}")
     if isinstance(parent.get(name), CfgNode):
@@ -190,9 +307,7 @@ def _merge_value(
         return
     if text is not None and isinstance(parent.get(name), str):
         value = text
-    default = DEFAULTS
-    for part in key.split("."):
-        default = default.get(part)
+    default = KEYS[key].default if key in KEYS else None
     try:
         parent[name] = _coerce(value, default)
     except (ValueError, TypeError, OverflowError):
@@ -233,9 +348,5 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+if __name__ == "__main__":
+    print(markdown_table())

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.arguments import number_in, parse_arguments
-from utils.config import DEFAULTS, as_dict, load_config, run_folder, to_json, with_values
+from utils.config import (
+    DEFAULTS,
+    KEYS,
+    as_dict,
+    check_ranges,
+    load_config,
+    markdown_table,
+    run_folder,
+    to_json,
+    with_values,
+)
 from utils.errors import UserError
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -194,7 +204,10 @@ def test_both_spellings_of_local_rank(flag, monkeypatch):
         (["--cfg", "nowhere.yaml"], "nowhere.yaml: cannot read"),
         (["--cfg", str(RECIPES[0]), "--frobnicate"], "--frobnicate"),
         (["--cfg", str(RECIPES[0]), "--batch", "3"], "--batch"),
-        (["--cfg", str(RECIPES[0]), "--batch-size", "0"], "DATA.BATCH_SIZE must be at least 1"),
+        (
+            ["--cfg", str(RECIPES[0]), "--batch-size", "0"],
+            "DATA.BATCH_SIZE must be from 1 to 1000000, got 0",
+        ),
         (["--cfg", str(RECIPES[0]), "--amp-opt-level", "O9"], "O9"),
     ],
 )
@@ -242,6 +255,7 @@ OWN = {  # what the published configuration does not have
     "TRAIN": {
         **{"KEEP_CHECKPOINTS": 0, "SAVE_MINUTES": 30.0, "SAVE_STEPS": 0, "KNN_FREQ": 0},
         **{"ON_SAVE_ERROR": "continue", "MAX_SKIPPED_UPDATES": 20},
+        **{"WAIT_FOR_LOCK": 60.0, "SAVE_PATIENCE": 10.0},
     },
     **{"COMPILE": False, "TENSORBOARD": False, "WANDB": False, "DIST_TIMEOUT": 600.0},
 }
@@ -258,37 +272,66 @@ def test_the_defaults_are_the_published_ones():
             assert value == (published | OWN)[section], section
 
 
-LEAST = {
-    **{"DATA.BATCH_SIZE": 1, "DATA.IMG_SIZE": 1, "DATA.NUM_WORKERS": 0, "TRAIN.EPOCHS": 1},
-    **{"TRAIN.WARMUP_EPOCHS": 0, "TRAIN.ACCUMULATION_STEPS": 0, "TRAIN.KEEP_CHECKPOINTS": 0},
-    **{"TRAIN.SAVE_MINUTES": 0, "TRAIN.SAVE_STEPS": 0, "TRAIN.KNN_FREQ": 0, "SEED": 0},
-    **{"TRAIN.MAX_SKIPPED_UPDATES": 1, "DIST_TIMEOUT": 1, "SAVE_FREQ": 1, "PRINT_FREQ": 1},
-}
+def numeric(key):
+    default = KEYS[key].default
+    first = default[0] if isinstance(default, (list, tuple)) else default
+    return isinstance(first, (int, float)) and not isinstance(first, bool)
 
 
-@pytest.mark.parametrize("key", sorted(LEAST))
-def test_the_least_of_a_number_is_accepted_and_less_is_not(key):
-    def read(value):
-        return parse_arguments("", argv=["--cfg", str(RECIPES[0]), "--opts", key, str(value)])[1]
+@pytest.mark.parametrize("key", filter(numeric, KEYS))
+def test_every_number_has_a_range_whose_ends_alone_are_accepted(key, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    low, high = KEYS[key].allowed
+    default = KEYS[key].default
+    several = isinstance(default, (list, tuple))
+    below, above = (low - 1, high + 1) if high > 1 else (-0.5, 1.5)
 
-    config, section = read(LEAST[key]), key.split(".")
-    assert (config[section[0]][section[1]] if len(section) > 1 else config[key]) == LEAST[key]
-    with pytest.raises(UserError, match=f"{key} must be at least {LEAST[key]}, got"):
-        read(LEAST[key] - 1)
+    def read(number):
+        value = [number] * len(default) if several else type(default)(number)
+        check_ranges(with_values(load_config(str(RECIPES[0])), {key: value}))
+
+    read(low)
+    read(high)
+    for number in (below, above):
+        if several or type(default)(number) == number:
+            with pytest.raises(UserError, match=f"^{key} must be from .* to .*, got ") as raised:
+                read(number)
+            assert f"from {low:.8g} to {high:.8g}, got" in str(raised.value)
+    if isinstance(default, float):
+        with pytest.raises(UserError, match=f"^{key} must be from"):
+            read(float("nan"))
 
 
 @pytest.mark.parametrize(
-    ("key", "choices"),
+    "given",
     [
-        ("AMP_OPT_LEVEL", ["O0", "O1", "O2"]),
-        ("DATA.BACKEND", ["opencv", "pil"]),
-        ("DATA.CACHE_MODE", ["no", "full", "part"]),
-        ("DATA.INTERPOLATION", ["bicubic", "bilinear", "nearest"]),
-        ("TRAIN.ON_SAVE_ERROR", ["continue", "stop"]),
-        ("LINEAR_EVAL.WEIGHTS", ["freeze", "finetune"]),
+        "TRAIN.EPOCHS 99999999999999999999999",
+        "TRAIN.OPTIMIZER.BETAS (2,2)",
+        "MODEL.CONTRAST_TEMPERATURE 0.0",
+        "MODEL.CONTRAST_MOMENTUM 5",
+        "MODEL.N3 -1",
+        "AUG.CUTMIX_MINMAX [0.2,many]",
     ],
 )
-def test_words_are_of_a_list(key, choices):
+def test_a_number_out_of_its_range_is_refused_before_anything_is_written(given, tmp_path):
+    key, value = given.split()
+    command = ["--cfg", str(RECIPES[0]), "--output", str(tmp_path), "--opts", key, value]
+    with pytest.raises(UserError, match=f"{key} must be from .* to "):
+        parse_arguments("", argv=command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_documented_table_of_keys_is_that_of_the_code():
+    assert markdown_table() in (ROOT / "docs" / "keys.md").read_text()
+    assert all(about for key, (_, _, about) in KEYS.items()), "each key says what it is"
+
+
+WORDS = {key: entry.allowed for key, entry in KEYS.items() if isinstance(entry.default, str)}
+
+
+@pytest.mark.parametrize("key", [key for key, words in WORDS.items() if words])
+def test_words_are_of_a_list(key):
+    choices = WORDS[key]
     for word in choices:
         parse_arguments("", argv=["--cfg", str(RECIPES[0]), "--opts", key, word])
     with pytest.raises(UserError, match=f"{key} must be one of {', '.join(choices)}, got 'x'"):
