@@ -1,21 +1,65 @@
 """Checkpoints: written whole or not at all, read without running what they hold."""
 
 import contextlib
+import fcntl
+import glob
+import logging
 import os
 import pickle
+import re
 import shutil
+import uuid
 import zipfile
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from utils.distributed import on_first_process
 from utils.errors import UserError
 from utils.update import Update
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
+TEMPORARY = ".tmp"
+COUNTS = ("epoch", "step", "images", "images_per_update", "training_images")
+EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """Write a file that gets the name ``path`` once it is whole and on the disk.
+
+    Until then it has a name of its own, so that two writers do not share it, and a lock that shows
+    that its writer lives. After an error nothing has changed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # not every network file system has locks
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            yield file
+            _flush(file)
+            os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    _sync_folder(path)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the temporary files of writers that have died; those of living ones stay."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f"*{TEMPORARY}")):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.remove(path)
 
 
 def save_checkpoint(
@@ -26,8 +70,7 @@ def save_checkpoint(
 ) -> None:
     """Write ``state`` to ``path``: on return it is on the disk, on failure nothing has changed.
 
-    It is first written to a temporary file, which then replaces ``path``. So at every instant a
-    whole file has that name.
+    At every instant a whole file has that name, see ``replacing``.
 
     Args:
         state: what ``torch.save`` takes.
@@ -38,22 +81,13 @@ def save_checkpoint(
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "wb") as file:
-            _write(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+    with replacing(path) as file:
+        _write(state, file)
         if also:  # first, so that whoever finds the new ``path`` finds this one too
-            link_file(temporary, also)
+            _flush(file)
+            link_file(file.name, also)
         if previous and os.path.exists(path):
             link_file(path, previous)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
-    _sync_folder(path)
 
 
 def link_file(path: str, name: str) -> None:
@@ -63,16 +97,13 @@ def link_file(path: str, name: str) -> None:
     """
     if os.path.exists(name) and os.path.samefile(path, name):
         return  # renaming one name of a file to another would do nothing
-    temporary = name + ".tmp"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(temporary)
+    temporary = _temporary(name)
     try:
         os.link(path, temporary)
     except OSError:
-        with open(path, "rb") as source, open(temporary, "wb") as target:
+        with replacing(name) as target, open(path, "rb") as source:
             shutil.copyfileobj(source, target)
-            target.flush()
-            os.fsync(target.fileno())
+        return
     os.replace(temporary, name)
     _sync_folder(name)
 
@@ -106,6 +137,64 @@ def load_model(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
         raise UserError(f"{path}: checkpoint of another model ({reason})") from error
 
 
+def checkpoint_to_resume(config: CfgNode, folder: str, logger: logging.Logger) -> str | None:
+    """The newest readable checkpoint of ``folder``, else MODEL.RESUME, from which a run begins.
+
+    Every process has to call it; all get what the first finds. Without TRAIN.AUTO_RESUME and with
+    EVAL_MODE, MODEL.RESUME takes precedence.
+
+    Returns:
+        its path, None if there is none.
+
+    Raises:
+        UserError: the folder has checkpoints, but none can be read, or the newest is a link to a
+            disk that is not there.
+    """
+    given = config.MODEL.RESUME
+    # a launcher's restart continues what the command line began
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if given and (config.EVAL_MODE or not (config.TRAIN.AUTO_RESUME or restarted)):
+        return given
+    found = None
+    if config.TRAIN.AUTO_RESUME or (given and restarted):
+        found = on_first_process(lambda: _newest_readable(folder, logger))
+    if found and given and not os.path.samefile(found, given):
+        logger.warning(
+            f"continuing from the run's own {found}, not from --resume {given}: to go back to it, "
+            "set TRAIN.AUTO_RESUME False"
+        )
+    return found or given or None
+
+
+def epoch_checkpoints(folder: str) -> dict[int, str]:
+    """The paths of the files ``ckpt_epoch_N.pth`` of a run folder by N, the last epoch first."""
+    found = {m: p for p in Path(folder).glob("*") if (m := EPOCH.fullmatch(p.name))}
+    return {int(m[1]): str(p) for m, p in sorted(found.items(), key=lambda x: -int(x[0][1]))}
+
+
+def _newest_readable(folder: str, logger: logging.Logger) -> str | None:
+    names = [os.path.join(folder, name) for name in (LATEST, PREVIOUS)]
+    paths = [p for p in [*names, *epoch_checkpoints(folder).values()] if os.path.lexists(p)]
+    errors = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(
+                f"{path}: a link to {os.path.realpath(path)}, which is not there: mount its disk, "
+                "or remove the link"
+            )
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            errors.append(error)
+            continue
+        for passed_over in errors:
+            logger.warning("%s: continuing from %s instead", passed_over, path)
+        return path
+    if errors:
+        raise errors[0]
+    return None
+
+
 def training_state(
     config: CfgNode, model: nn.Module, update: Update, **also: Any
 ) -> dict[str, Any]:
@@ -136,13 +225,29 @@ def restore_training(
     absent = {"model", "optimizer", "scaler", *also} - set(state)
     if absent:
         raise UserError(f"{path}: cannot resume, the checkpoint has no {', '.join(sorted(absent))}")
+    for name in COUNTS:
+        count = state.get(name, 0)
+        if not isinstance(count, int) or count < 0:
+            raise UserError(f"{path}: damaged, its {name} is {str(count)[:50]!r}")
     load_model(model, state["model"], path)
     try:
         update.load_state_dict(state)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # of a damaged state, which can raise anything
         raise UserError(f"{path}: state of another optimizer ({error})") from error
-    if "rng_state" in state:
-        torch.set_rng_state(state["rng_state"].cpu())
+    try:
+        if "rng_state" in state:
+            torch.set_rng_state(state["rng_state"].cpu())
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, its rng_state is no state ({error})") from error
+
+
+def _temporary(path: str) -> str:
+    return f"{path}.{uuid.uuid4().hex[:12]}{TEMPORARY}"
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _write(state: dict[str, Any] | torch.Tensor, file: Any) -> None:

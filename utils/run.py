@@ -16,9 +16,11 @@ from yacs.config import CfgNode
 
 from logger import create_logger
 from utils.agreement import check_agreement, code_facts, configuration_facts
+from utils.checkpoint import replacing
 from utils.config import run_folder, to_json, with_values
-from utils.distributed import init_process_group, lost_peer, rank, world_size
+from utils.distributed import init_process_group, lost_peer, on_first_process, rank, world_size
 from utils.errors import UserError
+from utils.lock import lock_folder
 from utils.update import Precision
 
 
@@ -33,21 +35,26 @@ class Run:
 
 
 def start(config: CfgNode, folder: str | None = None) -> Run:
-    """Join the process group, seed, make ``folder``, and write the log's head and config.json.
+    """Join the process group, seed, make and lock ``folder``, write the log's head and config.json.
 
     Args:
         config: the configuration.
-        folder: where this script writes, by default the run folder.
+        folder: where this script writes, by default the run folder; --eval and --throughput write
+            into a folder below it.
 
     Raises:
-        UserError: the folder cannot be written, or the processes differ in configuration or code.
+        UserError: the folder cannot be written, another start writes it, or the processes differ
+            in configuration or code.
     """
     keep_freed_memory()
     device = init_process_group(config.LOCAL_RANK, config.DIST_TIMEOUT)
     check_agreement(configuration_facts(config) | code_facts())
     folder = folder or run_folder(config)
+    if config.EVAL_MODE or config.THROUGHPUT_MODE:  # the run itself may be training
+        folder = os.path.join(folder, "eval" if config.EVAL_MODE else "throughput")
     try:
         os.makedirs(folder, exist_ok=True)
+        on_first_process(lambda: lock_folder(folder, config.TRAIN.WAIT_FOR_LOCK))
         logger = create_logger(folder, rank())
         effective = write_config(config, folder)
     except OSError as error:
@@ -77,10 +84,8 @@ def write_config(config: CfgNode, folder: str, derived: dict[str, Any] | None = 
     """
     effective = with_values(config, {"OUTPUT": run_folder(config)} | (derived or {}))
     if rank() == 0:
-        path = os.path.join(folder, "config.json")
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.write(to_json(effective))
-        os.replace(path + ".tmp", path)
+        with replacing(os.path.join(folder, "config.json")) as file:
+            file.write(to_json(effective).encode())
     return effective
 
 
@@ -100,21 +105,34 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UserError as error:
-        # the error of a data worker comes wrapped in its traceback
-        _fail(str(error).rsplit("UserError: ", 1)[-1].strip())
     except SystemExit:
         _leave_group()
         raise
     except Exception as error:
+        if reason := fault(error):
+            _fail(reason)
         if world_size() == 1:
             raise
-        if lost_peer(error):
-            reason = " ".join(str(error).split())[:200]
-            _fail(f"another process of the group died, or did not answer in time ({reason})")
         traceback.print_exc()
         _fail(f"process {rank()} of the group failed: {type(error).__name__}")
     _leave_group()
+
+
+def fault(error: Exception) -> str | None:
+    """What has failed around the program, such as memory, a disk or a peer; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        # the error of a data worker comes wrapped in its traceback
+        return str(error).rsplit("UserError: ", 1)[-1].strip()
+    if lost_peer(error):
+        return f"another process of the group died, or did not answer in time ({text[:200]})"
+    if isinstance(error, OSError):
+        return text
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return f"out of memory, lower --batch-size ({text[:200]})"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"a data worker died, as when memory runs out: lower DATA.NUM_WORKERS ({text[:200]})"
+    return None
 
 
 def _fail(message: str) -> None:

@@ -1,0 +1,177 @@
+"""One writer a run folder."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers import ROOT
+
+from utils import lock
+from utils.checkpoint import remove_leftovers, replacing
+from utils.errors import UserError
+from utils.lock import LOCK, lock_folder
+
+# holds the lock with a forked child beside it, as a data worker is
+HOLD = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from utils.lock import lock_folder
+lock_folder(sys.argv[2], 0)
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(float(sys.argv[3]))
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Start a process that holds the folder for some seconds; gives it and its child's number."""
+    started = []
+
+    def hold(seconds: float = 60):
+        command = [sys.executable, "-c", HOLD, str(ROOT), str(tmp_path), str(seconds)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        child = int(process.stdout.readline())
+        started.append((process, child))
+        return process, child
+
+    yield hold
+    for process, child in started:
+        process.kill()
+        process.communicate()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_in_use_is_refused_and_its_owner_named(tmp_path, holder):
+    process, _ = holder()
+    with pytest.raises(UserError) as raised:
+        lock_folder(str(tmp_path), 0)
+    since = json.loads((tmp_path / LOCK).read_text())["since"]
+    assert str(raised.value) == (
+        f"{tmp_path}: process {process.pid} on {socket.gethostname()} has written it since "
+        f"{since}: end that run, or choose another --tag"
+    )
+
+
+def test_a_dead_owner_blocks_nobody_though_its_child_lives(tmp_path, holder):
+    process, child = holder()
+    process.kill()
+    process.wait()
+    os.kill(child, 0)  # it lives
+    lock_folder(str(tmp_path), 0)
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    lock_folder(str(tmp_path), 0)  # its own
+
+
+def test_a_second_start_waits(tmp_path, holder, capsys):
+    holder(1)
+    started = time.monotonic()
+    lock_folder(str(tmp_path), 30)
+    assert 0.2 < time.monotonic() - started < 20
+    assert "waiting at most 30 s" in capsys.readouterr().err
+
+
+def test_a_child_does_not_have_its_parents_lock(tmp_path):
+    lock_folder(str(tmp_path), 0)
+    child = os.fork()
+    if not child:
+        try:
+            lock_folder(str(tmp_path), 0)
+        except UserError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+
+
+def test_without_locks_the_first_of_many_wins(tmp_path, no_locks):
+    results = []
+
+    def start() -> None:
+        try:
+            lock_folder(str(tmp_path), 0)
+            results.append("mine")
+        except UserError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results.count("mine") == 1
+    assert all(f"process {os.getpid()} on" in r for r in results if r != "mine")
+
+
+def test_without_locks_signs_of_life_tell(tmp_path, no_locks):
+    """By whether they change, so that the clocks of two machines do not matter."""
+    path = tmp_path / LOCK
+    dead = {"owner": "other", "sign": "1", "host": "far", "pid": 1, "since": "2099-01-01"}
+    path.write_text(json.dumps(dead))
+    lock_folder(str(tmp_path), 0)
+    own = json.loads(path.read_text())
+    assert own["pid"] == os.getpid()
+    time.sleep(0.5)
+    assert json.loads(path.read_text())["sign"] != own["sign"]
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        lock_folder(str(tmp_path), 0)
+
+
+WRITE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from utils.checkpoint import replacing
+with replacing(sys.argv[2]) as file:
+    file.write(b"half")
+    file.flush()
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_temporary_files_of_living_writers_stay(tmp_path):
+    (tmp_path / "checkpoint.pth.tmp").write_text("v0.1 left it")
+    (tmp_path / "checkpoint.pth").write_text("whole")
+    command = [sys.executable, "-c", WRITE, str(ROOT), str(tmp_path / "checkpoint.pth")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        remove_leftovers(str(tmp_path))
+        (temporary,) = tmp_path.glob("*.tmp")
+        assert temporary.read_text() == "half"
+    finally:
+        process.kill()
+        process.communicate()
+    remove_leftovers(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+    assert (tmp_path / "checkpoint.pth").read_text() == "whole"
+
+
+def test_two_writers_of_a_file_leave_one_whole(tmp_path):
+    path = str(tmp_path / "file")
+    with replacing(path) as one, replacing(path) as other:
+        one.write(b"1" * 1000)
+        other.write(b"2" * 10)
+    assert (tmp_path / "file").read_bytes() == b"1" * 1000
+    assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(ZeroDivisionError), replacing(path) as one:
+        one.write(b"3")
+        1 / 0  # noqa: B018
+    assert (tmp_path / "file").read_bytes() == b"1" * 1000 and os.listdir(tmp_path) == ["file"]
