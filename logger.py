@@ -1,5 +1,6 @@
 """The log of a run: one file for each process, and the console of the first."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -12,8 +13,21 @@ class _ConsoleHandler(logging.Handler):
     """Writes through tqdm, so that a log line does not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a closed terminal ends no run
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+
+class _FileHandler(logging.Handler):
+    """Opens the file for each line, so that it goes on after a full disk or a lost mount."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+            file.write(self.format(record) + "\n")
 
 
 def create_logger(folder: str, rank: int) -> logging.Logger:
@@ -25,7 +39,10 @@ def create_logger(folder: str, rank: int) -> logging.Logger:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     plain = "[%(asctime)s] (%(filename)s %(lineno)d): %(levelname)s %(message)s"
-    file = logging.FileHandler(os.path.join(folder, f"log_rank{rank}.txt"), encoding="utf-8")
+    path = os.path.join(folder, f"log_rank{rank}.txt")
+    with open(path, "a"):
+        pass  # fails now, where it cannot be written
+    file = _FileHandler(os.path.abspath(path))
     file.setFormatter(logging.Formatter(plain, "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
     if rank == 0:

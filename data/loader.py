@@ -22,7 +22,7 @@ from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
 from utils.progress import EpochSize, images_per_update
 from utils.seed import derive_seed
-from utils.signals import shield_workers
+from utils.signals import let_workers_die_quietly, shield_workers
 
 
 class EpochBatches(Sampler):
@@ -109,6 +109,7 @@ class TrainingLoader(DataLoader):
 
     def __iter__(self) -> Iterator[list[Any]]:  # type: ignore[override]
         batches = super().__iter__()
+        let_workers_die_quietly()
         while micro_batches := list(itertools.islice(batches, self.batch_sampler.multiple)):
             yield micro_batches
 

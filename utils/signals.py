@@ -19,14 +19,18 @@ from torch.utils.data import DataLoader
 
 from utils.distributed import lost_peer, world_size
 
-RESUMABLE = 75  # exit code: stopped by a signal, start again to continue (EX_TEMPFAIL)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# exit codes
+RESUMABLE = 75  # stopped by a signal, start again to continue (EX_TEMPFAIL)
+NOT_SAVED = 74  # trained to the end, but the last checkpoint could not be written (EX_IOERR)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # a launcher passes the terminal's SIGINT on, so that one Ctrl-C arrives twice
 SECOND_AFTER = 1.0
 
 
 class StopSignals:
-    """Notices SIGTERM, SIGUSR1 and SIGINT, and lets the processes agree on when to stop.
+    """Notices SIGTERM, SIGUSR1, SIGINT and SIGHUP, and lets the processes agree on when to stop.
+
+    SIGHUP stays ignored where it was ignored at the start, as ``nohup`` does.
 
     Before ``training`` is called, a signal ends the process at once, with RESUMABLE: there is
     nothing to save. From then on it is noted for ``agree``. A second SIGINT ends at once.
@@ -43,7 +47,9 @@ class StopSignals:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._noticed = SIGNALS[:-1] if ignored else SIGNALS
+        self._before = {number: signal.signal(number, _ignore) for number in self._noticed}
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         # a forked child shares the pipe: its signals are not this process's
         os.register_at_fork(after_in_child=self._leave)
@@ -53,7 +59,7 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error and self.requested and lost_peer(error):
+        if error and self.requested and (lost_peer(error) or lost_peer(error.__cause__)):
             _exit(RESUMABLE, f"{self.requested}: another process has ended, no checkpoint written")
         self.close()
 
@@ -99,7 +105,7 @@ class StopSignals:
 
     def _watch(self) -> None:
         while number := os.read(self._reader, 1)[0]:
-            if number not in SIGNALS:
+            if number not in self._noticed:
                 continue
             now = time.monotonic()
             if number == signal.SIGINT:
@@ -137,6 +143,15 @@ def shield_workers(loader: DataLoader) -> None:
     loader.worker_init_fn = partial(_start_shielded, loader.worker_init_fn)
 
 
+def let_workers_die_quietly() -> None:
+    """Let the loader notice a dead worker when it waits for its batch, not within an update.
+
+    torch raises an error in the main thread at once, wherever that is.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _start_shielded(start: Callable[[int], None] | None, worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -146,7 +161,7 @@ def _start_shielded(start: Callable[[int], None] | None, worker: int) -> None:
 
 def _end_workers() -> None:
     """Kill the workers before Python sends them the SIGTERM that they ignore and waits for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for a fault
+    let_workers_die_quietly()  # this end is none of theirs
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

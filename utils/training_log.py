@@ -1,5 +1,6 @@
 """What a training run reports: lines of the log, and the same figures in metrics.jsonl."""
 
+import errno
 import itertools
 import json
 import logging
@@ -9,13 +10,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from utils.distributed import mean_over_processes, rank
+from utils.checkpoint import replacing
+from utils.distributed import mean_over_processes, on_first_process, rank
+from utils.errors import UserError
 from utils.progress import EpochSize, Progress
 from utils.run import Run
 from utils.update import Result
@@ -58,6 +61,7 @@ class TrainingLog:
         self.config, self.run, self.progress = config, run, progress
         self.optimizers, self.names, self.dim, self.queues = optimizers, names, dim, queues
         self.metrics = MetricsFile(run.folder, progress.step, run.logger)
+        self._epochs_reported = on_first_process(self.metrics.epochs)
         self.trackers: Sequence[Tracker] = ()
         if config.TENSORBOARD or config.WANDB:
             from utils.trackers import open_trackers  # only here: few runs need it
@@ -65,12 +69,12 @@ class TrainingLog:
             self.trackers = open_trackers(config, run, progress.step)
         self.averages = Averages(names)
         self._collapsed = False
-        self._epoch_started = self._line_started = time.time()
+        self._epoch_started = self._line_started = time.monotonic()
         self._epoch_seconds = 0.0
 
     def watch(self, updates: Iterable[B]) -> Iterator[B]:
         """The same updates of the epoch, with a progress bar on a terminal."""
-        self._epoch_started = self._line_started = time.time()
+        self._epoch_started = self._line_started = time.monotonic()
         yield from tqdm(
             updates,
             desc=f"epoch {self.progress.epoch}",
@@ -97,14 +101,19 @@ class TrainingLog:
         every, place = self.config.PRINT_FREQ, self.progress
         if not (stopping or place.epoch_ended or place.steps_of_epoch % every == 0):
             return False
-        now = time.time()
-        seconds = (now - self._line_started) / self.averages.updates
+        now = time.monotonic()
+        # some virtual machines' clocks stand still
+        seconds = max(1e-6, now - self._line_started) / self.averages.updates
         means = self._rates() | self.averages.read() | also
         if self.queues:
             means["queue_spread"] = queue_spread(self.queues)
         self._line(means, seconds)
         self._line_started, self._epoch_seconds = now, now - self._epoch_started
         return True
+
+    def reported(self, epoch: int) -> bool:
+        """Whether an earlier start of the run has written the line at the end of ``epoch``."""
+        return epoch in self._epochs_reported
 
     def end_epoch(self, figures: Mapping[str, float | None]) -> None:
         """Write a line at the end of an epoch, about the part that this start of the program did.
@@ -205,54 +214,79 @@ class Averages:
 class MetricsFile:
     """``metrics.jsonl`` of a run folder: one JSON object a line, written by the first process.
 
+    Training goes on when the file cannot be written. The lines are kept and written later.
+
     Args:
         folder: the run folder.
         step: updates made so far; lines of later updates, from an earlier start of the run, are
             dropped.
-        logger: gets a warning when the file cannot be written; training goes on.
+        logger: gets an error when the file cannot be written.
     """
 
     def __init__(self, folder: str, step: int, logger: logging.Logger) -> None:
-        self.path, self.logger, self._failed = os.path.join(folder, METRICS), logger, rank() > 0
-        self._guard(self._drop_after, step)
+        self.path, self.logger = os.path.join(folder, METRICS), logger
+        self._waiting: list[bytes] = []
+        self._failed = False
+        if rank() == 0:
+            try:
+                self._drop_after(step)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot write ({error.strerror})") from error
 
     def write(self, kind: str, figures: Mapping[str, float | None]) -> None:
         """Append one line: its ``kind`` (``train`` or ``epoch``) and figures; NaN becomes null."""
         known = {n: v if v is not None and math.isfinite(v) else None for n, v in figures.items()}
-        self._guard(self._append, json.dumps({"kind": kind} | known))
+        if rank() > 0:
+            return
+        self._waiting.append(json.dumps({"kind": kind} | known).encode() + b"\n")
+        try:
+            self._append(b"".join(self._waiting))
+        except OSError as error:
+            if not self._failed:
+                self.logger.error(
+                    "%s: cannot write (%s), kept for later", self.path, error.strerror
+                )
+            self._failed = True
+            return
+        self._waiting, self._failed = [], False
 
-    def _append(self, line: str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def epochs(self) -> set[int]:
+        """The epochs whose end the file tells of."""
+        lines = map(_figures, self._lines())
+        return {line["epoch"] for line in lines if line.get("kind") == "epoch"}
+
+    def _append(self, lines: bytes) -> None:
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(lines)
+                if written < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)  # no half line may stay
+                raise
+
+    def _lines(self) -> list[str]:
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            return file.readlines()
 
     def _drop_after(self, step: int) -> None:
-        if not os.path.exists(self.path):
-            return
-        with open(self.path, encoding="utf-8", errors="replace") as file:
-            lines = file.readlines()
-        kept = [line for line in lines if _step(line) <= step]
+        lines = self._lines()
+        kept = [line for line in lines if _figures(line).get("step", math.inf) <= step]
         if kept != lines:
-            temporary = self.path + ".tmp"
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(kept)
-            os.replace(temporary, self.path)
-
-    def _guard(self, function: Callable[..., None], argument: str | int) -> None:
-        if self._failed:
-            return
-        try:
-            function(argument)
-        except OSError as error:
-            self._failed = True
-            self.logger.error("%s: cannot write (%s), given up", self.path, error.strerror)
+            with replacing(self.path) as file:
+                file.write("".join(kept).encode())
 
 
-def _step(line: str) -> float:
-    """The number of updates that a line tells of; infinite for one that was cut off."""
+def _figures(line: str) -> dict[str, Any]:
+    """What a line holds, nothing for one that is damaged or was cut off."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        found = json.loads(line) if line.endswith("\n") else None
+        return found if isinstance(found, dict) and isinstance(found.get("step"), int) else {}
+    except (ValueError, RecursionError):
+        return {}
 
 
 def _named(figure: str, name: str) -> str:
@@ -283,17 +317,17 @@ def measure_throughput(
     """
     batches = iter(updates)
     micro_batches = next(batches)
-    started = time.time()
+    started = time.monotonic()
     loaded = size.images_per_update * sum(1 for _ in itertools.islice(batches, THROUGHPUT_STEPS))
     if loaded:
-        run.logger.info("loader: %.1f images/s", loaded / (time.time() - started))
+        run.logger.info("loader: %.1f images/s", loaded / max(1e-6, time.monotonic() - started))
     for step in range(-3, THROUGHPUT_STEPS):
         if step == 0:  # warmed up
             synchronize(run.device)
-            started = time.time()
+            started = time.monotonic()
         update(micro_batches)
     synchronize(run.device)
-    seconds = (time.time() - started) / THROUGHPUT_STEPS
+    seconds = max(1e-6, time.monotonic() - started) / THROUGHPUT_STEPS
     run.logger.info(
         "update: %.1f images/s, %.4f s an update", size.images_per_update / seconds, seconds
     )

@@ -3,14 +3,23 @@
 import json
 import logging
 import math
+import resource
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from logger import create_logger
 from utils.config import DEFAULTS
 from utils.progress import EpochSize, Progress, locate
-from utils.training_log import Averages, TrainingLog, duration, measure_throughput, memory
+from utils.training_log import (
+    Averages,
+    MetricsFile,
+    TrainingLog,
+    duration,
+    measure_throughput,
+    memory,
+)
 from utils.update import Result
 
 
@@ -37,7 +46,7 @@ def lines(tmp_path) -> list[dict]:
 
 def test_a_line_every_so_many_updates_and_at_the_ends(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("utils.training_log.time.time", lambda: now[0])
+    monkeypatch.setattr("utils.training_log.time.monotonic", lambda: now[0])
     progress, log = log_of(tmp_path)
     said = []
     for step in range(1, 9):
@@ -128,7 +137,7 @@ def test_memory_is_in_megabytes():
 
 def test_speed_of_loader_and_update(monkeypatch, caplog):
     now, made = [0.0], []
-    monkeypatch.setattr("utils.training_log.time.time", lambda: now[0])
+    monkeypatch.setattr("utils.training_log.time.monotonic", lambda: now[0])
     monkeypatch.setattr("utils.training_log.THROUGHPUT_STEPS", 5)
 
     def updates():
@@ -163,7 +172,80 @@ def test_the_place_in_the_epochs():
         progress.advance()
     assert (progress.step, progress.images_seen) == (10, 40) and progress.epoch_ended
     assert progress.state_dict()["images"] == 42  # also those that fill no update
-    following = locate(progress.state_dict(), progress.size)
-    progress.next_epoch()
-    assert following == progress == Progress(EpochSize(42, 8), 2, 10, 0)
-    assert locate({"epoch": 3}, progress.size) == Progress(EpochSize(42, 8), 4, 20, 0)
+    again = locate(progress.state_dict(), progress.size)
+    assert again.epoch_ended and (again.epoch, again.step, again.images_seen) == (1, 10, 42)
+    again.next_epoch()
+    assert again == Progress(EpochSize(42, 8), 2, 10, 0)
+    # v0.1 wrote at the end of an epoch alone
+    assert locate({"epoch": 3}, progress.size) == Progress(EpochSize(42, 8), 3, 20, 42)
+
+
+def test_metrics_go_on_after_a_full_disk_with_whole_lines(tmp_path, caplog):
+    """The limit of a file's size stands in for a disk that has room for half a line."""
+    progress, log = log_of(tmp_path, print_freq=1)
+    path = tmp_path / "metrics.jsonl"
+
+    def one_more():
+        progress.advance()
+        log.record(result_of(1.0), {})
+
+    one_more()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room in (0, 1, 100):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
+            one_more()
+            assert [x["step"] for x in lines(tmp_path)] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("cannot write") == 1
+    one_more()
+    assert [x["step"] for x in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_metrics_wait_for_a_folder_that_is_away(tmp_path, caplog):
+    folder, away = tmp_path / "run", tmp_path / "away"
+    folder.mkdir()
+    progress, log = log_of(folder, print_freq=1)
+    for step in range(1, 4):
+        if step == 2:
+            folder.rename(away)
+        if step == 3:
+            away.rename(folder)
+        progress.advance()
+        log.record(result_of(1.0), {})
+        assert folder.exists() == (step != 2)  # it is not made anew
+    assert [x["step"] for x in lines(folder)] == [1, 2, 3]
+
+
+def test_lines_of_later_updates_and_half_lines_are_dropped(tmp_path):
+    kept = [{"kind": "train", "step": 1, "epoch": 0}, {"kind": "epoch", "step": 2, "epoch": 0}]
+    later = [{"kind": "train", "step": 3, "epoch": 1}]
+    text = "".join(json.dumps(x) + "\n" for x in kept + later)
+    (tmp_path / "metrics.jsonl").write_text(text + '[]\n{"step": "1"}\n{"kind": "tr')
+    metrics = MetricsFile(str(tmp_path), 2, logging.getLogger("metrics"))
+    assert lines(tmp_path) == kept and metrics.epochs() == {0}
+
+
+def test_a_clock_that_stands_still_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.training_log.time.monotonic", lambda: 5.0)
+    progress, log = log_of(tmp_path, print_freq=1)
+    progress.advance()
+    assert log.record(result_of(1.0), {})
+    assert lines(tmp_path)[0]["seconds"] > 0
+
+
+def test_the_log_goes_on_when_its_folder_comes_back(tmp_path, capsys):
+    folder, away = tmp_path / "run", tmp_path / "away"
+    folder.mkdir()
+    logger = create_logger(str(folder), 0)
+    logger.info("first")
+    folder.rename(away)
+    logger.info("second")
+    assert not folder.exists()
+    away.rename(folder)
+    logger.info("third")
+    text = (folder / "log_rank0.txt").read_text()
+    assert "first" in text and "third" in text and "second" not in text
+    told = capsys.readouterr()
+    assert "second" in told.out and not told.err  # no traceback of the logging
