@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import time
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +41,7 @@ from optimizer import build_optimizer
 from utils.arguments import number_in, parse_arguments
 from utils.checkpoint import (
     LATEST,
+    checkpoint_to_resume,
     read_checkpoint,
     restore_training,
     save_checkpoint,
@@ -50,7 +50,7 @@ from utils.checkpoint import (
 from utils.config import run_folder
 from utils.distributed import data_parallel, rank
 from utils.errors import UserError
-from utils.progress import Checkpoints, Progress, checkpoint_to_resume, locate, warn_of_changes
+from utils.progress import Checkpoints, Progress, locate, warn_of_changes
 from utils.run import Run, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.signals import StopSignals, end_stopped
@@ -91,14 +91,13 @@ def main() -> None:
                 "--probe lbfgs needs a frozen encoder: leave LINEAR_EVAL.WEIGHTS at freeze"
             )
         kind = "linprob" if frozen else "ft"
-        run = start(
-            config, os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
-        )
+        folder = os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
+        run = start(config, folder)
 
         train, test = build_labelled_sources(config, args.download)
         metric = TRANSFER_SETS[config.DATA.DATASET].metric
         if config.EVAL_MODE:
-            return evaluate_saved(config, test, metric, run)
+            return evaluate_saved(config, test, metric, folder, run)
         encoder = load_pretrained_encoder(args, config, run, 0.0 if frozen else args.drop_path_rate)
         if args.probe == "lbfgs":
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
@@ -147,37 +146,42 @@ def main() -> None:
             features, labels = encode_images(config, model.encoder, test, run)
             check_features(features, labels, "test")
         signals.training(config.DIST_TIMEOUT)
-        started = time.time()
+        advice = f"lower --lr {' '.join(f'{rate:g}' for rate in rates)}"
+        started = time.monotonic()
 
-        while progress.epoch < config.TRAIN.EPOCHS:
-            ddp.train()
-            loader.start_at(progress.epoch, progress.images_seen)
-            for micro_batches in log.watch(loader):
-                for scheduler in schedulers:
-                    scheduler.step_update(progress.step)
-                seed_libraries(config.SEED, rank(), progress.step)
-                result = update(micro_batches, forward)
-                progress.advance()
+        with checkpoints.saved_on_fault():
+            while progress.epoch < config.TRAIN.EPOCHS:
+                ddp.train()
+                loader.start_at(progress.epoch, progress.images_seen)
+                for micro_batches in log.watch(loader):
+                    with checkpoints.update_under_way():
+                        for scheduler in schedulers:
+                            scheduler.step_update(progress.step)
+                        seed_libraries(config.SEED, rank(), progress.step)
+                        result = update(micro_batches, forward)
+                        progress.advance()
 
-                stop, save_now = signals.agree(checkpoints.time_is_up())
-                if log.record(result, {}, stop):
-                    advice = f"lower --lr {' '.join(f'{rate:g}' for rate in rates)}"
-                    judged.leave_out(update.check_skipped(config.TRAIN.MAX_SKIPPED_UPDATES, advice))
-                # at its end an epoch is saved with its figures, but a signal leaves no time
-                if stop or (not progress.epoch_ended and (save_now or checkpoints.due())):
-                    checkpoints.save()
-                if stop:
-                    end_stopped(run.logger, progress.step)  # raises SystemExit
-            if not frozen:
-                features, labels = encode_images(config, model.eval().encoder, test, run)
-            figures = score_heads(model, features, labels, metric, judged.left_out)
-            judged.add(progress.epoch, figures)
-            judged.log(metric, run.logger)
-            log.end_epoch(by_name(figures, names))
-            checkpoints.save()
-            judged.save_best(model, os.path.join(run.folder, BEST))
-            progress.next_epoch()
-        run.logger.info("training took %s", duration(time.time() - started))
+                    stop, save_now = signals.agree(checkpoints.time_is_up())
+                    if log.record(result, {}, stop):
+                        most = config.TRAIN.MAX_SKIPPED_UPDATES
+                        judged.leave_out(update.check_skipped(most, advice))
+                    # at its end an epoch is saved with its figures, but a signal leaves no time
+                    if stop or (not progress.epoch_ended and (save_now or checkpoints.due())):
+                        checkpoints.save(signals)
+                    if stop:
+                        end_stopped(run.logger, progress.step)  # raises SystemExit
+                if judged.epoch < progress.epoch:
+                    if not frozen:
+                        features, labels = encode_images(config, model.eval().encoder, test, run)
+                    figures = score_heads(model, features, labels, metric, judged.left_out)
+                    judged.add(progress.epoch, figures)
+                    judged.log(metric, run.logger)
+                    if not log.reported(progress.epoch):
+                        log.end_epoch(by_name(figures, names))
+                    checkpoints.save(signals)
+                    judged.save_best(model, os.path.join(run.folder, BEST))
+                progress.next_epoch()
+        run.logger.info("training took %s", duration(time.monotonic() - started))
         best, last = judged.outcome()
         report(config, metric, best, last, run)
 
@@ -212,7 +216,7 @@ def resume(
         return progress, judged, None
     state = read_checkpoint(path, run.device)
     other = [name for name, value in identity.items() if state.get(name) != value]
-    if other and effective.MODEL.RESUME:
+    if other and path == effective.MODEL.RESUME:
         raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
     if other:
         run.logger.warning("%s is of another %s: starting anew", path, ", ".join(other))
@@ -220,9 +224,6 @@ def resume(
     restore_training(state, path, model, update, ("epoch", "best", "figures"))
     judged.load_state_dict(state)
     progress = locate(state, loader.size)
-    if progress.epoch > state["epoch"] > judged.epoch:
-        # trained to its end, but a signal came before it was judged
-        progress = replace(progress, epoch=state["epoch"], images_seen=loader.size.images)
     warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
     run.logger.info(
         "resumed from %s at update %d, after epoch %d", path, progress.step, judged.epoch
@@ -247,12 +248,12 @@ def report(
     write_results(run, names | {"weights": weights, "best": best, "last": last} | more)
 
 
-def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, run: Run) -> None:
-    """Log the figures of the best and of the last checkpoint, or of ``--resume``; saves nothing."""
-    paths = [os.path.join(run.folder, name) for name in (BEST, LATEST)]
+def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, folder: str, run: Run) -> None:
+    """Log the figures of the best and last checkpoint of ``folder``, or of ``--resume``."""
+    paths = [os.path.join(folder, name) for name in (BEST, LATEST)]
     paths = [config.MODEL.RESUME] if config.MODEL.RESUME else list(filter(os.path.exists, paths))
     if not paths:
-        raise UserError(f"{run.folder}: no {BEST} or {LATEST} to evaluate: train first")
+        raise UserError(f"{folder}: no {BEST} or {LATEST} to evaluate: train first")
     for path in paths:
         model, state = read_classifiers(path, build_encoder(config, 0.0), len(test.classes))
         features, labels = encode_images(config, model.encoder.to(run.device), test, run)

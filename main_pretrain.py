@@ -15,20 +15,14 @@ from models import build_method
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import choose_attention
 from models.momentum import MomentumMethod, Output, key_momentum
+from models.synco import SynCo
 from optimizer import build_optimizer
 from utils.agreement import check_agreement, digest
 from utils.arguments import add_tracker_arguments, parse_arguments
-from utils.checkpoint import read_checkpoint, restore_training, training_state
+from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
-from utils.progress import (
-    Checkpoints,
-    Progress,
-    checkpoint_to_resume,
-    images_per_update,
-    locate,
-    warn_of_changes,
-)
+from utils.progress import Checkpoints, Progress, images_per_update, locate, warn_of_changes
 from utils.run import Run, run_script, start, write_config
 from utils.seed import seed_step
 from utils.signals import StopSignals, end_stopped
@@ -79,37 +73,42 @@ def main() -> None:
         knn = KnnMonitor(config, loader.dataset.source, run)
         log = TrainingLog(config, run, progress, [optimizer], dim=model.dim, queues=model.queues())
         signals.training(config.DIST_TIMEOUT)
+        base_momentum = config.MODEL.CONTRAST_MOMENTUM
         total_steps = config.TRAIN.EPOCHS * loader.size.updates
-        started = time.time()
+        started = time.monotonic()
 
         # Whatever changes over time follows from ``progress``, so that a resumed run is the same.
-        while progress.epoch < config.TRAIN.EPOCHS:
-            ddp.train()
-            loader.start_at(progress.epoch, progress.images_seen)
-            forward = partial(forward_views, ddp, run.device, progress.epoch)
-            for micro_batches in log.watch(loader):
-                bad_images.note(micro_batches)
-                scheduler.step_update(progress.step)
-                seed_step(config.SEED, rank(), progress.step)
-                momentum = key_momentum(config.MODEL.CONTRAST_MOMENTUM, progress.step, total_steps)
-                model.update_key_encoder(momentum)  # the keys come from the moved one
-                result = update(micro_batches, forward)
-                for output in result.outputs:  # only now: all micro-batches see the same queue
-                    model.enqueue(*output.keys, result.finite)
-                progress.advance()
+        with checkpoints.saved_on_fault():
+            while progress.epoch < config.TRAIN.EPOCHS:
+                ddp.train()
+                loader.start_at(progress.epoch, progress.images_seen)
+                forward = partial(forward_views, ddp, run.device, progress.epoch)
+                for micro_batches in log.watch(loader):
+                    bad_images.note(micro_batches)
+                    with checkpoints.update_under_way():
+                        scheduler.step_update(progress.step)
+                        seed_step(config.SEED, rank(), progress.step)
+                        momentum = key_momentum(base_momentum, progress.step, total_steps)
+                        model.update_key_encoder(momentum)  # the keys come from the moved one
+                        result = update(micro_batches, forward)
+                        for output in result.outputs:  # all micro-batches saw the same queue
+                            model.enqueue(*output.keys, result.finite)
+                        progress.advance()
 
-                # a signal on any process, and SAVE_MINUTES by the clock of the first
-                stop, save_now = signals.agree(checkpoints.time_is_up())
-                if log.record(result, {"momentum": momentum}, stop):  # a line: reads the device
-                    bad_images.check()
-                    update.check_skipped(config.TRAIN.MAX_SKIPPED_UPDATES, checkpoints.advice())
-                if stop or save_now or checkpoints.due():
-                    checkpoints.save()
-                if stop:
-                    end_stopped(run.logger, progress.step)  # raises SystemExit
-            log.end_epoch(knn.after(progress.epoch, model.encoder))
-            progress.next_epoch()
-        run.logger.info("training took %s", duration(time.time() - started))
+                    # a signal on any process, and SAVE_MINUTES by the clock of the first
+                    stop, save_now = signals.agree(checkpoints.time_is_up())
+                    if log.record(result, {"momentum": momentum}, stop):  # reads the device
+                        bad_images.check()
+                        most = config.TRAIN.MAX_SKIPPED_UPDATES
+                        update.check_skipped(most, checkpoints.advice())
+                    if stop or save_now or checkpoints.due():
+                        checkpoints.save(signals)
+                    if stop:
+                        end_stopped(run.logger, progress.step)  # raises SystemExit
+                if not log.reported(progress.epoch):
+                    log.end_epoch(knn.after(progress.epoch, model.encoder))
+                progress.next_epoch()
+        run.logger.info("training took %s", duration(time.monotonic() - started))
 
 
 def forward_views(
@@ -156,6 +155,15 @@ def check_same_on_all(config: CfgNode, loader: TrainingLoader, model: MomentumMe
 
 def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
     """Log what will be trained, and on what."""
+    if isinstance(model, SynCo):
+        epochs = model.epochs_with_synthetic(effective.TRAIN.EPOCHS)
+        if epochs:
+            run.logger.info(f"synthetic negatives from epoch {epochs[0]} to epoch {epochs[-1]}")
+        else:
+            run.logger.warning(
+                "no epoch has synthetic negatives, so this is MoBY: see TRAIN.EPOCHS, "
+                "MODEL.WARMUP_EPOCHS, MODEL.COOLDOWN_EPOCHS and MODEL.N1 to N6"
+            )
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.logger.info(
         f"{effective.MODEL.TYPE} with {effective.MODEL.ENCODER}: {learned / 1e6:.2f} M parameters "
@@ -171,7 +179,7 @@ def resume(
 
     Without one the run starts at TRAIN.START_EPOCH.
     """
-    path = checkpoint_to_resume(effective, run.folder, run.logger)
+    path = checkpoint_to_resume(effective, effective.OUTPUT, run.logger)
     if not path:
         epoch = effective.TRAIN.START_EPOCH
         return Progress(loader.size, epoch, epoch * loader.size.updates), None

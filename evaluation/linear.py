@@ -18,7 +18,7 @@ from evaluation.classification_metrics import MAP, METRICS, top_k_accuracy
 from models.encoder import Backbone
 from utils.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.distributed import rank
-from utils.errors import UserError
+from utils.errors import Diverged, UserError
 from utils.update import Forward
 
 
@@ -236,14 +236,14 @@ class Judged:
         """Take the figures of all heads after an epoch, and keep the best so far.
 
         Raises:
-            UserError: all heads have diverged.
+            Diverged: all heads have.
         """
         self.epoch, self.figures = epoch, figures
         for rate, figure in zip(self.rates, figures, strict=True):
             if figure and (self.best is None or figure["value"] > self.best["value"]):
                 self.best = {"value": figure["value"], "epoch": epoch, "lr": rate}
         if self.best is None:
-            raise UserError(f"training diverged with all rates {self.rates}: lower --lr")
+            raise Diverged(f"training diverged with all rates {self.rates}: lower --lr")
 
     def log(self, metric: str, logger: logging.Logger) -> None:
         """Log a line for each head."""

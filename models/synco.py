@@ -97,10 +97,16 @@ class SynCo(MoBY):
         self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, epoch: int
     ) -> list[torch.Tensor]:
         """The queue and, within the window of epochs, the synthetic negatives."""
-        if not self.warmup_epochs <= epoch <= self.cooldown_epochs or not sum(self.counts):
+        if epoch not in self.epochs_with_synthetic(epoch + 1):
             return [similarity]
         draws = self.draw(similarity.detach(), queue.shape[0])
         return [similarity, *self.synthetic(q, similarity, queue, draws)]
+
+    def epochs_with_synthetic(self, epochs: int) -> range:
+        """Which of the epochs 0 to ``epochs`` - 1 have synthetic negatives."""
+        if not sum(self.counts):
+            return range(0)
+        return range(max(0, self.warmup_epochs), min(epochs, self.cooldown_epochs + 1))
 
     @torch.no_grad()
     def draw(self, similarity: torch.Tensor, dim: int) -> Draws:

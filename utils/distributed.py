@@ -93,7 +93,7 @@ def on_first_process(function: Callable[[], T]) -> T:
     return result
 
 
-def lost_peer(error: BaseException) -> bool:
+def lost_peer(error: BaseException | None) -> bool:
     """Whether ``error`` says that another process of the group died or does not answer."""
     text = str(error).lower()
     known = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out")

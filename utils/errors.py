@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exception that a user's mistake raises, and that of a training that diverged."""
 
 
 class UserError(Exception):
@@ -11,3 +11,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         line = " ".join(super().__str__().splitlines())
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+class Diverged(UserError):
+    """Training has diverged: what it has learned must not replace the last good checkpoint."""

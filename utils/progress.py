@@ -1,26 +1,24 @@
-"""Where a run is, when that is saved, and from where it continues."""
+"""Where a run is, and when that is saved."""
 
 import contextlib
-import glob
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
-from utils.checkpoint import LATEST, PREVIOUS, read_checkpoint, save_checkpoint
-from utils.distributed import on_first_process, rank, world_size
-from utils.errors import UserError
-from utils.run import Run
+from utils.checkpoint import LATEST, PREVIOUS, epoch_checkpoints, remove_leftovers, save_checkpoint
+from utils.distributed import lost_peer, on_first_process, rank, world_size
+from utils.errors import Diverged, UserError
+from utils.run import Run, fault
+from utils.signals import NOT_SAVED, StopSignals
 
-EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
+PAUSE = 5.0  # seconds between tries to write the last checkpoint
 
 
 def images_per_update(config: CfgNode) -> int:
@@ -102,13 +100,10 @@ def locate(state: dict[str, Any], size: EpochSize) -> Progress:
         size: of an epoch now.
 
     Returns:
-        the place; if the epoch has no update left, the start of the next one.
+        the place; an epoch that has no update left may not have been reported yet.
     """
-    seen = state.get("images", size.images)
-    begun = -(-seen // size.images_per_update)
-    epoch = state["epoch"]
-    if begun >= size.updates:
-        return Progress(size, epoch + 1, (epoch + 1) * size.updates)
+    seen, epoch = state.get("images", size.images), state["epoch"]
+    begun = min(size.updates, -(-seen // size.images_per_update))
     return Progress(size, epoch, epoch * size.updates + begun, seen)
 
 
@@ -167,15 +162,14 @@ class Checkpoints:
         self.config, self.run, self.progress, self.state = config, run, progress, state
         self.keep_epochs, self.check_weights = keep_epochs, check_weights
         self.latest = os.path.join(run.folder, LATEST)
-        self.last_good = resumed_from
+        self.last_good, self._saved_step = resumed_from, progress.step
         # a damaged file that was passed over must not replace the one before it
         damaged = resumed_from in self._fallbacks()
         self._previous = None if damaged else os.path.join(run.folder, PREVIOUS)
         self._saved_at = time.monotonic()
+        self._within_update = False
         if rank() == 0:  # what an interrupted write has left
-            for path in glob.glob(os.path.join(glob.escape(run.folder), "*.pth.tmp")):
-                with contextlib.suppress(OSError):
-                    os.remove(path)
+            remove_leftovers(run.folder)
 
     def time_is_up(self) -> bool:
         """Whether SAVE_MINUTES have passed since a checkpoint or the last yes.
@@ -193,51 +187,110 @@ class Checkpoints:
         every = self.config.TRAIN.SAVE_STEPS
         return self.progress.epoch_ended or (every > 0 and self.progress.step % every == 0)
 
-    def save(self) -> None:
+    def save(self, signals: StopSignals) -> None:
         """Write ``checkpoint.pth``; every process has to call it, and the first writes.
 
-        At the end of an epoch it also writes ``ckpt_epoch_N.pth``, if that is due.
+        At the end of an epoch it also writes ``ckpt_epoch_N.pth``, if that is due. The run may go
+        on without a checkpoint, except the last: it is tried again for SAVE_PATIENCE minutes, or
+        until a signal.
 
         Raises:
-            UserError: on every process: weights that are not finite, or a file that cannot be
-                written if ON_SAVE_ERROR is stop.
+            Diverged: weights that are not finite.
+            UserError: on every process: a file that cannot be written if ON_SAVE_ERROR is stop.
+            SystemExit: NOT_SAVED, on every process: the last one could not be written.
         """
-        on_first_process(lambda: self._save(self.state()))
+        if self.check_weights and not all_finite(self.state()["model"]):
+            raise Diverged(
+                f"the weights are not finite any more: nothing was saved, {self._kept()}"
+            )
+        tries = 0
+        while not on_first_process(lambda: self._save(self.state())):
+            if not self._is_last():
+                return
+            tries += 1
+            # by the number of tries, as a clock may stand still
+            over = tries * PAUSE >= 60 * self.config.TRAIN.SAVE_PATIENCE
+            if any(signals.agree(over)):
+                self.run.logger.error("ends without its last checkpoint: make room, start again")
+                raise SystemExit(NOT_SAVED)
+            time.sleep(PAUSE)
+        self.last_good, self._saved_step = self.latest, self.progress.step
         self._saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def update_under_way(self) -> Iterator[None]:
+        """Within it, weights, key encoder and queue do not belong together."""
+        self._within_update = True
+        yield
+        self._within_update = False
+
+    @contextlib.contextmanager
+    def saved_on_fault(self) -> Iterator[None]:
+        """Save first what a fault between two updates would lose; nothing after one within one.
+
+        Raises:
+            UserError: the fault, if it is none of the program, and what was saved or lost.
+        """
+        try:
+            yield
+        except Diverged:
+            raise
+        except Exception as error:
+            outcome = self._rescue(error)
+            if reason := fault(error):
+                raise UserError(f"{reason}: {outcome}") from error
+            self.run.logger.error("%s: %s", type(error).__name__, outcome)
+            raise
+
+    def _rescue(self, error: Exception) -> str:
+        step, saved = self.progress.step, self._saved_step
+        # all processes hold the same, but a lost one is noticed by all the others at once
+        if not self._within_update and step > saved and (rank() == 0 or not lost_peer(error)):
+            with contextlib.suppress(UserError):
+                if self._save(self.state()):
+                    return f"saved after update {step}, start again"
+        return f"{step - saved} updates since the last checkpoint are lost, {self._kept()}"
 
     def advice(self) -> str:
         """What to do when training has diverged."""
         good = self.last_good or "none so far"
         return f"lower TRAIN.BASE_LR and continue from the last good checkpoint, {good}"
 
-    def _save(self, state: dict[str, Any]) -> None:
-        if self.check_weights and not all_finite(state["model"]):
-            raise UserError(
-                f"the weights are not finite any more: nothing was saved, {self._kept()}"
-            )
+    def _is_last(self) -> bool:
+        return self.progress.epoch_ended and self.progress.epoch + 1 == self.config.TRAIN.EPOCHS
+
+    def _save(self, state: dict[str, Any]) -> bool:
         epoch = self.progress.epoch
+        due = self._is_last() or (epoch + 1) % self.config.SAVE_FREQ == 0
         kept = None
-        if self.keep_epochs and self.progress.epoch_ended:
-            last = epoch + 1 == self.config.TRAIN.EPOCHS
-            if last or (epoch + 1) % self.config.SAVE_FREQ == 0:
-                kept = os.path.join(self.run.folder, f"ckpt_epoch_{epoch}.pth")
+        if self.keep_epochs and self.progress.epoch_ended and due:
+            kept = os.path.join(self.run.folder, f"ckpt_epoch_{epoch}.pth")
         try:
             save_checkpoint(state, self.latest, self._previous, kept)
         except OSError as error:
-            needed, free = state_bytes(state), shutil.disk_usage(self.run.folder).free
             message = (
-                f"{self.latest}: cannot write the checkpoint ({error.strerror or error}): it takes "
-                f"{needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free: {self._kept()}"
+                f"{self.latest}: cannot write the checkpoint ({error.strerror or error}): "
+                f"{self._room(state)}: {self._kept()}"
             )
             if self.config.TRAIN.ON_SAVE_ERROR == "stop":
                 raise UserError(message) from error
             self.run.logger.error(message)
-            return
-        self.last_good = self.latest
+            return False
         self._previous = os.path.join(self.run.folder, PREVIOUS)
         self.run.logger.info("%s saved", " and ".join(filter(None, (self.latest, kept))))
         if kept:
             self._prune(epoch)
+        return True
+
+    def _room(self, state: dict[str, Any]) -> str:
+        try:
+            free = shutil.disk_usage(self.run.folder).free
+        except OSError:
+            return "its folder is not there, bring it back"
+        return (
+            f"it takes {state_bytes(state) / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free, make "
+            "room there"
+        )
 
     def _prune(self, epoch: int) -> None:
         keep = self.config.TRAIN.KEEP_CHECKPOINTS
@@ -272,48 +325,3 @@ def _tensors(node: Any) -> Iterator[torch.Tensor]:
     elif isinstance(node, (dict, list, tuple)):
         for child in node.values() if isinstance(node, dict) else node:
             yield from _tensors(child)
-
-
-def checkpoint_to_resume(config: CfgNode, folder: str, logger: logging.Logger) -> str | None:
-    """MODEL.RESUME, or with TRAIN.AUTO_RESUME the newest readable checkpoint of ``folder``.
-
-    Every process has to call it; all get what the first finds. When the launcher has restarted
-    the processes, their own checkpoints take precedence over MODEL.RESUME.
-
-    Returns:
-        its path, None if there is none.
-
-    Raises:
-        UserError: the folder has checkpoints, but none can be read.
-    """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if config.MODEL.RESUME and not restarted:
-        return config.MODEL.RESUME
-    found = None
-    if config.TRAIN.AUTO_RESUME:
-        found = on_first_process(lambda: _newest_readable(folder, logger))
-    return found or config.MODEL.RESUME or None
-
-
-def epoch_checkpoints(folder: str) -> dict[int, str]:
-    """The paths of the files ``ckpt_epoch_N.pth`` of a run folder by N, the last epoch first."""
-    found = {m: p for p in Path(folder).glob("*") if (m := EPOCH.fullmatch(p.name))}
-    return {int(m[1]): str(p) for m, p in sorted(found.items(), key=lambda x: -int(x[0][1]))}
-
-
-def _newest_readable(folder: str, logger: logging.Logger) -> str | None:
-    names = [os.path.join(folder, name) for name in (LATEST, PREVIOUS)]
-    paths = [p for p in [*names, *epoch_checkpoints(folder).values()] if os.path.exists(p)]
-    errors = []
-    for path in paths:
-        try:
-            read_checkpoint(path)
-        except UserError as error:
-            errors.append(error)
-            continue
-        for passed_over in errors:
-            logger.warning("%s: continuing from %s instead", passed_over, path)
-        return path
-    if errors:
-        raise errors[0]
-    return None

@@ -7,7 +7,10 @@ import torch
 
 
 def derive_seed(*keys: int) -> int:
-    """A 64-bit seed from non-negative whole numbers such as (seed, rank, step)."""
+    """A 64-bit seed from non-negative whole numbers such as (seed, rank, step).
+
+    Zeros at the end change nothing: compare only seeds from equally many numbers.
+    """
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError
+from utils.errors import Diverged
 
 
 class Precision:
@@ -162,11 +162,11 @@ class Update:
         """Whether each optimizer skipped ``most`` updates in a row; waits for the device.
 
         Raises:
-            UserError: all did; its message ends with ``advice``.
+            Diverged: all did; its message ends with ``advice``.
         """
         rows = self._longest_row.expand(len(self.optimizers)).tolist()
         if min(rows) >= most:
-            raise UserError(
+            raise Diverged(
                 f"{min(rows)} updates in a row had a loss or gradient that is not finite (at most "
                 f"TRAIN.MAX_SKIPPED_UPDATES {most}): {advice}"
             )
@@ -199,8 +199,14 @@ class Update:
             values = state["optimizer"]["state"]
             kept = {n: values[n] for n in numbers if n in values}
             optimizer.load_state_dict({"state": kept, "param_groups": own})
+            for parameter, entries in optimizer.state.items():
+                for value in entries.values():
+                    if torch.is_tensor(value) and value.shape not in ((), parameter.shape):
+                        raise ValueError(f"{tuple(value.shape)} for {tuple(parameter.shape)}")
         if groups:
             raise ValueError(f"it has {len(groups)} groups of weights too many")
+        if not isinstance(state["scaler"], dict):
+            raise ValueError(f"its scaler is {state['scaler']!r}")
         if self._scales:
             self.scaler.load_state_dict(state["scaler"])
 

@@ -17,6 +17,7 @@ from utils import checkpoint
 from utils.checkpoint import (
     LATEST,
     PREVIOUS,
+    checkpoint_to_resume,
     link_file,
     load_model,
     read_checkpoint,
@@ -25,7 +26,6 @@ from utils.checkpoint import (
 )
 from utils.config import DEFAULTS
 from utils.errors import UserError
-from utils.progress import checkpoint_to_resume
 
 STATE = {"model": {"w": torch.arange(6000.0), "b": torch.ones(3)}, "config": "A: 1"}
 
@@ -43,7 +43,8 @@ class FullDisk:
     """A file that takes ``room`` bytes, and then says that the disk is full."""
 
     def __init__(self, path: str, room: int) -> None:
-        self.file, self.room = open(path, "wb"), room  # noqa: SIM115
+        self.file, self.room = open(path, "xb"), room  # noqa: SIM115
+        self.name = path
 
     def __enter__(self):
         return self
@@ -67,7 +68,7 @@ class FullDisk:
 
 def fill_after(monkeypatch, room: int) -> None:
     def open_full(path, mode="r", *args, **options):
-        if mode == "wb" and str(path).endswith(".tmp"):
+        if mode == "xb" and str(path).endswith(".tmp"):
             return FullDisk(path, room)
         return builtins.open(path, mode, *args, **options)
 

@@ -40,7 +40,7 @@ def build(count: int = 2, clip: float = 0.0, kind=None, model=None, **more):
 def forward(ddp, batch) -> Forward:
     x, factors = batch
     loss = ddp(x) * factors
-    return Forward(loss, {"double": 2 * loss.detach()})
+    return Forward(loss, figures={"double": 2 * loss.detach()})
 
 
 def batches(*factors) -> list:

@@ -1,0 +1,247 @@
+"""What a cluster's bad day does to a run: nothing is lost, doubled or mistaken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, arguments, assert_same, weights
+from test_kill import folder, lines, trained, wait_for
+from test_resume import Killed
+
+import main_pretrain
+from evaluation.knn_monitor import KnnMonitor
+from utils.checkpoint import read_checkpoint
+from utils.errors import UserError
+from utils.lock import LOCK
+from utils.signals import NOT_SAVED, RESUMABLE
+
+SPEED = {"seconds", "images_per_s", "memory_mb", "eta_s"}
+
+
+def metrics(output) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines(output)]
+
+
+def start(given, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "main_pretrain.py"), *map(str, given)]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, **both, **options)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_killed_within_the_knn_accuracy(run_main, imagenet, tmp_path, monkeypatch, epoch):
+    opts = ("TRAIN.KNN_FREQ", 1, "DATA.NUM_WORKERS", 0)
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path / "a", *opts))
+    given = arguments("moby", imagenet, tmp_path / "b", *opts)
+    measure = KnnMonitor.after
+
+    def after(self, at, encoder):
+        if at == epoch:
+            raise Killed
+        return measure(self, at, encoder)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(KnnMonitor, "after", after)
+        run_main(main_pretrain, *given)
+    run_main(main_pretrain, *given)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert [x["knn"] for x in metrics(tmp_path / "b") if x["kind"] == "epoch"][epoch] is not None
+    run_main(main_pretrain, *given)  # once more, after its end
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_resumed_run_goes_on_from_its_own_checkpoint(run_main, imagenet, tmp_path):
+    """The same command again, though it begins with --resume; going back is done on purpose."""
+    run_main(main_pretrain, *arguments("byol", imagenet, tmp_path / "old", "SAVE_FREQ", 1))
+    first = folder(tmp_path / "old") / "ckpt_epoch_0.pth"
+    given = arguments("byol", imagenet, tmp_path, "TRAIN.EPOCHS", 3, "MODEL.RESUME", first)
+    run_main(main_pretrain, *given)
+    log = folder(tmp_path) / "log_rank0.txt"
+    assert f"resumed from {first} at update 6" in log.read_text()
+    run_main(main_pretrain, *given)
+    own = folder(tmp_path) / "checkpoint.pth"
+    assert f"continuing from the run's own {own}, not from --resume {first}" in log.read_text()
+    assert f"resumed from {own} at update 18" in log.read_text()
+    run_main(main_pretrain, *given, "TRAIN.AUTO_RESUME", "False")
+    assert log.read_text().count(f"resumed from {first} at update 6") == 2
+
+
+@pytest.mark.parametrize(
+    ("opts", "said"),
+    [
+        (("MODEL.WARMUP_EPOCHS", 1), "synthetic negatives from epoch 1 to epoch 1"),
+        (("MODEL.WARMUP_EPOCHS", 0), "synthetic negatives from epoch 0 to epoch 1"),
+        (("MODEL.WARMUP_EPOCHS", 2), "no epoch has synthetic negatives, so this is MoBY"),
+        (("MODEL.COOLDOWN_EPOCHS", 0), "no epoch has synthetic negatives, so this is MoBY"),
+        ([x for i in range(1, 7) for x in (f"MODEL.N{i}", 0)], "so this is MoBY"),
+    ],
+)
+def test_a_synco_run_says_when_it_is_one(run_main, imagenet, tmp_path, opts, said):
+    given = arguments("synco", imagenet, tmp_path, *opts, "DATA.NUM_WORKERS", 0)
+    run_main(main_pretrain, *given, "MODEL.PROJ_NUM_LAYERS", 1)
+    assert said in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def saved(imagenet, tmp_path_factory) -> Path:
+    """A run of one epoch."""
+    output = tmp_path_factory.mktemp("saved")
+    process = start(arguments("moby", imagenet, output, "TRAIN.EPOCHS", 1))
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, text
+    return output
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("optimizer", None),
+        ("optimizer", {"state": None, "param_groups": []}),
+        ("optimizer", {"state": {}, "param_groups": None}),
+        ("optimizer", "shapes"),
+        ("scaler", [1]),
+        ("model", [1]),
+        ("model", {"encoder": 1}),
+        *[
+            (name, v)
+            for name in ("epoch", "step", "images", "images_per_update")
+            for v in ("x", -1)
+        ],
+        ("epoch", None),
+        ("rng_state", None),
+        ("rng_state", torch.zeros(3)),
+    ],
+)
+def test_entries_of_the_wrong_kind_are_named(saved, run_main, imagenet, tmp_path, entry, value):
+    state = read_checkpoint(str(folder(saved) / "checkpoint.pth"))
+    if value == "shapes":
+        value = state["optimizer"]
+        value["state"][0]["exp_avg"] = torch.zeros(3, 5)
+    path = tmp_path / "x.pth"
+    torch.save(state | {entry: value}, path)
+    opts = ("MODEL.RESUME", path, "DATA.NUM_WORKERS", 0, "TRAIN.EPOCHS", 2)
+    with pytest.raises(UserError, match=rf"^{path}: ") as raised:
+        run_main(main_pretrain, *arguments("moby", imagenet, tmp_path, *opts))
+    assert len(str(raised.value)) < 500
+
+
+def test_an_evaluation_of_a_run_that_trains_is_not_refused(saved, run_main, imagenet, tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from utils.lock import lock_folder; "
+         "lock_folder(sys.argv[1], 0); print('held', flush=True); time.sleep(60)",
+         str(folder(saved))],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = (folder(saved) / "config.json").read_text()
+        given = arguments("moby", imagenet, saved, "TRAIN.WAIT_FOR_LOCK", 0)
+        run_main(main_pretrain, "--eval", *given)
+        assert "Eval: loss" in (folder(saved) / "eval" / "log_rank0.txt").read_text()
+        assert (folder(saved) / "config.json").read_text() == before
+        with pytest.raises(UserError, match=f"process {holder.pid} on "):
+            run_main(main_pretrain, *given)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.mark.parametrize("nohup", [False, True], ids=["closed terminal", "nohup"])
+def test_a_closed_terminal(imagenet, tmp_path, nohup):
+    """SIGHUP saves like SIGTERM, unless it was ignored at the start."""
+    handler = signal.SIG_IGN if nohup else signal.SIG_DFL
+    given = arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", 400)
+    process = start(given, preexec_fn=lambda: signal.signal(signal.SIGHUP, handler))
+    try:
+        wait_for(lambda: trained(tmp_path, 2))
+        process.send_signal(signal.SIGHUP)
+        if nohup:
+            reached = lines(tmp_path)[-1]["step"]
+            wait_for(lambda: trained(tmp_path, reached + 20))
+            process.send_signal(signal.SIGTERM)
+        text = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == RESUMABLE, text
+    assert weights(tmp_path)["step"] == lines(tmp_path)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_costs_no_update(imagenet, tmp_path):
+    process = start(arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", 4000))
+    try:
+        wait_for(lambda: trained(tmp_path, 3))
+        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        text = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in text, text
+    step = lines(tmp_path)[-1]["step"]
+    assert weights(tmp_path)["step"] == step
+    last = text.splitlines()[-1]
+    assert last.startswith("main_pretrain.py: error: a data worker died")
+    assert last.endswith(f"saved after update {step}, start again")
+
+
+@pytest.mark.slow
+def test_the_second_of_two_starts_goes_on_where_the_first_ended(imagenet, tmp_path):
+    """A requeued job while the old one still ends; and a third one that does not wait."""
+    opts = ("TRAIN.EPOCHS", 12, "TRAIN.SAVE_STEPS", 1)
+    given = arguments("moby", imagenet, tmp_path, *opts)
+    first = start(given)
+    wait_for(lambda: trained(tmp_path, 3))
+    second = start(given)
+    third = start([*given, "TRAIN.WAIT_FOR_LOCK", 0])
+    text = third.communicate(timeout=60)[0]
+    assert third.returncode == 1, text
+    assert f"process {first.pid} on " in text.splitlines()[-1] and "Traceback" not in text
+    time.sleep(1)
+    first.send_signal(signal.SIGTERM)
+    ended = first.communicate(timeout=60)[0]
+    assert first.returncode in (0, RESUMABLE), ended
+    text = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, text
+    steps = [x["step"] for x in lines(tmp_path) if x["kind"] == "train"]
+    assert steps == list(range(1, 73))
+    assert json.loads((folder(tmp_path) / LOCK).read_text())["pid"] == second.pid
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_the_run_with_its_own_code(imagenet, tmp_path):
+    """A real one, where the machine lets the test mount it."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        opts = ("TRAIN.EPOCHS", 3, "TRAIN.SAVE_PATIENCE", 0.1)
+        process = start(arguments("moby", imagenet, tmp_path, *opts))
+        wait_for(lambda: trained(tmp_path, 8))
+        with open(tmp_path / "fill", "wb", 0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+        text = process.communicate(timeout=120)[0]
+        assert process.returncode == NOT_SAVED, text
+        assert "Traceback" not in text and "make room there: the last good checkpoint is" in text
+        assert text.splitlines()[-1].endswith(
+            "ends without its last checkpoint: make room, start again"
+        )
+        (tmp_path / "fill").unlink()
+        again = start(arguments("moby", imagenet, tmp_path, *opts))
+        text = again.communicate(timeout=120)[0]
+        assert again.returncode == 0, text
+        steps = [x["step"] for x in lines(tmp_path) if x["kind"] == "train"]
+        assert steps == list(range(1, 19))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
