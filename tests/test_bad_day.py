@@ -1,5 +1,6 @@
 """What a cluster's bad day does to a run: nothing is lost, doubled or mistaken."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, arguments, assert_same, weights
-from test_kill import folder, lines, trained, wait_for
+from test_kill import FULL, folder, lines, metrics, trained, wait_for
 from test_resume import Killed
 
 import main_pretrain
@@ -21,11 +22,7 @@ from utils.errors import UserError
 from utils.lock import LOCK
 from utils.signals import NOT_SAVED, RESUMABLE
 
-SPEED = {"seconds", "images_per_s", "memory_mb", "eta_s"}
-
-
-def metrics(output) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines(output)]
+FULL_SECONDS = 10 if FULL else 1
 
 
 def start(given, **options) -> subprocess.Popen:
@@ -216,32 +213,81 @@ def test_the_second_of_two_starts_goes_on_where_the_first_ended(imagenet, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full_ends_the_run_with_its_own_code(imagenet, tmp_path):
-    """A real one, where the machine lets the test mount it."""
+def test_of_ten_starts_at_once_one_trains(saved, imagenet, tmp_path):
+    opts = ("TRAIN.EPOCHS", 2, "TRAIN.WAIT_FOR_LOCK", 0, "DATA.NUM_WORKERS", 0)
+    given = arguments("moby", imagenet, tmp_path, *opts)
+    processes = [start(given) for _ in range(10)]
+    texts = [process.communicate(timeout=200)[0] for process in processes]
+    # one that starts late may find the run ended, and then has nothing left to do
+    assert 0 in [process.returncode for process in processes], texts
+    for process, text in zip(processes, texts, strict=True):
+        assert "Traceback" not in text
+        if process.returncode:
+            assert process.returncode == 1 and "has written it since" in text.splitlines()[-1]
+    steps = [x["step"] for x in lines(tmp_path) if x["kind"] == "train"]
+    assert steps == list(range(1, 13))
+    alone = arguments("moby", imagenet, tmp_path / "alone", *opts)
+    process = start(alone)
+    assert process.wait(120) == 0
+    assert_same(weights(tmp_path / "alone"), weights(tmp_path))
+    assert metrics(tmp_path / "alone") == metrics(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 300 MB, where the machine lets the test mount it."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(tmp_path)]
     if os.geteuid() or subprocess.run(mount, check=False).returncode:
         pytest.skip("cannot mount a file system here")
-    try:
-        opts = ("TRAIN.EPOCHS", 3, "TRAIN.SAVE_PATIENCE", 0.1)
-        process = start(arguments("moby", imagenet, tmp_path, *opts))
-        wait_for(lambda: trained(tmp_path, 8))
-        with open(tmp_path / "fill", "wb", 0) as file:
-            try:
-                while file.write(bytes(4096)):
-                    pass
-            except OSError:
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def fill(disk: Path) -> None:
+    for size in (2**20, 512):
+        with contextlib.suppress(OSError), open(disk / f"fill{size}", "wb", 0) as file:
+            while file.write(bytes(size)) == size:
                 pass
-        text = process.communicate(timeout=120)[0]
-        assert process.returncode == NOT_SAVED, text
-        assert "Traceback" not in text and "make room there: the last good checkpoint is" in text
-        assert text.splitlines()[-1].endswith(
-            "ends without its last checkpoint: make room, start again"
-        )
-        (tmp_path / "fill").unlink()
-        again = start(arguments("moby", imagenet, tmp_path, *opts))
-        text = again.communicate(timeout=120)[0]
-        assert again.returncode == 0, text
-        steps = [x["step"] for x in lines(tmp_path) if x["kind"] == "train"]
-        assert steps == list(range(1, 19))
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def empty(disk: Path) -> None:
+    for path in disk.glob("fill*"):
+        path.unlink()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_three_times_changes_nothing(small_disk, imagenet, tmp_path_factory):
+    opts = ("TRAIN.EPOCHS", 200 if FULL else 20, "TRAIN.SAVE_STEPS", 1, "TRAIN.KNN_FREQ", 5)
+    process = start(arguments("synco", imagenet, small_disk, *opts))
+    for step in (3, 9, 15):
+        wait_for(lambda step=step: trained(small_disk, step))
+        fill(small_disk)
+        time.sleep(FULL_SECONDS)
+        assert process.poll() is None
+        empty(small_disk)
+        time.sleep(0.5)
+    text = process.communicate(timeout=400)[0]
+    assert process.returncode == 0 and "Traceback" not in text, text
+    assert "cannot write the checkpoint (No space left on device)" in text
+    other = tmp_path_factory.mktemp("undisturbed")
+    assert start(arguments("synco", imagenet, other, *opts)).wait(400) == 0
+    assert_same(weights(other), weights(small_disk))
+    assert metrics(other) == metrics(small_disk)
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_the_run_with_its_own_code(small_disk, imagenet):
+    given = arguments("moby", imagenet, small_disk, "TRAIN.EPOCHS", 3, "TRAIN.SAVE_PATIENCE", 0.1)
+    process = start(given)
+    wait_for(lambda: trained(small_disk, 8))
+    fill(small_disk)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == NOT_SAVED, text
+    assert "Traceback" not in text and "make room there: the last good checkpoint is" in text
+    assert text.splitlines()[-1].endswith("its last checkpoint: make room, start again")
+    empty(small_disk)
+    again = start(given)
+    text = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, text
+    steps = [x["step"] for x in lines(small_disk) if x["kind"] == "train"]
+    assert steps == list(range(1, 19))
