@@ -1,0 +1,131 @@
+"""How a script starts and ends."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT
+
+from utils import run as run_module
+from utils.config import load_config, with_values
+from utils.errors import UserError
+from utils.run import fault, run_script, start, write_config
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "said"),
+    [
+        (UserError("a.jpg: bad"), 1, "a.jpg: bad"),
+        (UserError('Caught UserError in worker 0.\n  File "x"\nUserError: a.jpg: bad'), 1, "a.jpg"),
+        (OSError(5, "Input/output error", "/data/a.jpg"), 1, "[Errno 5] Input/output error"),
+        (MemoryError(), 1, "out of memory, lower --batch-size"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "out of memory, lower --batch-size (CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+        (RuntimeError("DataLoader worker (pid 3) exited unexpectedly"), 1, "a data worker died"),
+        (RuntimeError("Connection closed by peer [1]"), 2, "another process of the group died"),
+        (RuntimeError("Connection closed by peer [1]"), 1, None),
+        (dist.DistNetworkError("x"), 1, "another process of the group died"),
+        (RuntimeError("shapes cannot be multiplied"), 2, None),
+        (ValueError("DataLoader worker"), 1, None),
+        (KeyError("a"), 1, None),
+    ],
+)
+def test_what_is_a_fault_and_what_is_a_bug(monkeypatch, error, processes, said):
+    for module in ("utils.distributed", "utils.run"):
+        monkeypatch.setattr(f"{module}.world_size", lambda: processes)
+    found = fault(error)
+    assert found is None if said is None else found.startswith(said) and "\n" not in found
+
+
+def ends(monkeypatch, error, processes=1) -> list[str]:
+    """What ``run_script`` says when ``main`` raises ``error``."""
+    said = []
+
+    def main() -> None:
+        if error:
+            raise error
+
+    def fail(message) -> None:
+        said.append(message)
+        raise SystemExit(1)
+
+    for module in ("utils.distributed", "utils.run"):
+        monkeypatch.setattr(f"{module}.world_size", lambda: processes)
+    monkeypatch.setattr(run_module, "_fail", fail)
+    monkeypatch.setattr(run_module, "_leave_group", lambda: said.append("left the group"))
+    run_script(main)
+    return said
+
+
+def test_the_ends_of_a_script(monkeypatch, capsys):
+    assert ends(monkeypatch, None) == ["left the group"]
+    with pytest.raises(SystemExit) as left:
+        ends(monkeypatch, SystemExit(75))
+    assert left.value.code == 75
+    for error in (UserError("a"), OSError(5, "b")):
+        with pytest.raises(SystemExit):
+            ends(monkeypatch, error)
+    with pytest.raises(ZeroDivisionError):  # a bug shows where it is
+        ends(monkeypatch, ZeroDivisionError())
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # but of a group, each process ends by itself
+        ends(monkeypatch, ZeroDivisionError(), 2)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def tiny(*opts):
+    return load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), list(map(str, opts)))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_writes_what_is_in_effect(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(run_module, "rank", lambda: rank)
+    effective = write_config(tiny(), str(tmp_path), {"TRAIN.BASE_LR": 0.25})
+    assert effective.TRAIN.BASE_LR == 0.25 and effective.OUTPUT.endswith("/default")
+    written = list(tmp_path.iterdir())
+    assert [p.name for p in written] == ["config.json"] * (rank == 0)
+    if not rank:
+        assert json.loads(written[0].read_text())["TRAIN"]["BASE_LR"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("key", "below"), [("EVAL_MODE", "/eval"), ("THROUGHPUT_MODE", "/throughput"), ("SEED", "")]
+)
+def test_a_start_makes_its_folder_and_seeds(tmp_path, monkeypatch, key, below):
+    monkeypatch.delenv("RANK", raising=False)
+    config = with_values(tiny("OUTPUT", tmp_path, "SEED", 7), {key: 7 if key == "SEED" else True})
+    try:
+        run = start(config)
+        drawn = torch.rand(2)
+    finally:
+        dist.destroy_process_group()
+    torch.manual_seed(7)
+    assert drawn.equal(torch.rand(2))
+    assert run.folder == f"{tmp_path}/{config.MODEL.NAME}/default{below}"
+    assert (tmp_path / config.MODEL.NAME / f"default{below}" / "config.json").exists()
+    assert run.device.type == "cpu" or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_slow_bfloat16_is_said(tmp_path, monkeypatch, caplog, emulated):
+    precision = SimpleNamespace(emulated=emulated)
+    monkeypatch.setattr(run_module, "Precision", lambda *given: precision)
+    logger = logging.getLogger("start")
+    monkeypatch.setattr(run_module, "create_logger", lambda *given: logger)
+    try:
+        start(tiny("OUTPUT", tmp_path))
+    finally:
+        dist.destroy_process_group()
+    assert ("has no bfloat16" in caplog.text) == emulated
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    try:
+        with pytest.raises(UserError, match=r"file/.*: cannot write the run folder \(Not a dir"):
+            start(tiny("OUTPUT", tmp_path / "file"))
+    finally:
+        dist.destroy_process_group()
