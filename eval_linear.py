@@ -20,19 +20,17 @@ from data.loader import (
 from data.source import ImageSource
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
+from evaluation.judged import TEST, TRAIN, Judged, by_name, last_figures, summary
 from evaluation.linear import (
-    Judged,
     LinearClassifiers,
     build_mixup,
-    by_name,
     forward_images,
     read_classifiers,
     score_classifier,
     score_heads,
-    weights_digest,
 )
 from evaluation.logistic_regression import choose_strength
-from evaluation.protocols import apply_protocol
+from evaluation.protocols import apply_protocol, set_aside
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
@@ -51,6 +49,7 @@ from utils.config import run_folder
 from utils.distributed import data_parallel, rank
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, checkpoint_to_resume, locate, warn_of_changes
+from utils.provenance import data_facts, gather_provenance, moment
 from utils.run import Run, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.signals import StopSignals, end_stopped
@@ -72,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="base rates for 512 images; a probe trains a head for each at once",
     )
     parser.add_argument("--probe", choices=["sgd", "lbfgs"], default="sgd")
+    parser.add_argument(
+        "--select",
+        choices=["held-out"],
+        help="choose epoch and rate on a tenth of the training images, which is not trained on",
+    )
     for flag, default, least, most, about in (
         ("--num-l2", 45, 1, math.inf, "L2 strengths from 1e-6 to 1e5 that lbfgs tries"),
         ("--drop-path-rate", 0.2, 0.0, 0.99, "stochastic depth of fine-tuning"),
@@ -99,14 +103,24 @@ def main() -> None:
         metric = TRANSFER_SETS[config.DATA.DATASET].metric
         if config.EVAL_MODE:
             return evaluate_saved(config, test, metric, run)
-        encoder = load_pretrained_encoder(args, config, run, 0.0 if frozen else args.drop_path_rate)
+        rate = 0.0 if frozen else args.drop_path_rate
+        encoder, origin = load_pretrained_encoder(args, config, run, rate)
+        splits = {"train": (train.names, train.labels), "test": (test.names, test.labels)}
+        data = data_facts(config.DATA.DATA_PATH, **splits)
         if args.probe == "lbfgs":
+            provenance = gather_provenance(run.config, run.device, origin, data)
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
-            return probe_by_lbfgs(config, encoder, train, test, strengths, run)
+            found = probe_by_lbfgs(config, encoder, (train, test), strengths, provenance, run)
+            return report(config, metric, found, provenance, run)
+        judged_on = [test]  # with the images that choose, if these are others
+        if args.select:
+            train, chosen_by = set_aside(train, config.SEED)
+            judged_on.append(chosen_by)
         loader = build_classification_loader(config, train)
 
         # an interrupted run is continued only by one that agrees in these
-        identity = {"encoder": weights_digest(encoder), "lr": rates, "classes": len(train.classes)}
+        identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
+        identity["select"] = args.select
         model = LinearClassifiers(encoder, len(train.classes), len(rates), config.SEED, frozen)
         model = synchronize_batch_norm(model, run.device)
         ddp = data_parallel(model, run.device)
@@ -128,24 +142,29 @@ def main() -> None:
             f"{loader.size.updates} updates an epoch, base rates {rates}"
         )
 
+        provenance = gather_provenance(effective, run.device, origin, data)
         progress, judged, resumed_from = resume(effective, model, update, loader, identity, run)
         if config.THROUGHPUT_MODE:
             ddp.train()
             step = partial(update, forward=forward)
             return measure_throughput(loader, loader.size, step, run)
 
+        def came_from() -> dict[str, Any]:
+            return provenance | moment(run.device, run.started)
+
         def state() -> dict[str, Any]:
             place = progress.state_dict() | identity | judged.state_dict()
-            return training_state(effective, model, update, **place)
+            return training_state(effective, model, update, **place, provenance=came_from())
 
         # the weights of a head that diverges are kept as they are, beside those of the others
         kept = {"keep_epochs": False, "check_weights": not frozen}
         checkpoints = Checkpoints(config, run, progress, state, resumed_from, **kept)
         names = [f"{rate:.12g}" for rate in rates] if frozen else [""]
         log = TrainingLog(config, run, progress, optimizers, names)
-        if frozen:  # its features of the test images stay as they are
-            features, labels = encode_images(config, model.encoder, test, run)
-            check_features(features, labels, "test")
+        if frozen:  # its features stay as they are
+            features = [encode_images(config, model.encoder, part, run) for part in judged_on]
+            for part, name in zip(features, ("test", "held-out"), strict=False):
+                check_features(*part, name)
         signals.training(config.DIST_TIMEOUT)
         started = time.time()
 
@@ -169,17 +188,18 @@ def main() -> None:
                 if stop:
                     end_stopped(run.logger, progress.step)  # raises SystemExit
             if not frozen:
-                features, labels = encode_images(config, model.eval().encoder, test, run)
-            figures = score_heads(model, features, labels, metric, judged.left_out)
-            judged.add(progress.epoch, figures)
+                encoder = model.eval().encoder
+                features = [encode_images(config, encoder, part, run) for part in judged_on]
+            scored = [score_heads(model, *part, metric, judged.left_out) for part in features]
+            judged.add(progress.epoch, *scored)
             judged.log(metric, run.logger)
-            log.end_epoch(by_name(figures, names))
+            log.end_epoch(by_name(names, *scored))
             checkpoints.save()
-            judged.save_best(model, os.path.join(run.folder, BEST))
+            judged.save_best(model, os.path.join(run.folder, BEST), provenance=came_from())
             progress.next_epoch()
         run.logger.info("training took %s", duration(time.time() - started))
-        best, last = judged.outcome()
-        report(config, metric, best, last, run)
+        best, last = judged.outcome(TRAIN if args.select else TEST)
+        report(config, metric, {"best": best, "last": last}, provenance, run)
 
 
 def weight_groups(
@@ -219,6 +239,8 @@ def resume(
         return progress, judged, None
     restore_training(state, path, model, update, ("epoch", "best", "figures"))
     judged.load_state_dict(state)
+    if judged.epoch == state["epoch"]:  # killed before best.pth was written
+        judged.save_best(model, os.path.join(run.folder, BEST), provenance=state.get("provenance"))
     progress = locate(state, loader.size)
     if progress.epoch > state["epoch"] > judged.epoch:
         # trained to its end, but a signal came before it was judged
@@ -231,20 +253,14 @@ def resume(
 
 
 def report(
-    config: CfgNode,
-    metric: str,
-    best: dict[str, Any],
-    last: dict[str, float | None] | None,
-    run: Run,
-    **more: Any,
+    config: CfgNode, metric: str, found: dict[str, Any], provenance: dict[str, Any], run: Run
 ) -> None:
-    """Log the best figure and write results.json."""
-    last = last or {}  # a head that has diverged in the end has no figures
-    last = {name: last.get(name) for name in ("top1", "top5", "loss")}
-    run.logger.info("best %s: %s, last: %s %s", metric, best, last, more or "")
+    """Write results.json with ``best``, ``last`` and more, and log which figure is which."""
     names = {"dataset": config.DATA.DATASET, "metric": metric}
-    weights = config.LINEAR_EVAL.WEIGHTS
-    write_results(run, names | {"weights": weights, "best": best, "last": last} | more)
+    names["weights"] = config.LINEAR_EVAL.WEIGHTS
+    protocol = {"image_size": config.DATA.IMG_SIZE, "epochs": config.TRAIN.EPOCHS}
+    write_results(run, names | found | {"protocol": protocol}, provenance)
+    run.logger.info(summary(metric, found["best"], found["last"]))
 
 
 def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, run: Run) -> None:
@@ -265,13 +281,16 @@ def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, run: Run) ->
 def probe_by_lbfgs(
     config: CfgNode,
     encoder: Backbone,
-    train: ImageSource,
-    test: ImageSource,
+    images: tuple[ImageSource, ImageSource],
     strengths: list[float],
+    provenance: dict[str, Any],
     run: Run,
-) -> None:
-    """Logistic regression on the features, with the L2 strength chosen on held-out images."""
-    metric = TRANSFER_SETS[config.DATA.DATASET].metric
+) -> dict[str, Any]:
+    """Logistic regression on the features, with the L2 strength chosen on held-out images.
+
+    ``images`` are those to train on and those to test on. Writes best.pth, returns the figures.
+    """
+    metric, (train, test) = TRANSFER_SETS[config.DATA.DATASET].metric, images
     features, labels = encode_images(config, encoder, train, run)
     test_features, test_labels = encode_images(config, encoder, test, run)
     check_features(features, labels, "training")
@@ -286,13 +305,15 @@ def probe_by_lbfgs(
         raise UserError("L-BFGS has diverged, the scores are not finite: take --probe sgd")
     found = {"probe": "lbfgs", "l2": l2, "iterations": fit.iterations}
     found |= {"gradient_norm": fit.gradient_norm, "converged": fit.converged}
-    best = {"value": figure["value"], "epoch": None, "lr": None}
-    report(config, metric, best, figure, run, **found)
+    run.logger.info("L-BFGS: %s", found)
     if rank() == 0:
         model = LinearClassifiers(encoder, classes, 1, config.SEED, frozen=True)
         model.heads[0].load_state_dict({"weight": fit.weight, "bias": fit.bias})
-        state = {"model": model.state_dict(), "lr": [0.0], "epoch": 0}
+        state = {"model": model.state_dict(), "lr": [0.0], "epoch": 0, "provenance": provenance}
         save_checkpoint(state, os.path.join(run.folder, BEST))
+    chosen = {"lr": None, "epoch": None, "selected_on": TRAIN}
+    best = {"value": figure["value"]} | chosen
+    return {"best": best, "last": last_figures(figure, None, None) | chosen} | found
 
 
 if __name__ == "__main__":

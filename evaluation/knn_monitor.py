@@ -9,8 +9,6 @@ from yacs.config import CfgNode
 from data.dataset import TestImages
 from data.loader import build_labelled_sources, build_test_images, num_workers
 from data.source import ImageSource
-from evaluation.features import extract_features
-from evaluation.knn import knn_classify
 from utils.errors import UserError
 from utils.run import Run
 
@@ -69,6 +67,8 @@ class KnnMonitor:
             encoder.train(training)
 
     def _accuracy(self, encoder: nn.Module) -> float:
+        from evaluation.knn import knn_classify  # only here: most runs measure nothing
+
         train, train_labels = self._encode(encoder, self.train)
         val, val_labels = self._encode(encoder, self.val)
         if not len(train) or not len(val):
@@ -80,6 +80,8 @@ class KnnMonitor:
         return (best == val_labels).float().mean().item()
 
     def _encode(self, encoder: nn.Module, images: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        from evaluation.features import extract_features
+
         features, labels = extract_features(
             encoder.forward,  # not the compiled one, which would be compiled again for this
             images,

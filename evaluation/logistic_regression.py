@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 
 from data.transfer_readers import DIFFICULT
 from evaluation.classification_metrics import METRICS
+from evaluation.protocols import hold_out
 from utils.distributed import rank, world_size
 
 GRADIENT_TOLERANCE = 1e-5  # of the mean loss's gradient, relative to that at zero weights
@@ -165,7 +166,7 @@ def choose_strength(
     Returns:
         the strength and the fit of all images with it.
     """
-    held_out = _hold_out(targets, seed).to(features.device)
+    held_out = hold_out(targets, seed, 5).to(features.device)
     part = LogisticRegression(features[~held_out], targets[~held_out], num_classes)
     best, chosen, fit = -1.0, strengths[0], None
     for l2 in sorted(strengths, reverse=True):
@@ -174,17 +175,6 @@ def choose_strength(
         if value > best:
             best, chosen = value, l2
     return chosen, LogisticRegression(features, targets, num_classes).fit(chosen)
-
-
-def _hold_out(targets: torch.Tensor, seed: int) -> torch.Tensor:
-    """Which images are held out, N of bool: a fifth, or a fifth of each class if there are any."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets), generator=generator)
-    if targets.ndim == 1:
-        order = order[targets.cpu()[order].argsort(stable=True)]  # class by class
-    held_out = torch.zeros(len(targets), dtype=torch.bool)
-    held_out[order[::5]] = True
-    return held_out
 
 
 def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,10 @@
 """eval_retrieval.py: figures, files, several processes, and a user's mistakes."""
 
-import json
 import math
 
 import pytest
 import torch
-from helpers import ROOT, run_script
+from helpers import ROOT, figures, run_script
 from torch import nn
 
 import eval_retrieval
@@ -32,13 +31,14 @@ def arguments(root, output, *more, encoder="vit_nano", workers=0):
 
 def results(output):
     path = output / "run" / "default" / "retrieval_roxford5k" / "results.json"
-    return json.loads(path.read_text())
+    return figures(path)
 
 
 def test_results(run_main, revisited, tmp_path):
     run_main(eval_retrieval, *arguments(revisited, tmp_path, "--random-weights"))
     found = results(tmp_path)
-    assert list(found) == ["dataset", "mAP", "mP@k"]
+    assert list(found) == ["dataset", "mAP", "mP@k", "protocol"]
+    assert found["protocol"] == {"imsize": 48, "multiscale": False, "crop_query": False}
     assert found["dataset"] == "roxford5k"
     assert list(found["mAP"]) == list(found["mP@k"]) == ["easy", "medium", "hard"]
     for difficulty, precision in found["mAP"].items():
@@ -145,6 +145,13 @@ def test_features_that_are_not_finite(run_main, revisited, tmp_path):
     for name, tensor in zip(FILES, (database, torch.ones(4, 8)), strict=True):
         torch.save(tensor, tmp_path / name)
     with pytest.raises(UserError, match=r"features of landmark_01_easy0 are not finite"):
+        run_main(eval_retrieval, *arguments(revisited, tmp_path, "--load-features", tmp_path))
+
+
+def test_features_of_another_kind(run_main, revisited, tmp_path):
+    for name, tensor in zip(FILES, (torch.ones(31, 8), torch.ones(4, 8).long()), strict=True):
+        torch.save(tensor, tmp_path / name)
+    with pytest.raises(UserError, match=r"query_features\.pth: features must be dense real"):
         run_main(eval_retrieval, *arguments(revisited, tmp_path, "--load-features", tmp_path))
 
 
