@@ -40,6 +40,7 @@ from optimizer import build_optimizer
 from utils.arguments import number_in, parse_arguments
 from utils.checkpoint import (
     LATEST,
+    link_file,
     read_checkpoint,
     restore_training,
     save_checkpoint,
@@ -239,8 +240,11 @@ def resume(
         return progress, judged, None
     restore_training(state, path, model, update, ("epoch", "best", "figures"))
     judged.load_state_dict(state)
-    if judged.epoch == state["epoch"]:  # killed before best.pth was written
-        judged.save_best(model, os.path.join(run.folder, BEST), provenance=state.get("provenance"))
+    best, beside = (os.path.join(f, BEST) for f in (run.folder, os.path.dirname(path)))
+    if rank() == 0 and os.path.exists(beside):  # of another folder, if --resume names one there
+        link_file(beside, best)
+    if judged.epoch == state["epoch"]:  # it may have been killed before best.pth was written
+        judged.save_best(model, best, provenance=state.get("provenance"))
     progress = locate(state, loader.size)
     if progress.epoch > state["epoch"] > judged.epoch:
         # trained to its end, but a signal came before it was judged
@@ -258,7 +262,8 @@ def report(
     """Write results.json with ``best``, ``last`` and more, and log which figure is which."""
     names = {"dataset": config.DATA.DATASET, "metric": metric}
     names["weights"] = config.LINEAR_EVAL.WEIGHTS
-    protocol = {"image_size": config.DATA.IMG_SIZE, "epochs": config.TRAIN.EPOCHS}
+    epochs = None if "probe" in found else config.TRAIN.EPOCHS
+    protocol = {"image_size": config.DATA.IMG_SIZE, "epochs": epochs}
     write_results(run, names | found | {"protocol": protocol}, provenance)
     run.logger.info(summary(metric, found["best"], found["last"]))
 

@@ -73,7 +73,7 @@ def main() -> None:
         if config.EVAL_MODE:
             return evaluate(model, loader, run)
 
-        provenance = describe_origin(effective, loader, resumed_from, run)
+        provenance = describe_run(effective, loader, resumed_from, run)
 
         def state() -> dict:
             place = progress.state_dict() | {"lr_scheduler": scheduler.state_dict()}
@@ -170,7 +170,7 @@ def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, 
     )
 
 
-def describe_origin(
+def describe_run(
     effective: CfgNode, loader: TrainingLoader, resumed_from: str | None, run: Run
 ) -> dict:
     """What the checkpoints say of where they come from, as far as it stays the same."""

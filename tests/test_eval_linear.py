@@ -557,30 +557,44 @@ def test_a_probe_with_another_choice_starts_anew(run_main, tinted, tmp_path):
     assert "of another select: starting anew" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
 
-def test_best_pth_is_what_results_call_best_after_a_kill(run_main, tinted, tmp_path, monkeypatch):
-    """Between the writing of checkpoint.pth and of best.pth, in the last epoch and before."""
-    save = eval_linear.Judged.save_best
-    run_main(eval_linear, *arguments(tinted, tmp_path / "straight", "--lr", "0.01"))
-    expected = results(tmp_path / "straight")
-    for epoch in (0, 2):
-        output = tmp_path / str(epoch)
+def test_best_pth_comes_along_from_another_folder(run_main, tinted, tmp_path):
+    """Where the checkpoint that --resume names is, and nothing better comes."""
+    run_main(eval_linear, *arguments(tinted, tmp_path / "a", opts=["TRAIN.EPOCHS", "2"]))
+    for name in ("checkpoint.pth", "best.pth"):
+        state = checkpoint(tmp_path / "a", name=name)
+        state["best"] = {"value": 101.0, "epoch": 0, "lr": 1.0}
+        torch.save(
+            state | ({"epoch": 0} if name == "best.pth" else {}), folder(tmp_path / "a") / name
+        )
+    path = folder(tmp_path / "a") / "checkpoint.pth"
+    run_main(eval_linear, *arguments(tinted, tmp_path / "b", "--resume", path))
+    assert results(tmp_path / "b")["best"]["epoch"] == 0
+    assert checkpoint(tmp_path / "b", name="best.pth")["epoch"] == 0
+    assert checkpoint(tmp_path / "b")["epoch"] == 2
 
-        def killed(self, *given, epoch=epoch, **named):
-            # each epoch is better than all before
-            self.best = self.best | {"epoch": self.epoch, "value": self.figures[0]["value"]}
-            if self.epoch == epoch:
-                raise KeyboardInterrupt
-            save(self, *given, **named)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(eval_linear.Judged, "save_best", killed)
-            run_main(eval_linear, *arguments(tinted, output, "--lr", "0.01"))
-        path = folder(output) / "checkpoint.pth"
-        state = torch.load(path, weights_only=True)
-        state["best"] |= {"epoch": epoch, "value": 101.0}  # no later one is better
-        torch.save(state, path)
-        run_main(eval_linear, *arguments(tinted, output, "--lr", "0.01"))
-        best = checkpoint(output, name="best.pth")
-        assert results(output)["best"]["epoch"] == best["epoch"] == epoch
-        assert best["model"]["heads.0.weight"].equal(state["model"]["heads.0.weight"])
-        assert results(output)["last"] == expected["last"]
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_best_pth_is_what_results_call_best_after_a_kill(
+    run_main, tinted, tmp_path, monkeypatch, epoch
+):
+    """Between the writing of checkpoint.pth and of best.pth, in the first epoch and the last."""
+    given = arguments(tinted, tmp_path, "--lr", "0.01")
+
+    def best_so_far(self, *_, **__):
+        self.best = {"value": 100.0 + self.epoch, "epoch": self.epoch, "lr": 0.01}
+
+    def killed(self, *_, **__):
+        if self.epoch == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(eval_linear.Judged, "log", best_so_far)  # before a checkpoint is written
+        patch.setattr(eval_linear.Judged, "save_best", killed)
+        run_main(eval_linear, *given)
+    state = checkpoint(tmp_path)
+    assert state["best"]["epoch"] == epoch and not (folder(tmp_path) / "best.pth").exists()
+    run_main(eval_linear, *given)
+    best = checkpoint(tmp_path, name="best.pth")
+    assert results(tmp_path)["best"]["epoch"] == best["epoch"] == epoch
+    for name in ("weight", "bias"):
+        assert best["model"][f"heads.0.{name}"].equal(state["model"][f"heads.0.{name}"])

@@ -1,5 +1,6 @@
 """eval_retrieval.py: figures, files, several processes, and a user's mistakes."""
 
+import json
 import math
 
 import pytest
@@ -44,6 +45,20 @@ def test_results(run_main, revisited, tmp_path):
     for difficulty, precision in found["mAP"].items():
         assert 0 < precision <= 100
         assert list(found["mP@k"][difficulty]) == ["1", "5", "10"]
+
+
+def test_results_say_which_encoder_and_images_they_are_of(run_main, revisited, tmp_path):
+    flags = ("--random-weights", "--dump-features", tmp_path / "f")
+    run_main(eval_retrieval, *arguments(revisited, tmp_path, *flags))
+    path = tmp_path / "run/default/retrieval_roxford5k/results.json"
+    made = json.loads(path.read_text())["provenance"]
+    assert made["key"] == "random weights" and len(made["weights"]) == 64
+    assert made["data"]["images"] == {"database": 31, "queries": 4}
+    run_main(eval_retrieval, *arguments(revisited, tmp_path, "--load-features", tmp_path / "f"))
+    read = json.loads(path.read_text())["provenance"]
+    assert [read[n] for n in ("key", "weights", "data")] == [
+        made[n] for n in ("key", "weights", "data")
+    ]
 
 
 def test_right_features_are_judged_right(run_main, revisited, tmp_path):

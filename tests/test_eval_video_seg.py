@@ -65,6 +65,8 @@ def test_results(evaluated):
     metrics = [f"{metric}-{name}" for metric in "JF" for name in ("Mean", "Recall", "Decay")]
     assert list(results) == ["J&F-Mean", *metrics, "per_object", "protocol"]
     assert results["protocol"]["topk"] == 5
+    entry = json.loads((evaluated / "results.json").read_text())["provenance"]
+    assert entry["key"] == "random weights" and entry["data"]["images"]["frames"] > 0
     # in the order of the list; the first frame of `appear` has one object, `single` no score
     counts = {"plain": 2, "portrait": 2, "odd": 2, "late": 2, "vanish": 2, "appear": 1}
     names = [f"{name}_{n + 1}" for name, count in counts.items() for n in range(count)]

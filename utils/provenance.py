@@ -58,7 +58,7 @@ def gather_provenance(
         "processes": world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": str(torch.__version__),
-        "timm": importlib.metadata.version("timm"),
+        "timm": _installed("timm"),
     }
 
 
@@ -115,6 +115,13 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a copy beside the code has no version
+        return None
 
 
 def _version() -> str | None:
