@@ -20,21 +20,19 @@ from data.loader import (
 from data.source import ImageSource
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
-from evaluation.judged import TEST, TRAIN, Judged, by_name, last_figures, summary
+from evaluation.judged import TEST, TRAIN, Judged, by_name, summary
 from evaluation.linear import (
     LinearClassifiers,
     build_mixup,
     forward_images,
     read_classifiers,
-    score_classifier,
     score_heads,
 )
-from evaluation.logistic_regression import choose_strength
+from evaluation.logistic_regression import probe
 from evaluation.protocols import apply_protocol, set_aside
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
-from models.encoder import Backbone
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from optimizer import build_optimizer
 from utils.arguments import number_in, parse_arguments
@@ -111,7 +109,11 @@ def main() -> None:
         if args.probe == "lbfgs":
             provenance = gather_provenance(run.config, run.device, origin, data)
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
-            found = probe_by_lbfgs(config, encoder, (train, test), strengths, provenance, run)
+            found, classifier = probe(config, encoder, (train, test), strengths, run)
+            if rank() == 0:
+                kept = {"model": classifier.state_dict(), "lr": [0.0], "epoch": 0}
+                kept["provenance"] = provenance | moment(run.device, run.started)
+                save_checkpoint(kept, os.path.join(run.folder, BEST))
             return report(config, metric, found, provenance, run)
         judged_on = [test]  # with the images that choose, if these are others
         if args.select:
@@ -158,8 +160,8 @@ def main() -> None:
             return training_state(effective, model, update, **place, provenance=came_from())
 
         # the weights of a head that diverges are kept as they are, beside those of the others
-        kept = {"keep_epochs": False, "check_weights": not frozen}
-        checkpoints = Checkpoints(config, run, progress, state, resumed_from, **kept)
+        which = {"keep_epochs": False, "check_weights": not frozen}
+        checkpoints = Checkpoints(config, run, progress, state, resumed_from, **which)
         names = [f"{rate:.12g}" for rate in rates] if frozen else [""]
         log = TrainingLog(config, run, progress, optimizers, names)
         if frozen:  # its features stay as they are
@@ -281,44 +283,6 @@ def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, run: Run) ->
         judged = Judged(state["lr"])
         judged.add(state["epoch"], score_heads(model.to(run.device), features, labels, metric))
         judged.log(metric, run.logger)
-
-
-def probe_by_lbfgs(
-    config: CfgNode,
-    encoder: Backbone,
-    images: tuple[ImageSource, ImageSource],
-    strengths: list[float],
-    provenance: dict[str, Any],
-    run: Run,
-) -> dict[str, Any]:
-    """Logistic regression on the features, with the L2 strength chosen on held-out images.
-
-    ``images`` are those to train on and those to test on. Writes best.pth, returns the figures.
-    """
-    metric, (train, test) = TRANSFER_SETS[config.DATA.DATASET].metric, images
-    features, labels = encode_images(config, encoder, train, run)
-    test_features, test_labels = encode_images(config, encoder, test, run)
-    check_features(features, labels, "training")
-    check_features(test_features, test_labels, "test")
-    classes = len(train.classes)
-    examples = features.to(run.device), labels.to(run.device)
-    l2, fit = choose_strength(*examples, classes, metric, strengths, config.SEED)
-    if not fit.converged:
-        run.logger.warning("L-BFGS has not converged: take the figures with care")
-    figure = score_classifier(fit.scores(test_features), test_labels, metric)
-    if figure is None:
-        raise UserError("L-BFGS has diverged, the scores are not finite: take --probe sgd")
-    found = {"probe": "lbfgs", "l2": l2, "iterations": fit.iterations}
-    found |= {"gradient_norm": fit.gradient_norm, "converged": fit.converged}
-    run.logger.info("L-BFGS: %s", found)
-    if rank() == 0:
-        model = LinearClassifiers(encoder, classes, 1, config.SEED, frozen=True)
-        model.heads[0].load_state_dict({"weight": fit.weight, "bias": fit.bias})
-        state = {"model": model.state_dict(), "lr": [0.0], "epoch": 0, "provenance": provenance}
-        save_checkpoint(state, os.path.join(run.folder, BEST))
-    chosen = {"lr": None, "epoch": None, "selected_on": TRAIN}
-    best = {"value": figure["value"]} | chosen
-    return {"best": best, "last": last_figures(figure, None, None) | chosen} | found
 
 
 if __name__ == "__main__":

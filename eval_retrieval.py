@@ -60,9 +60,12 @@ def main() -> None:
             dump_features(args.dump_features, dict(zip(FILES, features, strict=True)), about)
     database, queries = features
     check(database, queries, truth)
+    data = facts(truth)
+    if about["provenance"].get("data", data) != data:
+        run.logger.warning("the features are of other images than those of %s", dataset)
     if rank() == 0:
         results = score(database, queries, truth) | {"protocol": about["protocol"]}
-        provenance = gather_provenance(run.config, run.device, about["provenance"], facts(truth))
+        provenance = gather_provenance(run.config, run.device, about["provenance"], data)
         report({"dataset": dataset} | results, provenance, run)
 
 
