@@ -91,12 +91,15 @@ def write_config(config: CfgNode, folder: str, derived: dict[str, Any] | None = 
     """
     effective = with_values(config, {"OUTPUT": run_folder(config)} | (derived or {}))
     if rank() == 0:
-        write_text(os.path.join(folder, "config.json"), to_json(effective))
+        path = os.path.join(folder, "config.json")
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(to_json(effective))
+        os.replace(path + ".tmp", path)
     return effective
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; on return it is on the disk.
 
     Raises:
         OSError: it cannot be written.
