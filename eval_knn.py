@@ -1,7 +1,9 @@
 """Judge an encoder by weighted k-nearest neighbours of its features."""
 
 import argparse
+import math
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,14 +12,15 @@ from yacs.config import CfgNode
 from data.loader import add_dataset_arguments, build_labelled_sources
 from data.transfer import TRANSFER_SETS
 from evaluation.classification_metrics import MAP
+from evaluation.feature_files import add_feature_arguments, dump_features, load_features
 from evaluation.features import check_features, encode_images
 from evaluation.knn import knn_classify
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
-from utils.checkpoint import read_tensor, save_checkpoint
 from utils.config import run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
+from utils.provenance import data_facts, gather_provenance, moment
 from utils.run import Run, run_script, start, write_results
 
 # features and labels of the training images, then of the test images
@@ -30,22 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset_arguments(parser)
     parser.add_argument("--nb-knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K")
     parser.add_argument("--temperature", type=float, default=0.07)
-    parser.add_argument("--dump-features", metavar="DIR", help="write the features there")
-    parser.add_argument("--load-features", metavar="DIR", help="use the features there")
+    add_feature_arguments(parser)
 
 
 def main() -> None:
     """Features of both splits, neighbours, figures."""
     args, config = parse_arguments(__doc__, add_arguments)
+    if not 0 < args.temperature < math.inf:
+        raise UserError(f"--temperature must be positive and finite, got {args.temperature}")
     run = start(config, os.path.join(run_folder(config), f"knn_{config.DATA.DATASET}"))
     if args.load_features:
-        parts = [read_tensor(os.path.join(args.load_features, name)) for name in FILES]
+        parts, about = load_features(args.load_features, FILES, run.logger)
     else:
-        parts = encode(args, config, run)
+        parts, about = encode(args, config, run)
         if args.dump_features and rank() == 0:
-            os.makedirs(args.dump_features, exist_ok=True)
-            for name, tensor in zip(FILES, parts, strict=True):
-                save_checkpoint(tensor, os.path.join(args.dump_features, name))
+            dump_features(args.dump_features, dict(zip(FILES, parts, strict=True)), about)
     train, train_labels, test, test_labels = parts
     check(train, train_labels, test, test_labels)
     train, train_labels = train.to(run.device), train_labels.to(run.device)
@@ -57,23 +59,37 @@ def main() -> None:
     for k, figure in figures.items():
         run.logger.info("%s-NN: top-1 %.2f%% top-5 %.2f%%", k, figure["top1"], figure["top5"])
     results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
-    write_results(run, results)
+    origin = about["provenance"]  # of the encoder, and the images
+    provenance = gather_provenance(run.config, run.device, origin, origin.get("data"))
+    write_results(run, results | {"protocol": about["protocol"]}, provenance)
 
 
-def encode(args: argparse.Namespace, config: CfgNode, run: Run) -> list[torch.Tensor]:
-    """Features and labels of the training images, then of the test images."""
+def encode(
+    args: argparse.Namespace, config: CfgNode, run: Run
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Features and labels of the training images, then of the test images, and what they are of.
+
+    The latter are the ``protocol`` and the ``provenance`` of a manifest.
+    """
     sources = build_labelled_sources(config, args.download)
     if TRANSFER_SETS[config.DATA.DATASET].metric == MAP:
         raise UserError(
             f"k-NN needs one class an image, those of {config.DATA.DATASET} have several: "
             "use eval_linear.py"
         )
-    encoder = load_pretrained_encoder(args, config, run)
-    return [
+    encoder, origin = load_pretrained_encoder(args, config, run)
+    data = data_facts(
+        config.DATA.DATA_PATH,
+        **{n: (s.names, s.labels) for n, s in zip(("train", "test"), sources, strict=True)},
+    )
+    provenance = gather_provenance(run.config, run.device, origin, data)
+    parts = [
         tensor
         for source in sources
         for tensor in encode_images(config, encoder, source, run, normalize=True)
     ]
+    provenance |= moment(run.device, run.started)
+    return parts, {"protocol": {"image_size": config.DATA.IMG_SIZE}, "provenance": provenance}
 
 
 def check(

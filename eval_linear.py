@@ -19,29 +19,26 @@ from data.loader import (
 from data.source import ImageSource
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
+from evaluation.judged import TEST, TRAIN, Judged, by_name, summary
 from evaluation.linear import (
-    Judged,
     LinearClassifiers,
     build_mixup,
-    by_name,
     forward_images,
     read_classifiers,
-    score_classifier,
     score_heads,
-    weights_digest,
 )
-from evaluation.logistic_regression import choose_strength
-from evaluation.protocols import apply_protocol
+from evaluation.logistic_regression import probe
+from evaluation.protocols import apply_protocol, set_aside
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
-from models.encoder import Backbone
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from optimizer import build_optimizer
 from utils.arguments import number_in, parse_arguments
 from utils.checkpoint import (
     LATEST,
     checkpoint_to_resume,
+    link_file,
     read_checkpoint,
     restore_training,
     save_checkpoint,
@@ -51,6 +48,7 @@ from utils.config import run_folder
 from utils.distributed import data_parallel, rank
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, locate, warn_of_changes
+from utils.provenance import data_facts, gather_provenance, moment
 from utils.run import Run, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.signals import StopSignals, end_stopped
@@ -72,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="base rates for 512 images; a probe trains a head for each at once",
     )
     parser.add_argument("--probe", choices=["sgd", "lbfgs"], default="sgd")
+    parser.add_argument(
+        "--select",
+        choices=["held-out"],
+        help="choose epoch and rate on a tenth of the training images, which is not trained on",
+    )
     for flag, default, least, most, about in (
         ("--num-l2", 45, 1, math.inf, "L2 strengths from 1e-6 to 1e5 that lbfgs tries"),
         ("--drop-path-rate", 0.2, 0.0, 0.99, "stochastic depth of fine-tuning"),
@@ -98,14 +101,28 @@ def main() -> None:
         metric = TRANSFER_SETS[config.DATA.DATASET].metric
         if config.EVAL_MODE:
             return evaluate_saved(config, test, metric, folder, run)
-        encoder = load_pretrained_encoder(args, config, run, 0.0 if frozen else args.drop_path_rate)
+        rate = 0.0 if frozen else args.drop_path_rate
+        encoder, origin = load_pretrained_encoder(args, config, run, rate)
+        splits = {"train": (train.names, train.labels), "test": (test.names, test.labels)}
+        data = data_facts(config.DATA.DATA_PATH, **splits)
         if args.probe == "lbfgs":
+            provenance = gather_provenance(run.config, run.device, origin, data)
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
-            return probe_by_lbfgs(config, encoder, train, test, strengths, run)
+            found, classifier = probe(config, encoder, (train, test), strengths, run)
+            if rank() == 0:
+                kept = {"model": classifier.state_dict(), "lr": [0.0], "epoch": 0}
+                kept["provenance"] = provenance | moment(run.device, run.started)
+                save_checkpoint(kept, os.path.join(run.folder, BEST))
+            return report(config, metric, found, provenance, run)
+        judged_on = [test]  # with the images that choose, if these are others
+        if args.select:
+            train, chosen_by = set_aside(train, config.SEED)
+            judged_on.append(chosen_by)
         loader = build_classification_loader(config, train)
 
         # an interrupted run is continued only by one that agrees in these
-        identity = {"encoder": weights_digest(encoder), "lr": rates, "classes": len(train.classes)}
+        identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
+        identity["select"] = args.select
         model = LinearClassifiers(encoder, len(train.classes), len(rates), config.SEED, frozen)
         model = synchronize_batch_norm(model, run.device)
         ddp = data_parallel(model, run.device)
@@ -127,24 +144,29 @@ def main() -> None:
             f"{loader.size.updates} updates an epoch, base rates {rates}"
         )
 
+        provenance = gather_provenance(effective, run.device, origin, data)
         progress, judged, resumed_from = resume(effective, model, update, loader, identity, run)
         if config.THROUGHPUT_MODE:
             ddp.train()
             step = partial(update, forward=forward)
             return measure_throughput(loader, loader.size, step, run)
 
+        def came_from() -> dict[str, Any]:
+            return provenance | moment(run.device, run.started)
+
         def state() -> dict[str, Any]:
             place = progress.state_dict() | identity | judged.state_dict()
-            return training_state(effective, model, update, **place)
+            return training_state(effective, model, update, **place, provenance=came_from())
 
         # the weights of a head that diverges are kept as they are, beside those of the others
-        kept = {"keep_epochs": False, "check_weights": not frozen}
-        checkpoints = Checkpoints(config, run, progress, state, resumed_from, **kept)
+        which = {"keep_epochs": False, "check_weights": not frozen}
+        checkpoints = Checkpoints(config, run, progress, state, resumed_from, **which)
         names = [f"{rate:.12g}" for rate in rates] if frozen else [""]
         log = TrainingLog(config, run, progress, optimizers, names)
-        if frozen:  # its features of the test images stay as they are
-            features, labels = encode_images(config, model.encoder, test, run)
-            check_features(features, labels, "test")
+        if frozen:  # its features stay as they are
+            features = [encode_images(config, model.encoder, part, run) for part in judged_on]
+            for part, name in zip(features, ("test", "held-out"), strict=False):
+                check_features(*part, name)
         signals.training(config.DIST_TIMEOUT)
         advice = f"lower --lr {' '.join(f'{rate:g}' for rate in rates)}"
         started = time.monotonic()
@@ -172,18 +194,21 @@ def main() -> None:
                         end_stopped(run.logger, progress.step)  # raises SystemExit
                 if judged.epoch < progress.epoch:
                     if not frozen:
-                        features, labels = encode_images(config, model.eval().encoder, test, run)
-                    figures = score_heads(model, features, labels, metric, judged.left_out)
-                    judged.add(progress.epoch, figures)
+                        encoder = model.eval().encoder
+                        features = [encode_images(config, encoder, part, run) for part in judged_on]
+                    scored = [
+                        score_heads(model, *part, metric, judged.left_out) for part in features
+                    ]
+                    judged.add(progress.epoch, *scored)
                     judged.log(metric, run.logger)
                     if not log.reported(progress.epoch):
-                        log.end_epoch(by_name(figures, names))
+                        log.end_epoch(by_name(names, *scored))
                     checkpoints.save(signals)
-                    judged.save_best(model, os.path.join(run.folder, BEST))
+                    judged.save_best(model, os.path.join(run.folder, BEST), provenance=came_from())
                 progress.next_epoch()
         run.logger.info("training took %s", duration(time.monotonic() - started))
-        best, last = judged.outcome()
-        report(config, metric, best, last, run)
+        best, last = judged.outcome(TRAIN if args.select else TEST)
+        report(config, metric, {"best": best, "last": last}, provenance, run)
 
 
 def weight_groups(
@@ -223,6 +248,11 @@ def resume(
         return progress, judged, None
     restore_training(state, path, model, update, ("epoch", "best", "figures"))
     judged.load_state_dict(state)
+    best, beside = (os.path.join(f, BEST) for f in (run.folder, os.path.dirname(path)))
+    if rank() == 0 and os.path.exists(beside):  # of another folder, if --resume names one there
+        link_file(beside, best)
+    if judged.epoch == state["epoch"]:  # it may have been killed before best.pth was written
+        judged.save_best(model, best, provenance=state.get("provenance"))
     progress = locate(state, loader.size)
     warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
     run.logger.info(
@@ -232,20 +262,15 @@ def resume(
 
 
 def report(
-    config: CfgNode,
-    metric: str,
-    best: dict[str, Any],
-    last: dict[str, float | None] | None,
-    run: Run,
-    **more: Any,
+    config: CfgNode, metric: str, found: dict[str, Any], provenance: dict[str, Any], run: Run
 ) -> None:
-    """Log the best figure and write results.json."""
-    last = last or {}  # a head that has diverged in the end has no figures
-    last = {name: last.get(name) for name in ("top1", "top5", "loss")}
-    run.logger.info("best %s: %s, last: %s %s", metric, best, last, more or "")
+    """Write results.json with ``best``, ``last`` and more, and log which figure is which."""
     names = {"dataset": config.DATA.DATASET, "metric": metric}
-    weights = config.LINEAR_EVAL.WEIGHTS
-    write_results(run, names | {"weights": weights, "best": best, "last": last} | more)
+    names["weights"] = config.LINEAR_EVAL.WEIGHTS
+    epochs = None if "probe" in found else config.TRAIN.EPOCHS
+    protocol = {"image_size": config.DATA.IMG_SIZE, "epochs": epochs}
+    write_results(run, names | found | {"protocol": protocol}, provenance)
+    run.logger.info(summary(metric, found["best"], found["last"]))
 
 
 def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, folder: str, run: Run) -> None:
@@ -261,39 +286,6 @@ def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, folder: str,
         judged = Judged(state["lr"])
         judged.add(state["epoch"], score_heads(model.to(run.device), features, labels, metric))
         judged.log(metric, run.logger)
-
-
-def probe_by_lbfgs(
-    config: CfgNode,
-    encoder: Backbone,
-    train: ImageSource,
-    test: ImageSource,
-    strengths: list[float],
-    run: Run,
-) -> None:
-    """Logistic regression on the features, with the L2 strength chosen on held-out images."""
-    metric = TRANSFER_SETS[config.DATA.DATASET].metric
-    features, labels = encode_images(config, encoder, train, run)
-    test_features, test_labels = encode_images(config, encoder, test, run)
-    check_features(features, labels, "training")
-    check_features(test_features, test_labels, "test")
-    classes = len(train.classes)
-    examples = features.to(run.device), labels.to(run.device)
-    l2, fit = choose_strength(*examples, classes, metric, strengths, config.SEED)
-    if not fit.converged:
-        run.logger.warning("L-BFGS has not converged: take the figures with care")
-    figure = score_classifier(fit.scores(test_features), test_labels, metric)
-    if figure is None:
-        raise UserError("L-BFGS has diverged, the scores are not finite: take --probe sgd")
-    found = {"probe": "lbfgs", "l2": l2, "iterations": fit.iterations}
-    found |= {"gradient_norm": fit.gradient_norm, "converged": fit.converged}
-    best = {"value": figure["value"], "epoch": None, "lr": None}
-    report(config, metric, best, figure, run, **found)
-    if rank() == 0:
-        model = LinearClassifiers(encoder, classes, 1, config.SEED, frozen=True)
-        model.heads[0].load_state_dict({"weight": fit.weight, "bias": fit.bias})
-        state = {"model": model.state_dict(), "lr": [0.0], "epoch": 0}
-        save_checkpoint(state, os.path.join(run.folder, BEST))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,23 @@ import math
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from data.loader import num_workers
-from data.retrieval import DATASETS, GroundTruth, RetrievalImages, read_ground_truth
+from data.retrieval import DATASETS, LABELS, GroundTruth, RetrievalImages, read_ground_truth
+from evaluation.feature_files import add_feature_arguments, dump_features, load_features
 from evaluation.features import extract_features
 from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
-from utils.checkpoint import read_tensor, save_checkpoint
 from utils.config import run_folder
 from utils.distributed import rank
 from utils.errors import UserError
+from utils.provenance import data_facts, gather_provenance, moment
 from utils.run import Run, run_script, start, write_results
 
 FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
@@ -39,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop-query", action="store_true", help="crop queries to their box, as is official"
     )
-    parser.add_argument("--dump-features", metavar="DIR", help="write the features there")
-    parser.add_argument("--load-features", metavar="DIR", help="use the features there")
+    add_feature_arguments(parser)
 
 
 def main() -> None:
@@ -52,28 +53,42 @@ def main() -> None:
     run = start(config, os.path.join(run_folder(config), f"retrieval_{dataset}"))
     truth = read_ground_truth(config.DATA.DATA_PATH, dataset)
     if args.load_features:
-        features = [read_tensor(os.path.join(args.load_features, name)) for name in FILES]
+        features, about = load_features(args.load_features, FILES, run.logger)
     else:
-        features = encode(args, config, truth, run)
+        features, about = encode(args, config, truth, run)
         if args.dump_features and rank() == 0:
-            os.makedirs(args.dump_features, exist_ok=True)
-            for name, tensor in zip(FILES, features, strict=True):
-                save_checkpoint(tensor, os.path.join(args.dump_features, name))
+            dump_features(args.dump_features, dict(zip(FILES, features, strict=True)), about)
     database, queries = features
     check(database, queries, truth)
+    data = facts(truth)
+    if about["provenance"].get("data", data) != data:
+        run.logger.warning("the features are of other images than those of %s", dataset)
     if rank() == 0:
-        report(score(database, queries, truth), dataset, run)
+        results = score(database, queries, truth) | {"protocol": about["protocol"]}
+        provenance = gather_provenance(run.config, run.device, about["provenance"], data)
+        report({"dataset": dataset} | results, provenance, run)
+
+
+def facts(truth: GroundTruth) -> dict[str, Any]:
+    """The digest and the numbers of the images and of what is right for each query."""
+    lists = [query[kind] for query in truth.labels for kind in LABELS]
+    labels = np.concatenate([[len(numbers), *numbers] for numbers in lists])
+    return data_facts("", database=(truth.database, []), queries=(truth.queries, labels))
 
 
 def encode(
     args: argparse.Namespace, config: CfgNode, truth: GroundTruth, run: Run
-) -> list[torch.Tensor]:
-    """Features of the database (N, F) and of the queries (Q, F), L2-normalised."""
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Features of the database (N, F) and of the queries (Q, F), L2-normalised.
+
+    Also the ``protocol`` and the ``provenance`` of their manifest.
+    """
     parts = [RetrievalImages(truth, q, args.imsize, args.crop_query) for q in (False, True)]
-    encoder: nn.Module = load_pretrained_encoder(args, config, run)
-    if args.multiscale:
-        encoder = MultiScale(encoder)
-    return [
+    loaded, origin = load_pretrained_encoder(args, config, run)
+    encoder = MultiScale(loaded) if args.multiscale else loaded
+    protocol = {name: getattr(args, name) for name in ("imsize", "multiscale", "crop_query")}
+    provenance = gather_provenance(run.config, run.device, origin, facts(truth))
+    features = [
         # images of many sizes, so one at a time
         extract_features(
             encoder,
@@ -85,6 +100,8 @@ def encode(
         )[0]
         for number, images in enumerate(parts)
     ]
+    provenance |= moment(run.device, run.started)
+    return features, {"protocol": protocol, "provenance": provenance}
 
 
 class MultiScale(nn.Module):
@@ -147,7 +164,7 @@ def per_cent(share: float) -> float | None:
     return None if math.isnan(share) else 100 * share
 
 
-def report(results: dict, dataset: str, run: Run) -> None:
+def report(results: dict, provenance: dict[str, Any], run: Run) -> None:
     """Log the figures and write results.json."""
     for difficulty, precision in results["mAP"].items():
         if precision is None:
@@ -156,7 +173,7 @@ def report(results: dict, dataset: str, run: Run) -> None:
         at_k = results["mP@k"][difficulty].items()
         listed = " ".join(f"mP@{k} {value:.2f}%" for k, value in at_k)
         run.logger.info("%s: mAP %.2f%% %s", difficulty, precision, listed)
-    write_results(run, {"dataset": dataset} | results)
+    write_results(run, results, provenance)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +33,12 @@ from utils.arguments import parse_arguments
 from utils.config import run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
+from utils.provenance import data_facts, gather_provenance
 from utils.run import Run, run_script, start, write_results
 
 METRICS = {"J": region_similarity, "F": contour_accuracy}
 STATISTICS = ("Mean", "Recall", "Decay")
+PROTOCOL = ("n_last_frames", "size_mask_neighborhood", "topk", "short_side")  # flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +71,10 @@ def main() -> None:
         raise UserError(f"--short-side must be a multiple of {STRIDE}, at least {MULTIPLE}")
     run = start(config, os.path.join(run_folder(config), "video_segmentation_davis2017"))
     videos = read_videos(config.DATA.DATA_PATH)
-    encoder = load_pretrained_encoder(args, config, run)
+    encoder, origin = load_pretrained_encoder(args, config, run)
+    frames = [frame for video in videos for frame in video.frames]
+    data = data_facts(config.DATA.DATA_PATH, frames=(frames, []))
+    provenance = gather_provenance(run.config, run.device, origin, data)
 
     own = {}
     shown = rank() == 0 and os.isatty(2)
@@ -80,7 +86,9 @@ def main() -> None:
     dist.all_gather_object(gathered, own)
     if rank() == 0:
         scored = {name: scores for part in gathered for name, scores in part.items()}
-        report({k: v for video in videos for k, v in scored[video.name].items()}, run)
+        per_object = {k: v for video in videos for k, v in scored[video.name].items()}
+        protocol = {name: getattr(args, name) for name in PROTOCOL}
+        report(per_object, {"protocol": protocol}, provenance, run)
 
 
 @torch.inference_mode()
@@ -183,7 +191,9 @@ def write(
             Image.fromarray(draw_mask(frame, mask)).save(path, quality=95)
 
 
-def report(per_object: dict[str, dict[str, float]], run: Run) -> None:
+def report(
+    per_object: dict[str, dict[str, float]], also: dict, provenance: dict[str, Any], run: Run
+) -> None:
     """Average over the objects; write results.json and per_object.csv."""
     if not per_object:
         raise UserError("nothing to score: no video has three frames and an object in the first")
@@ -198,7 +208,7 @@ def report(per_object: dict[str, dict[str, float]], run: Run) -> None:
         name: {column: scores[column] for column in ("J-Mean", "F-Mean")}
         for name, scores in per_object.items()
     }
-    write_results(run, {**results, "per_object": two})
+    write_results(run, {**results, "per_object": two, **also}, provenance)
     with open(os.path.join(run.folder, "per_object.csv"), "w", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["object", *columns])

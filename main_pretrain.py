@@ -1,5 +1,6 @@
 """Pre-train an encoder with MoBY, BYOL or SynCo."""
 
+import os
 import time
 from functools import partial
 
@@ -23,6 +24,7 @@ from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_trai
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, images_per_update, locate, warn_of_changes
+from utils.provenance import data_facts, gather_provenance, moment
 from utils.run import Run, run_script, start, write_config
 from utils.seed import seed_step
 from utils.signals import StopSignals, end_stopped
@@ -65,9 +67,13 @@ def main() -> None:
         if config.EVAL_MODE:
             return evaluate(model, loader, run)
 
+        provenance = describe_run(effective, loader, resumed_from, run)
+
         def state() -> dict:
             place = progress.state_dict() | {"lr_scheduler": scheduler.state_dict()}
-            return training_state(effective, model, update, **place)
+            came_from = provenance | {"epoch": progress.epoch, "step": progress.step}
+            came_from |= moment(run.device, run.started)
+            return training_state(effective, model, update, **place, provenance=came_from)
 
         checkpoints = Checkpoints(config, run, progress, state, resumed_from)
         knn = KnnMonitor(config, loader.dataset.source, run)
@@ -170,6 +176,19 @@ def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, 
         f"learn, {loader.size.images} images, {loader.size.updates} updates an epoch, base rate "
         f"{effective.TRAIN.BASE_LR:.3g}"
     )
+
+
+def describe_run(
+    effective: CfgNode, loader: TrainingLoader, resumed_from: str | None, run: Run
+) -> dict:
+    """What the checkpoints say of where they come from, as far as it stays the same."""
+    if rank() > 0:  # which write none
+        return {}
+    source = loader.dataset.source
+    data = data_facts(effective.DATA.DATA_PATH, train=(source.names, source.labels))
+    origin = {"checkpoint": resumed_from and os.path.abspath(resumed_from)}
+    origin |= {"method": effective.MODEL.TYPE, "encoder": effective.MODEL.ENCODER}
+    return gather_provenance(effective, run.device, origin, data)
 
 
 def resume(

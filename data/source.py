@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import zipfile
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -33,6 +34,27 @@ class ImageSource(Protocol):
 
     def read_image(self, index: int) -> Image.Image:
         """Image ``index`` in RGB."""
+
+
+class PartOfSource:
+    """Some of the images of another source, with its classes.
+
+    Args:
+        source: the images.
+        indices: which of them.
+    """
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, indices
+        self.names = [source.names[index] for index in indices]
+        self.labels: list[int] | np.ndarray = np.asarray(source.labels)[indices]
+        if self.labels.ndim == 1:
+            self.labels = self.labels.tolist()
+        self.classes = source.classes
+
+    def read_image(self, index: int) -> Image.Image:
+        """Image ``index`` in RGB."""
+        return self._source.read_image(self._indices[index])
 
 
 @runtime_checkable

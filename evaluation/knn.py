@@ -1,5 +1,7 @@
 """Weighted k-nearest-neighbour classification of features."""
 
+import math
+
 import torch
 
 
@@ -25,25 +27,27 @@ def knn_classify(
         ks: numbers of neighbours, each from 1 to N.
         temperature: divides the similarities.
         num_classes: number of classes.
-        chunk: test features at a time, by default as many as give 256 MiB of similarities.
+        chunk: test features at a time, by default as many as give 256 MiB of similarities, or of
+            votes if there are more classes than training features.
 
     Returns:
         for each k the classes in falling order of votes, M x min(5, k, num_classes), on the CPU.
 
     Raises:
-        ValueError: a k outside 1..N, a temperature that is not positive, or unequal widths.
+        ValueError: a k outside 1..N, a temperature that is not positive and finite, or unequal
+            widths.
 
     Source: InstDisc (arXiv 1805.01978), section 3.4, as in DINO (arXiv 2104.14294).
     """
     count, width = train_features.shape
     if not ks or not 1 <= min(ks) <= max(ks) <= count:
         raise ValueError(f"k must be from 1 to the {count} training features, got {ks}")
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be positive and finite, got {temperature}")
     if test_features.shape[1] != width:
         raise ValueError(f"training features have {width} values, test {test_features.shape[1]}")
     keys = train_features.T  # FxN
-    chunk = chunk or max(1, 2**26 // count)
+    chunk = chunk or max(1, 2**26 // max(count, num_classes))
     ranked: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
     for queries in test_features.split(chunk):
         similarity = queries.to(keys.device) @ keys  # mxN

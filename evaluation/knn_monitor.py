@@ -67,7 +67,7 @@ class KnnMonitor:
             encoder.train(training)
 
     def _accuracy(self, encoder: nn.Module) -> float:
-        from evaluation.knn import knn_classify  # only here: few runs need it
+        from evaluation.knn import knn_classify  # only here: most runs measure nothing
 
         train, train_labels = self._encode(encoder, self.train)
         val, val_labels = self._encode(encoder, self.val)

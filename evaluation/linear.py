@@ -1,7 +1,5 @@
 """Linear classifiers on an encoder: several on a frozen one, or one trained with it."""
 
-import hashlib
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +14,8 @@ from data.loader import normalize
 from data.transfer_readers import DIFFICULT
 from evaluation.classification_metrics import MAP, METRICS, top_k_accuracy
 from models.encoder import Backbone
-from utils.checkpoint import load_model, read_checkpoint, save_checkpoint
-from utils.distributed import rank
-from utils.errors import Diverged, UserError
+from utils.checkpoint import load_model, read_checkpoint
+from utils.errors import UserError
 from utils.update import Forward
 
 
@@ -200,82 +197,6 @@ def score_heads(
     ]
 
 
-def by_name(
-    figures: list[dict[str, float | None] | None], names: list[str]
-) -> dict[str, float | None]:
-    """The figures of all heads on the test images, ``value@0.1`` for the head of rate 0.1."""
-    return {
-        figure.replace("loss", "test_loss") + (f"@{name}" if name else ""): value
-        for name, of_head in zip(names, figures, strict=True)
-        for figure, value in (of_head or {"value": None}).items()
-    }
-
-
-class Judged:
-    """What the heads have achieved.
-
-    Attributes:
-        epoch: the last one that was judged.
-        best: ``value``, ``epoch`` and ``lr`` of the best head so far.
-        figures: of each head after the last epoch, None for one that has diverged.
-        left_out: whether each head has diverged for good.
-    """
-
-    def __init__(self, rates: list[float]) -> None:
-        self.rates = rates
-        self.epoch = -1
-        self.best: dict[str, Any] | None = None
-        self.figures: list[dict[str, float | None] | None] = []
-        self.left_out = [False] * len(rates)
-
-    def leave_out(self, diverged: list[bool]) -> None:
-        """Stop judging these heads."""
-        self.left_out = [a or b for a, b in zip(self.left_out, diverged, strict=True)]
-
-    def add(self, epoch: int, figures: list[dict[str, float | None] | None]) -> None:
-        """Take the figures of all heads after an epoch, and keep the best so far.
-
-        Raises:
-            Diverged: all heads have.
-        """
-        self.epoch, self.figures = epoch, figures
-        for rate, figure in zip(self.rates, figures, strict=True):
-            if figure and (self.best is None or figure["value"] > self.best["value"]):
-                self.best = {"value": figure["value"], "epoch": epoch, "lr": rate}
-        if self.best is None:
-            raise Diverged(f"training diverged with all rates {self.rates}: lower --lr")
-
-    def log(self, metric: str, logger: logging.Logger) -> None:
-        """Log a line for each head."""
-        for rate, figure in zip(self.rates, self.figures, strict=True):
-            logger.info("epoch %d, lr %g: %s %s", self.epoch, rate, metric, describe(figure))
-
-    def outcome(self) -> tuple[dict[str, Any], dict[str, float | None] | None]:
-        """``best``, and the last figures of that head, None if it has diverged."""
-        if self.best is None:
-            raise ValueError("no epoch was judged")
-        return self.best, self.figures[self.rates.index(self.best["lr"])]
-
-    def save_best(self, model: LinearClassifiers, path: str) -> None:
-        """Write the best head alone to ``path``, if the last epoch made it the best."""
-        if rank() == 0 and self.best and self.best["epoch"] == self.epoch:
-            rate = self.best["lr"]
-            state: dict[str, Any] = {"model": model.with_head(self.rates.index(rate)), "lr": [rate]}
-            state |= {"epoch": self.epoch, "best": self.best, "figures": self.figures}
-            save_checkpoint(state, path)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores."""
-        state = {"judged": self.epoch, "best": self.best, "figures": self.figures}
-        return state | {"left_out": self.left_out}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore from a checkpoint; v0.1 wrote its checkpoints after their epoch was judged."""
-        self.epoch = state.get("judged", state["epoch"])
-        self.best, self.figures = state["best"], state["figures"]
-        self.left_out = state.get("left_out", self.left_out)
-
-
 def forward_images(
     ddp: nn.Module,
     device: torch.device,
@@ -291,13 +212,6 @@ def forward_images(
     if mixup:
         images, targets = mixup(images, targets)
     return Forward(head_losses(ddp(images), targets, smoothing, several))
-
-
-def describe(figure: dict[str, float | None] | None) -> str:
-    """The figures of one classifier on a line."""
-    if figure is None:
-        return "diverged"
-    return " ".join(f"{name} {v:.4f}" for name, v in figure.items() if v is not None)
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
@@ -317,12 +231,3 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
         label_smoothing=config.MODEL.LABEL_SMOOTHING,
         num_classes=num_classes,
     )
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A checksum of all weights, which tells one encoder from another."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

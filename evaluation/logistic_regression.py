@@ -1,16 +1,27 @@
 """Logistic regression on features by L-BFGS, with the L2 strength chosen on held-out images."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import minimize
+from yacs.config import CfgNode
 
+from data.source import ImageSource
+from data.transfer import TRANSFER_SETS
 from data.transfer_readers import DIFFICULT
 from evaluation.classification_metrics import METRICS
+from evaluation.features import check_features, encode_images
+from evaluation.judged import TRAIN, last_figures
+from evaluation.linear import LinearClassifiers, score_classifier
+from evaluation.protocols import hold_out
+from models.encoder import Backbone
 from utils.distributed import rank, world_size
+from utils.errors import UserError
+from utils.run import Run
 
 GRADIENT_TOLERANCE = 1e-5  # of the mean loss's gradient, relative to that at zero weights
 
@@ -165,7 +176,7 @@ def choose_strength(
     Returns:
         the strength and the fit of all images with it.
     """
-    held_out = _hold_out(targets, seed).to(features.device)
+    held_out = hold_out(targets, seed, 5).to(features.device)
     part = LogisticRegression(features[~held_out], targets[~held_out], num_classes)
     best, chosen, fit = -1.0, strengths[0], None
     for l2 in sorted(strengths, reverse=True):
@@ -176,15 +187,49 @@ def choose_strength(
     return chosen, LogisticRegression(features, targets, num_classes).fit(chosen)
 
 
-def _hold_out(targets: torch.Tensor, seed: int) -> torch.Tensor:
-    """Which images are held out, N of bool: a fifth, or a fifth of each class if there are any."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets), generator=generator)
-    if targets.ndim == 1:
-        order = order[targets.cpu()[order].argsort(stable=True)]  # class by class
-    held_out = torch.zeros(len(targets), dtype=torch.bool)
-    held_out[order[::5]] = True
-    return held_out
+def probe(
+    config: CfgNode,
+    encoder: Backbone,
+    images: tuple[ImageSource, ImageSource],
+    strengths: list[float],
+    run: Run,
+) -> tuple[dict[str, Any], LinearClassifiers]:
+    """Judge an encoder by logistic regression on its features.
+
+    Args:
+        config: names the data set, and says how images are read.
+        encoder: is used as it is.
+        images: to train on, and to test on.
+        strengths: of L2, see ``choose_strength``.
+        run: device and log.
+
+    Returns:
+        the figures for results.json, and the encoder with the classifier.
+
+    Raises:
+        UserError: features or scores that are not finite.
+    """
+    metric, (train, test) = TRANSFER_SETS[config.DATA.DATASET].metric, images
+    features, labels = encode_images(config, encoder, train, run)
+    test_features, test_labels = encode_images(config, encoder, test, run)
+    check_features(features, labels, "training")
+    check_features(test_features, test_labels, "test")
+    classes = len(train.classes)
+    examples = features.to(run.device), labels.to(run.device)
+    l2, fit = choose_strength(*examples, classes, metric, strengths, config.SEED)
+    if not fit.converged:
+        run.logger.warning("L-BFGS has not converged: take the figures with care")
+    figure = score_classifier(fit.scores(test_features), test_labels, metric)
+    if figure is None:
+        raise UserError("L-BFGS has diverged, the scores are not finite: take --probe sgd")
+    found = {"probe": "lbfgs", "l2": l2, "iterations": fit.iterations}
+    found |= {"gradient_norm": fit.gradient_norm, "converged": fit.converged}
+    run.logger.info("L-BFGS: %s", found)
+    model = LinearClassifiers(encoder, classes, 1, config.SEED, frozen=True)
+    model.heads[0].load_state_dict({"weight": fit.weight, "bias": fit.bias})
+    chosen = {"epoch": None, "lr": None, "selected_on": TRAIN}
+    last = last_figures(figure, None, None) | chosen
+    return {"best": {"value": figure["value"], **chosen}, "last": last, **found}, model
 
 
 def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

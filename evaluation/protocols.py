@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+import torch
 from yacs.config import CfgNode
 
+from data.source import ImageSource, PartOfSource
 from utils.config import with_values
 from utils.errors import UserError
 
@@ -65,3 +67,30 @@ def apply_protocol(
         raise UserError(f"--lr takes different positive rates, got {rates}")
     scheduled = 1.0 if weights == "freeze" else rates[0]
     return with_values(config, protocol | {"TRAIN.BASE_LR": scheduled}), rates
+
+
+def hold_out(targets: torch.Tensor, seed: int, every: int) -> torch.Tensor:
+    """Draw the training images that are held out to choose by.
+
+    Args:
+        targets: class numbers (N,), or (N, C) for several labels an image.
+        seed: of the draw.
+        every: one of so many images is held out, of each class if an image has one.
+
+    Returns:
+        which images are held out, N of bool.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(targets), generator=generator)
+    if targets.ndim == 1:
+        order = order[targets.cpu()[order].argsort(stable=True)]  # class by class
+    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    held_out[order[::every]] = True
+    return held_out
+
+
+def set_aside(train: ImageSource, seed: int) -> tuple[ImageSource, ImageSource]:
+    """The images to train on, and a tenth of each class to choose epoch and rate by."""
+    held_out = hold_out(torch.as_tensor(train.labels), seed, 10)
+    kept, aside = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    return PartOfSource(train, kept.tolist()), PartOfSource(train, aside.tolist())

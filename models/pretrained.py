@@ -1,12 +1,15 @@
 """Encoder weights from the checkpoints of this project and of others."""
 
 import argparse
+import contextlib
+import json
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from yacs.config import CfgNode
 
@@ -15,6 +18,7 @@ from models.encoder import Backbone
 from utils.checkpoint import LATEST, load_model, read_checkpoint
 from utils.config import run_folder
 from utils.errors import UserError
+from utils.provenance import weights_digest
 from utils.run import Run
 
 # where checkpoints of this field keep their weights, the innermost last
@@ -32,6 +36,8 @@ FAMILIES = (
 LEFT_OUT = re.compile(
     r"^(head|head_dist|fc|fc_norm|predictor|projector|projector_k|queue|contrast)\b|^head\.|_head\."
 )
+# a line of the configuration in a checkpoint
+METHOD = re.compile(r"^MODEL:$(?:\n .*)*?\n  TYPE: (\w+)$", re.MULTILINE)
 STEM = ("patch_embed.proj.weight", "conv1.weight", "stem.0.weight", "conv_stem.weight")
 
 
@@ -53,30 +59,52 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_pretrained_encoder(
     args: argparse.Namespace, config: CfgNode, run: Run, drop_path_rate: float = 0.0
-) -> Backbone:
-    """The encoder of ``build_pretrained_encoder``, logged, on the device of ``run``."""
-    encoder, said = build_pretrained_encoder(args, config, drop_path_rate)
-    run.logger.info(said)
-    return encoder.to(run.device)
+) -> tuple[Backbone, dict[str, Any]]:
+    """The encoder of ``build_pretrained_encoder`` on the device of ``run``, and its origin."""
+    encoder, origin = build_pretrained_encoder(args, config, run.logger.info, drop_path_rate)
+    return encoder.to(run.device), origin
 
 
 def build_pretrained_encoder(
-    args: argparse.Namespace, config: CfgNode, drop_path_rate: float = 0.0
-) -> tuple[Backbone, str]:
+    args: argparse.Namespace,
+    config: CfgNode,
+    say: Callable[[str], Any],
+    drop_path_rate: float = 0.0,
+) -> tuple[Backbone, dict[str, Any]]:
     """The configured encoder with the weights that ``--pretrained`` names, frozen, in eval mode.
 
+    Args:
+        args: of ``add_pretrained_arguments``.
+        config: the configuration.
+        say: gets lines that say where the weights are from, and which encoder it is.
+        drop_path_rate: stochastic depth.
+
     Returns:
-        the encoder, and a line that says where its weights are from.
+        the encoder, and the origin of its weights for ``gather_provenance``.
 
     Raises:
         UserError: no such file, or a weight of the encoder is missing from it.
     """
     encoder = build_encoder(config, drop_path_rate)
+    origin: dict[str, Any] = {"encoder": config.MODEL.ENCODER}
     if args.random_weights:
-        said = f"{config.MODEL.ENCODER} with random weights, as asked"
+        say(f"{config.MODEL.ENCODER} with random weights, as asked")
+        origin["key"] = "random weights"
     else:
-        said = load_encoder_weights(encoder, pretrained_path(args, config), args.key)
-    return encoder.requires_grad_(False).eval(), said
+        path = pretrained_path(args, config)
+        said, found = _load(encoder, path, args.key)
+        say(said)
+        say(f"the encoder that is judged: {describe_origin(found)}")
+        origin |= {"checkpoint": os.path.abspath(path), **found}
+    origin["weights"] = weights_digest(encoder)
+    return encoder.requires_grad_(False).eval(), origin
+
+
+def describe_origin(origin: dict[str, Any]) -> str:
+    """Which encoder of a file it is, and from when, in a few words."""
+    epoch, step = origin.get("epoch"), origin.get("step")
+    when = "of an unknown epoch" if epoch is None else f"of epoch {epoch}"
+    return f"{origin.get('key')} {when}" + ("" if step is None else f", after update {step}")
 
 
 def pretrained_path(args: argparse.Namespace, config: CfgNode) -> str:
@@ -99,7 +127,12 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
     Raises:
         UserError: not a checkpoint, or one of another encoder.
     """
-    state = _read(path)
+    return _load(encoder, path, key)[0]
+
+
+def _load(encoder: nn.Module, path: str, key: str) -> tuple[str, dict[str, Any]]:
+    """As ``load_encoder_weights``, with the ``method``, ``key``, ``epoch`` and ``step``."""
+    whole = state = _read(path)
     inside = []
     for name in CONTAINERS:
         if isinstance(state.get(name), dict):
@@ -116,19 +149,53 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
     load_model(encoder, own, path)
     count = len(expected)
     where = "/".join(inside) or "the file itself"
-    return (
+    said = (
         f"{path}: weights of {family} (in {where}, prefix {prefix or 'none'!r}), "
         f"{count} of {count} loaded, {len(weights) - len(own)} of other parts left out"
     )
+    named = [*(name for name in inside if name in ("teacher", "student")), prefix.strip(".")]
+    return said, _origin(whole, "/".join(filter(None, named)) or "the only one of its file")
+
+
+def _origin(state: dict, key: str) -> dict[str, Any]:
+    """What a checkpoint says of its encoder, in its ``provenance`` or, if it is older, elsewhere.
+
+    Args:
+        state: the checkpoint, which may hold anything.
+        key: which encoder of the file was taken; one that was taken from another file before
+            keeps its name.
+    """
+    stored = state.get("provenance")
+    stored = stored if isinstance(stored, dict) else {}
+    text = state.get("config")
+    found = METHOD.search(text) if isinstance(text, str) else None
+    method, first = stored.get("method"), stored.get("key")
+    origin = {
+        "method": method if isinstance(method, str) else found and found[1],
+        "key": first if isinstance(first, str) else key,
+    }
+    for name in ("epoch", "step"):
+        number = stored.get(name) if stored else state.get(name)
+        origin[name] = number if type(number) is int else None
+    data = stored.get("data")  # that it was trained on
+    if isinstance(data, dict) and isinstance(data.get("images"), dict):
+        images = {str(name): n for name, n in data["images"].items() if type(n) is int}
+        origin["data"] = {"digest": str(data.get("digest")), "images": images}
+    return origin
 
 
 def _read(path: str) -> dict:
     if not path.endswith(".safetensors"):
         return read_checkpoint(path)
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            said = (file.metadata() or {}).get("provenance", "null")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read the weights ({error})") from error
+    with contextlib.suppress(ValueError, RecursionError):
+        state["provenance"] = json.loads(said)
+    return state
 
 
 def _find_family(

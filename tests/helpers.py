@@ -131,6 +131,13 @@ def weights(folder, name="checkpoint.pth"):
     return torch.load(folder / "run" / "default" / name, weights_only=True)
 
 
+def figures(path: Path) -> dict:
+    """``results.json`` without where it came from."""
+    results = json.loads(path.read_text())
+    del results["provenance"]
+    return results
+
+
 def assert_same(one: dict, other: dict) -> None:
     """Equal bit for bit, model and optimizer."""
     assert one["step"] == other["step"]

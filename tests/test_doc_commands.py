@@ -72,6 +72,7 @@ def places(imagenet, tmp_path_factory):
             torch.save({"model": build_method(config).state_dict()}, folder / "weights.pth")
     for run in ("synco", "moby"):
         write_run(words["OUT"] / run)
+        (words["OUT"] / run / "config.json").write_text('{"SEED": 0}')
         words[f"OUT/{run}/TAG"] = words["OUT"] / run
         words[f"demo/runs/demo__{run}__vit_nano/trained"] = words["OUT"] / run
     write_images(root / "photos")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, reference, run_script
+from helpers import ROOT, figures, reference, run_script
 
 import eval_knn
 from tools.make_tiny_transfer import write_tiny
@@ -24,7 +24,7 @@ def arguments(data, output, *flags, opts=()):
 
 
 def results(output, dataset="imagenet"):
-    return json.loads((output / f"run/default/knn_{dataset}/results.json").read_text())
+    return figures(output / f"run/default/knn_{dataset}/results.json")
 
 
 @pytest.fixture
@@ -49,7 +49,8 @@ def test_published_features_give_the_published_figures(run_main, features, tmp_p
     flags = ["--load-features", features, "--nb-knn", *expected, "--temperature", "0.07"]
     run_main(eval_knn, *arguments(None, tmp_path, *flags))
     found = results(tmp_path)
-    assert set(found) == {"dataset", "temperature", "knn"} and found["temperature"] == 0.07
+    assert set(found) == {"dataset", "temperature", "knn", "protocol"}
+    assert found["temperature"] == 0.07 and found["protocol"] == {}
     assert {k: [v["top1"], v["top5"]] for k, v in found["knn"].items()} == expected
 
 
@@ -60,7 +61,8 @@ def test_dumped_features_give_the_same_figures(run_main, imagenet, tmp_path):
     load = ["--load-features", tmp_path / "dump"]
     run_main(eval_knn, *arguments(None, tmp_path / "b", *flags, *load))
     assert results(tmp_path / "a") == results(tmp_path / "b")
-    shapes = {p.name: torch.load(p, weights_only=True).shape for p in (tmp_path / "dump").iterdir()}
+    files = (tmp_path / "dump").glob("*.pth")
+    shapes = {p.name: torch.load(p, weights_only=True).shape for p in files}
     assert shapes == {
         "trainfeat.pth": (24, 128),
         "trainlabels.pth": (24,),
@@ -90,8 +92,27 @@ def test_any_number_of_processes_gives_the_same(imagenet, tmp_path):
         flags = ["--random-weights", "--nb-knn", "1", "5", "20"]
         done = run_script("eval_knn.py", *arguments(root, output, *flags), processes=processes)
         assert done.returncode == 0, done.stdout
-        found.append((output / "run/default/knn_imagenet/results.json").read_text())
+        found.append(results(output))
     assert found[0] == found[1] == found[2]
+
+
+def test_small_labels_and_features_of_half_precision_serve(run_main, features, tmp_path):
+    damage(features, "trainlabels", lambda t: t.to(torch.int8))
+    damage(features, "trainfeat", lambda t: t.double())
+    run_main(eval_knn, *arguments(None, tmp_path, "--load-features", features, "--nb-knn", "5"))
+    assert results(tmp_path)["knn"]["5"]["top1"] > 0
+
+
+def test_features_keep_the_encoder_that_they_are_of(run_main, imagenet, tmp_path):
+    dump = ["--random-weights", "--dump-features", tmp_path / "dump", "--nb-knn", "1"]
+    run_main(eval_knn, *arguments(imagenet, tmp_path / "a", *dump))
+    load = ["--load-features", tmp_path / "dump", "--nb-knn", "1"]
+    run_main(eval_knn, *arguments(None, tmp_path / "b", *load, opts=["SEED", "5"]))
+    path = "run/default/knn_imagenet/results.json"
+    made, read = (json.loads((tmp_path / n / path).read_text())["provenance"] for n in "ab")
+    for name in ("weights", "key", "encoder", "data"):
+        assert made[name] == read[name] is not None
+    assert (made["seed"], read["seed"]) == (0, 5)
 
 
 def damage(features, name, change):
@@ -106,7 +127,11 @@ def with_nan(tensor):
 
 MISTAKES = {
     "k too large": (["--nb-knn", "701"], None, "k must be from 1 to the 700 training features"),
-    "temperature": (["--temperature", "0"], None, "the temperature must be positive"),
+    "temperature": (["--temperature", "0"], None, "--temperature must be positive and finite"),
+    "temperature of NaN": (["--temperature", "nan"], None, "--temperature must be positive"),
+    "endless temperature": (["--temperature", "inf"], None, "--temperature must be positive"),
+    "labels": ([], ("testlabels", lambda t: t.float()), "labels must be dense whole numbers"),
+    "kind": ([], ("trainfeat", lambda t: t.to(torch.float8_e4m3fn)), "must be dense real numbers"),
     "NaN": ([], ("trainfeat", with_nan), "the training features of image 3 are not finite"),
     "infinite": ([], ("testfeat", lambda t: t / 0), "the test features of image 0 are not finite"),
     "dimension": ([], ("testfeat", lambda t: t[:, 1:]), "have 32 values, test 31"),

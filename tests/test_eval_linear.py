@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script, run_tool
+from helpers import ROOT, figures, run_script, run_tool
 from PIL import Image
 
 import eval_linear
@@ -42,7 +42,7 @@ def folder(output, kind="linprob", dataset="imagenet"):
 
 
 def results(output, *where):
-    return json.loads((folder(output, *where) / "results.json").read_text())
+    return figures(folder(output, *where) / "results.json")
 
 
 def checkpoint(output, kind="linprob", name="checkpoint.pth"):
@@ -91,7 +91,7 @@ def test_separable_classes_are_told_apart(run_main, tinted, tmp_path):
     opts = ["TRAIN.EPOCHS", "12"]
     run_main(eval_linear, *arguments(tinted, tmp_path, "--lr", "30", opts=opts))
     found = results(tmp_path)
-    assert set(found) == {"dataset", "metric", "weights", "best", "last"}
+    assert set(found) == {"dataset", "metric", "weights", "best", "last", "protocol"}
     assert (found["dataset"], found["metric"], found["weights"]) == ("imagenet", "top1", "freeze")
     assert found["best"]["value"] == 100 and found["best"]["lr"] == 30
     assert found["last"]["top1"] == found["last"]["top5"] == 100 and found["last"]["loss"] < 0.5
@@ -389,7 +389,9 @@ def test_lbfgs(run_main, tinted, tmp_path):
     found = results(tmp_path)
     assert found["probe"] == "lbfgs" and found["converged"] is True
     assert 0 <= found["gradient_norm"] < 1e-3 and found["l2"] > 0
-    assert found["best"] == {"value": 100.0, "epoch": None, "lr": None}
+    chosen = {"epoch": None, "lr": None, "selected_on": "train"}
+    assert found["best"] == {"value": 100.0, **chosen}
+    assert found["last"].items() >= {"value": 100.0, "top1": 100.0, **chosen}.items()
     run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", random=False))
     assert "top1 value 100.0000" in (folder(tmp_path) / "log_rank0.txt").read_text()
 
@@ -476,9 +478,9 @@ def test_features_that_are_not_finite_are_named(run_main, tinted, tmp_path, monk
     load = eval_linear.load_pretrained_encoder
 
     def broken(*given):
-        encoder = load(*given)
+        encoder, origin = load(*given)
         encoder.norm.weight.data.fill_(float("nan"))
-        return encoder
+        return encoder, origin
 
     monkeypatch.setattr(eval_linear, "load_pretrained_encoder", broken)
     with pytest.raises(UserError, match="features of image 0 are not finite"):
@@ -502,3 +504,97 @@ def test_processes_agree(tinted, tmp_path, kind):
         found.append(results(output, "ft" if kind == "ft" else "linprob"))
     assert found[0]["last"]["loss"] == pytest.approx(found[1]["last"]["loss"], rel=2e-3)
     assert found[0]["best"]["value"] == pytest.approx(found[1]["best"]["value"], abs=9)
+
+
+def provenance(output, kind="linprob"):
+    return json.loads((folder(output, kind) / "results.json").read_text())["provenance"]
+
+
+def last_line(output, kind="linprob"):
+    return (folder(output, kind) / "log_rank0.txt").read_text().splitlines()[-1]
+
+
+def test_by_default_all_images_train_and_test_images_choose_the_best(run_main, tinted, tmp_path):
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--lr", "3"))
+    found = results(tmp_path)
+    assert found["best"]["selected_on"] == "test" and found["last"]["selected_on"] is None
+    assert (found["last"]["epoch"], found["last"]["lr"]) == (2, 3)
+    figures = checkpoint(tmp_path)["figures"][0]
+    assert {name: found["last"][name] for name in figures} == figures
+    assert found["protocol"] == {"image_size": 32, "epochs": 3}
+    assert "48 training and 48 test images" in (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "last: top1 " in last_line(tmp_path)
+    assert last_line(tmp_path).endswith("(epoch and rate chosen on the test images)")
+    entry = provenance(tmp_path)
+    assert entry["data"]["images"] == {"train": 48, "test": 48} and entry["key"] == "random weights"
+    for name in ("checkpoint.pth", "best.pth"):
+        state = checkpoint(tmp_path, name=name)
+        assert state["provenance"]["weights"] == entry["weights"] == checkpoint(tmp_path)["encoder"]
+
+
+@pytest.mark.parametrize("opts", [[], [*FINETUNE, "TRAIN.EPOCHS", "1"]], ids=["probe", "finetune"])
+def test_held_out_images_choose(run_main, tinted, tmp_path, opts):
+    kind = "ft" if opts else "linprob"
+    flags = ["--select", "held-out", *([] if opts else ["--lr", "1", "30"])]
+    run_main(eval_linear, *arguments(tinted, tmp_path, *flags, opts=opts))
+    found = results(tmp_path, kind)
+    assert found["best"]["selected_on"] == "train" and 0 <= found["best"]["held_out"] <= 100
+    assert (
+        "43 training and 48 test images" in (folder(tmp_path, kind) / "log_rank0.txt").read_text()
+    )
+    assert last_line(tmp_path, kind).endswith("(epoch and rate chosen on held-out training images)")
+    epochs = [line for line in lines(tmp_path, kind) if line["kind"] == "epoch"]
+    name = "held_out" if opts else "held_out@30"
+    assert all(line[name] % 20 == 0 for line in epochs)  # five images
+    best = max(line[f"held_out@{r}"] for line in epochs for r in (1, 30)) if not opts else None
+    assert best in (None, found["best"]["held_out"])
+    assert provenance(tmp_path, kind)["data"]["images"] == {"train": 48, "test": 48}
+
+
+def test_a_probe_with_another_choice_starts_anew(run_main, tinted, tmp_path):
+    run_main(eval_linear, *arguments(tinted, tmp_path))
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--select", "held-out"))
+    assert "of another select: starting anew" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+def test_best_pth_comes_along_from_another_folder(run_main, tinted, tmp_path):
+    """Where the checkpoint that --resume names is, and nothing better comes."""
+    run_main(eval_linear, *arguments(tinted, tmp_path / "a", opts=["TRAIN.EPOCHS", "2"]))
+    for name in ("checkpoint.pth", "best.pth"):
+        state = checkpoint(tmp_path / "a", name=name)
+        state["best"] = {"value": 101.0, "epoch": 0, "lr": 1.0}
+        torch.save(
+            state | ({"epoch": 0} if name == "best.pth" else {}), folder(tmp_path / "a") / name
+        )
+    path = folder(tmp_path / "a") / "checkpoint.pth"
+    run_main(eval_linear, *arguments(tinted, tmp_path / "b", "--resume", path))
+    assert results(tmp_path / "b")["best"]["epoch"] == 0
+    assert checkpoint(tmp_path / "b", name="best.pth")["epoch"] == 0
+    assert checkpoint(tmp_path / "b")["epoch"] == 2
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_best_pth_is_what_results_call_best_after_a_kill(
+    run_main, tinted, tmp_path, monkeypatch, epoch
+):
+    """Between the writing of checkpoint.pth and of best.pth, in the first epoch and the last."""
+    given = arguments(tinted, tmp_path, "--lr", "0.01")
+
+    def best_so_far(self, *_, **__):
+        self.best = {"value": 100.0 + self.epoch, "epoch": self.epoch, "lr": 0.01}
+
+    def killed(self, *_, **__):
+        if self.epoch == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(eval_linear.Judged, "log", best_so_far)  # before a checkpoint is written
+        patch.setattr(eval_linear.Judged, "save_best", killed)
+        run_main(eval_linear, *given)
+    state = checkpoint(tmp_path)
+    assert state["best"]["epoch"] == epoch and not (folder(tmp_path) / "best.pth").exists()
+    run_main(eval_linear, *given)
+    best = checkpoint(tmp_path, name="best.pth")
+    assert results(tmp_path)["best"]["epoch"] == best["epoch"] == epoch
+    for name in ("weight", "bias"):
+        assert best["model"][f"heads.0.{name}"].equal(state["model"][f"heads.0.{name}"])

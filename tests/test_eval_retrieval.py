@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import ROOT, run_script
+from helpers import ROOT, figures, run_script
 from torch import nn
 
 import eval_retrieval
@@ -32,18 +32,33 @@ def arguments(root, output, *more, encoder="vit_nano", workers=0):
 
 def results(output):
     path = output / "run" / "default" / "retrieval_roxford5k" / "results.json"
-    return json.loads(path.read_text())
+    return figures(path)
 
 
 def test_results(run_main, revisited, tmp_path):
     run_main(eval_retrieval, *arguments(revisited, tmp_path, "--random-weights"))
     found = results(tmp_path)
-    assert list(found) == ["dataset", "mAP", "mP@k"]
+    assert list(found) == ["dataset", "mAP", "mP@k", "protocol"]
+    assert found["protocol"] == {"imsize": 48, "multiscale": False, "crop_query": False}
     assert found["dataset"] == "roxford5k"
     assert list(found["mAP"]) == list(found["mP@k"]) == ["easy", "medium", "hard"]
     for difficulty, precision in found["mAP"].items():
         assert 0 < precision <= 100
         assert list(found["mP@k"][difficulty]) == ["1", "5", "10"]
+
+
+def test_results_say_which_encoder_and_images_they_are_of(run_main, revisited, tmp_path):
+    flags = ("--random-weights", "--dump-features", tmp_path / "f")
+    run_main(eval_retrieval, *arguments(revisited, tmp_path, *flags))
+    path = tmp_path / "run/default/retrieval_roxford5k/results.json"
+    made = json.loads(path.read_text())["provenance"]
+    assert made["key"] == "random weights" and len(made["weights"]) == 64
+    assert made["data"]["images"] == {"database": 31, "queries": 4}
+    run_main(eval_retrieval, *arguments(revisited, tmp_path, "--load-features", tmp_path / "f"))
+    read = json.loads(path.read_text())["provenance"]
+    assert [read[n] for n in ("key", "weights", "data")] == [
+        made[n] for n in ("key", "weights", "data")
+    ]
 
 
 def test_right_features_are_judged_right(run_main, revisited, tmp_path):
@@ -145,6 +160,13 @@ def test_features_that_are_not_finite(run_main, revisited, tmp_path):
     for name, tensor in zip(FILES, (database, torch.ones(4, 8)), strict=True):
         torch.save(tensor, tmp_path / name)
     with pytest.raises(UserError, match=r"features of landmark_01_easy0 are not finite"):
+        run_main(eval_retrieval, *arguments(revisited, tmp_path, "--load-features", tmp_path))
+
+
+def test_features_of_another_kind(run_main, revisited, tmp_path):
+    for name, tensor in zip(FILES, (torch.ones(31, 8), torch.ones(4, 8).long()), strict=True):
+        torch.save(tensor, tmp_path / name)
+    with pytest.raises(UserError, match=r"query_features\.pth: features must be dense real"):
         run_main(eval_retrieval, *arguments(revisited, tmp_path, "--load-features", tmp_path))
 
 

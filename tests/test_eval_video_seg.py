@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script
+from helpers import ROOT, figures, run_script
 from PIL import Image
 
 import eval_video_seg
@@ -61,9 +61,12 @@ def evaluated(davis, tmp_path_factory):
 
 
 def test_results(evaluated):
-    results = json.loads((evaluated / "results.json").read_text())
+    results = figures(evaluated / "results.json")
     metrics = [f"{metric}-{name}" for metric in "JF" for name in ("Mean", "Recall", "Decay")]
-    assert list(results) == ["J&F-Mean", *metrics, "per_object"]
+    assert list(results) == ["J&F-Mean", *metrics, "per_object", "protocol"]
+    assert results["protocol"]["topk"] == 5
+    entry = json.loads((evaluated / "results.json").read_text())["provenance"]
+    assert entry["key"] == "random weights" and entry["data"]["images"]["frames"] > 0
     # in the order of the list; the first frame of `appear` has one object, `single` no score
     counts = {"plain": 2, "portrait": 2, "odd": 2, "late": 2, "vanish": 2, "appear": 1}
     names = [f"{name}_{n + 1}" for name, count in counts.items() for n in range(count)]
@@ -81,7 +84,7 @@ def test_results(evaluated):
 
 
 def test_the_masks_on_disk_give_the_scores(davis, evaluated):
-    results = json.loads((evaluated / "results.json").read_text())
+    results = figures(evaluated / "results.json")
     for video in read_videos(str(davis)):
         shape = read_frame(video.frames[0]).shape[:2]
         files = sorted((evaluated / "masks" / video.name).iterdir())
@@ -249,5 +252,5 @@ def test_two_processes_give_the_figures_of_one(tmp_path, encoder):
         flags = arguments(tmp_path, tmp_path / str(processes), encoder=encoder)
         done = run_script("eval_video_seg.py", *flags, processes=processes, launcher="launch")
         assert done.returncode == 0, done.stdout
-    one, two = (folder(tmp_path / n) / "results.json" for n in "02")
-    assert one.read_text() == two.read_text()
+    one, two = (figures(folder(tmp_path / n) / "results.json") for n in "02")
+    assert one == two

@@ -6,12 +6,12 @@ Run as ``python -m tools.export_backbone ...`` from the root of the repository.
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import nn
 from yacs.config import CfgNode
@@ -23,13 +23,13 @@ from models.pretrained import (
     add_pretrained_arguments,
     build_pretrained_encoder,
     load_encoder_weights,
-    pretrained_path,
 )
 from models.swin import WINDOW
 from utils.arguments import parse_arguments
-from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.checkpoint import save_checkpoint
 from utils.config import with_values
 from utils.errors import UserError
+from utils.provenance import gather_provenance, moment
 from utils.run import run_script
 
 # timm's model with the same layers, and the arguments of its constructor
@@ -60,16 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Load, write, and compare the features of what was written."""
+    started = time.monotonic()
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
     config = with_values(config, {"DATA.IMG_SIZE": args.size or config.DATA.IMG_SIZE})
-    encoder, said = build_pretrained_encoder(args, config)
-    print(said)
+    encoder, origin = build_pretrained_encoder(args, config, print)
     suffix = {"timm": ".safetensors", "pth": ".pth", "onnx": ".onnx"}[args.format]
     if not args.out.endswith(suffix):
         raise UserError(f"--out {args.out}: the name of a file of {args.format} ends in {suffix}")
     try:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        written = WRITERS[args.format](encoder, config, args.out, describe(args, config))
+        cpu = torch.device("cpu")
+        provenance = gather_provenance(config, cpu, origin, origin.get("data")) | moment(
+            cpu, started
+        )
+        metadata = describe(args, config, origin)
+        written = WRITERS[args.format](encoder, config, args.out, metadata, provenance)
     except OSError as error:
         raise UserError(f"{args.out}: cannot write ({error})") from error
     if written is not None:
@@ -77,15 +82,10 @@ def main() -> None:
         print(f"{args.out} written, its features differ by {difference:.1e} at most")
 
 
-def describe(args: argparse.Namespace, config: CfgNode) -> dict[str, str]:
+def describe(args: argparse.Namespace, config: CfgNode, origin: dict[str, Any]) -> dict[str, str]:
     """What a reader of the file must know, as text."""
-    method = "none"
-    if not args.random_weights:
-        path = pretrained_path(args, config)
-        text = None if path.endswith(".safetensors") else read_checkpoint(path).get("config")
-        method = yaml.safe_load(text)["MODEL"]["TYPE"] if isinstance(text, str) else "unknown"
     return {
-        "method": method,
+        "method": "none" if args.random_weights else origin["method"] or "unknown",
         "encoder": config.MODEL.ENCODER,
         "key": args.key,
         "image_size": str(config.DATA.IMG_SIZE),
@@ -118,10 +118,13 @@ def timm_call(config: CfgNode) -> tuple[str, dict]:
     return name, {"num_classes": 0, **options, **sized}
 
 
-def write_timm(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -> Features:
+def write_timm(
+    encoder: nn.Module, config: CfgNode, path: str, metadata: dict, provenance: dict
+) -> Features:
     """Write safetensors under timm's names and print the call that reads them."""
     name, options = timm_call(config)
     metadata = metadata | {"timm_model": name, "timm_options": json.dumps(options)}
+    metadata |= {"provenance": json.dumps(provenance)}
     weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
     save_file(weights, path, metadata | {"format": "pt"})
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
@@ -129,12 +132,14 @@ def write_timm(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -
     return timm.create_model(name, **options, checkpoint_path=path).eval()
 
 
-def write_pth(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -> Features:
+def write_pth(
+    encoder: nn.Module, config: CfgNode, path: str, metadata: dict, provenance: dict
+) -> Features:
     """Write ``{"model": weights}`` under the names of Microsoft's Swin or of DeiT."""
     weights = encoder.state_dict()
     if config.MODEL.ENCODER in TIMM_MODELS:
         weights = {published_name(key): value for key, value in weights.items()}
-    save_checkpoint({"model": weights, "metadata": metadata}, path)
+    save_checkpoint({"model": weights, "metadata": metadata, "provenance": provenance}, path)
     copy = build_encoder(config, 0.0)
     load_encoder_weights(copy, path)
     return copy.eval()
@@ -148,7 +153,9 @@ def published_name(name: str) -> str:
     return ".".join(parts)
 
 
-def write_onnx(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -> Features | None:
+def write_onnx(
+    encoder: nn.Module, config: CfgNode, path: str, metadata: dict, provenance: dict
+) -> Features | None:
     """Write an ONNX graph, ``images`` (B, 3, S, S) -> ``features`` (B, F), of any batch size."""
     try:
         import onnxscript  # noqa: F401 what torch needs for it
@@ -165,7 +172,7 @@ def write_onnx(encoder: nn.Module, config: CfgNode, path: str, metadata: dict) -
         verbose=False,
     )
     assert program is not None  # with ``dynamo``
-    program.model.metadata_props.update(metadata)
+    program.model.metadata_props.update(metadata | {"provenance": json.dumps(provenance)})
     program.save(path)
     try:
         import onnxruntime

@@ -5,7 +5,7 @@ Run as ``python -m tools.show_ranking ...`` from the root of the repository.
 """
 
 import argparse
-import os
+import logging
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from data.image import read_rgb
 from data.retrieval import DATASETS, GroundTruth, crop_to_box, read_ground_truth
+from evaluation.feature_files import load_features
 from evaluation.retrieval_metrics import DIFFICULTIES, rank_images
-from utils.checkpoint import read_tensor
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -37,10 +37,9 @@ def main() -> None:
     numbers = list(range(min(8, len(truth.queries)))) if args.queries is None else args.queries
     if args.top < 1 or not all(0 <= number < len(truth.queries) for number in numbers):
         raise UserError(f"--queries must be from 0 to {len(truth.queries) - 1}, --top at least 1")
-    database, queries = (
-        F.normalize(read_tensor(os.path.join(args.load_features, name))).numpy()
-        for name in ("train_features.pth", "query_features.pth")
-    )
+    names = ("train_features.pth", "query_features.pth")
+    features, _ = load_features(args.load_features, names, logging.getLogger())
+    database, queries = (F.normalize(part).numpy() for part in features)
     if (len(database), len(queries)) != (len(truth.database), len(truth.queries)):
         raise UserError(f"{args.load_features}: not the features of {args.dataset}")
     rankings = rank_images(database, queries[numbers])[:, : args.top]

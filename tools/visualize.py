@@ -65,7 +65,7 @@ def main() -> None:
     run = start(config, os.path.join(run_folder(config), "pictures"))
     draw, count = PICTURES[args.picture]
     images = find_images(args.files) if args.files else choose(args, config, count)
-    encoder = load_pretrained_encoder(args, config, run)
+    encoder, _ = load_pretrained_encoder(args, config, run)
     picture = draw(args, config, images, encoder, run)
     path = os.path.join(run.folder, f"{args.picture}.png")
     if rank() == 0:

@@ -44,9 +44,14 @@ def configuration_facts(config: CfgNode) -> dict[str, object]:
 
 def code_facts() -> dict[str, object]:
     """One digest of all source files of the program."""
+    return {"the program's source (sha256)": source_digest()}
+
+
+def source_digest() -> str:
+    """The ``digest`` of all source files of the program, with their names."""
     files = [*ROOT.glob("*.py"), *(p for d in ROOMS for p in (ROOT / d).glob("*.py"))]
     named = ((str(path.relative_to(ROOT)), path.read_bytes()) for path in sorted(files))
-    return {"the program's source (sha256)": digest(part for pair in named for part in pair)}
+    return digest(part for pair in named for part in pair)
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

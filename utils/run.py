@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,17 +22,29 @@ from utils.config import run_folder, to_json, with_values
 from utils.distributed import init_process_group, lost_peer, on_first_process, rank, world_size
 from utils.errors import UserError
 from utils.lock import lock_folder
+from utils.provenance import moment
 from utils.update import Precision
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every script has once it has started."""
+    """What every script has once it has started.
+
+    Attributes:
+        folder: where it writes.
+        device: where it computes.
+        precision: in which type of number.
+        logger: of this process.
+        config: the configuration in effect, as it was written to config.json first.
+        started: of ``time.monotonic``, in seconds.
+    """
 
     folder: str
     device: torch.device
     precision: Precision
     logger: logging.Logger
+    config: CfgNode
+    started: float = field(default_factory=time.monotonic)
 
 
 def start(config: CfgNode, folder: str | None = None) -> Run:
@@ -65,7 +78,7 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
     precision = Precision(config.AMP_OPT_LEVEL, device)
     if precision.emulated:
         logger.warning("this processor has no bfloat16: O1 is slower here than O0")
-    return Run(folder, device, precision, logger)
+    return Run(folder, device, precision, logger, effective)
 
 
 def write_config(config: CfgNode, folder: str, derived: dict[str, Any] | None = None) -> CfgNode:
@@ -84,18 +97,42 @@ def write_config(config: CfgNode, folder: str, derived: dict[str, Any] | None = 
     """
     effective = with_values(config, {"OUTPUT": run_folder(config)} | (derived or {}))
     if rank() == 0:
-        with replacing(os.path.join(folder, "config.json")) as file:
-            file.write(to_json(effective).encode())
+        write_text(os.path.join(folder, "config.json"), to_json(effective))
     return effective
 
 
-def write_results(run: Run, results: dict[str, Any]) -> None:
-    """Write ``results.json``, on the first process."""
-    if rank() == 0:
-        path = os.path.join(run.folder, "results.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2, allow_nan=False)
-        run.logger.info("%s written", path)
+def write_text(path: str, text: str) -> None:
+    """Write a file whole or not at all; on return it is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Write ``results.json`` with its entry ``provenance``, on the first process.
+
+    Args:
+        run: its folder gets the file.
+        results: the figures.
+        provenance: from ``gather_provenance``.
+
+    Raises:
+        UserError: a figure is not finite, or the file cannot be written.
+    """
+    if rank() > 0:
+        return
+    path = os.path.join(run.folder, "results.json")
+    entry = {"provenance": provenance | moment(run.device, run.started)}
+    try:
+        write_text(path, json.dumps(results | entry, indent=2, allow_nan=False))
+    except ValueError as error:
+        raise UserError(f"{path}: not written, as a figure is not finite") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the results ({error.strerror})") from error
+    run.logger.info("%s written", path)
 
 
 def run_script(main: Callable[[], None]) -> None:

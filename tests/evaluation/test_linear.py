@@ -1,26 +1,18 @@
 """What the heads of a probe have achieved, their losses, and mixup."""
 
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluation.linear
 from data.loader import normalize
 from data.transfer_readers import DIFFICULT
 from evaluation.linear import (
-    Judged,
     LinearClassifiers,
     build_mixup,
-    by_name,
     classification_loss,
-    describe,
     forward_images,
     read_classifiers,
     score_classifier,
-    score_heads,
-    weights_digest,
 )
 from models.encoder import create_encoder
 from utils.config import DEFAULTS
@@ -37,77 +29,6 @@ def figure(value: float, **more: float) -> dict[str, float]:
 def model() -> LinearClassifiers:
     torch.manual_seed(0)
     return LinearClassifiers(create_encoder("vit_nano", 32), 3, 2, seed=4, frozen=True)
-
-
-def test_the_best_head_of_all_epochs_is_kept(model, tmp_path):
-    path = tmp_path / "best.pth"
-    judged = Judged([0.1, 1.0])
-    assert judged.epoch == -1 and judged.left_out == [False, False]
-    with pytest.raises(ValueError, match="no epoch was judged"):
-        judged.outcome()
-    written = []
-    for epoch, values in enumerate([(10, 30), (30, 20), (40, None), (None, 35)]):
-        judged.add(epoch, [None if v is None else figure(v) for v in values])
-        path.unlink(missing_ok=True)
-        judged.save_best(model, str(path))
-        written.append(path.exists())
-        if path.exists():
-            saved = torch.load(path, weights_only=True)
-            assert saved["epoch"] == epoch and saved["best"] == judged.best
-            assert [k for k in saved["model"] if k.startswith("heads")] == [
-                *("heads.0.weight", "heads.0.bias")
-            ]
-    assert written == [True, False, True, False]  # 30 again is no better
-    assert judged.best == {"value": 40, "epoch": 2, "lr": 0.1}
-    assert judged.outcome() == (judged.best, None)
-    again = Judged([0.1, 1.0])
-    again.load_state_dict(judged.state_dict() | {"epoch": 7})
-    assert vars(again) == vars(judged)
-    old = Judged([0.1, 1.0])  # as v0.1 wrote it
-    old.load_state_dict({"epoch": 7, "best": judged.best, "figures": judged.figures})
-    assert old.epoch == 7 and old.left_out == [False, False]
-
-
-def test_only_the_first_process_writes(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.linear, "rank", lambda: 1)
-    judged = Judged([0.1, 1.0])
-    judged.add(0, [figure(1), figure(2)])
-    judged.save_best(model, str(tmp_path / "best.pth"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_heads_that_diverged_are_left_out_for_good(model):
-    judged = Judged([0.1, 1.0])
-    judged.leave_out([False, True])
-    judged.leave_out([False, False])
-    assert judged.left_out == [False, True]
-    features, targets = torch.randn(6, 128), torch.arange(6) % 3
-    found = score_heads(model, features, targets, "top1", judged.left_out)
-    assert found[1] is None and found[0]["loss"] > 0
-    assert None not in score_heads(model, features, targets, "top1")
-    with pytest.raises(UserError, match=r"diverged with all rates \[0\.1, 1\.0\]"):
-        judged.add(0, [None, None])
-
-
-def test_figures_are_named_by_the_rate():
-    found = by_name([figure(5.0, loss=2.0), None], ["0.1", "3"])
-    assert found == {
-        **{"value@0.1": 5.0, "top1@0.1": 5.0, "top5@0.1": None, "test_loss@0.1": 2.0},
-        "value@3": None,
-    }
-    assert by_name([figure(5.0)], [""])["test_loss"] == 1.0
-
-
-def test_lines_of_the_log(caplog):
-    judged = Judged([0.1, 1.0])
-    judged.add(3, [figure(5.0), None])
-    with caplog.at_level(logging.INFO):
-        judged.log("top1", logging.getLogger("judged"))
-    assert [r.getMessage() for r in caplog.records] == [
-        "epoch 3, lr 0.1: top1 value 5.0000 top1 5.0000 loss 1.0000",
-        "epoch 3, lr 1: top1 diverged",
-    ]
-    assert describe(None) == "diverged"
 
 
 def test_heads_begin_alike_and_small(model):
@@ -201,17 +122,6 @@ def test_mixup_is_on_if_one_of_its_kinds_is(off):
     config.AUG.CUTMIX_MINMAX = [0.2, 0.8]
     config.DATA.BATCH_SIZE = 8
     assert build_mixup(config, 7).cutmix_minmax == [0.2, 0.8]
-
-
-def test_a_digest_tells_weights_and_their_names_apart():
-    layer = torch.nn.Linear(2, 2)
-    digest = weights_digest(layer)
-    assert digest == weights_digest(layer) and len(digest) == 64
-    renamed = torch.nn.ModuleDict({"other": layer})
-    assert weights_digest(renamed) != digest
-    with torch.no_grad():
-        layer.bias[0] += 1e-7
-    assert weights_digest(layer) != digest
 
 
 def test_rates_fall_from_the_heads_down():

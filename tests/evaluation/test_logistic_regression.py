@@ -118,13 +118,6 @@ def test_the_strength_is_that_of_the_best_held_out_figure(monkeypatch):
     assert [f[0] for f in fitted] == [80] * 4 + [100]
 
 
-def test_a_fifth_of_each_class_is_held_out():
-    labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 25)
-    held_out = logistic_regression._hold_out(labels, 0)
-    assert torch.bincount(labels[held_out]).tolist() == [10, 2, 5]
-    assert not held_out.equal(logistic_regression._hold_out(labels, 1))
-
-
 @pytest.mark.slow
 def test_processes_fit_what_one_fits(tmp_path):
     features, labels = problem(101)

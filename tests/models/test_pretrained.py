@@ -1,12 +1,20 @@
 """Every family of checkpoints, under its own names, loads whole or is refused."""
 
+import argparse
+import json
+
 import pytest
 import torch
 from helpers import ROOT, fresh, reference
+from safetensors.torch import save_file
 
 from models import build_method
 from models.encoder import create_encoder
-from models.pretrained import load_encoder_weights
+from models.pretrained import (
+    add_pretrained_arguments,
+    build_pretrained_encoder,
+    load_encoder_weights,
+)
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -222,3 +230,63 @@ def test_the_line_says_where_weights_were(tmp_path, wrap, said):
         assert f"{count} of {count} loaded, 2 of other parts left out" in line
     else:
         assert line.endswith(f"{count} of {count} loaded, 2 of other parts left out")
+
+
+def origin_of(tmp_path, state, *flags, name="c.pth"):
+    """What is said of the encoder in a file, and the lines that say it."""
+    path, said = tmp_path / name, []
+    if name.endswith(".pth"):
+        torch.save(state, path)
+    else:
+        save_file(state[0], path, state[1])
+    parser = argparse.ArgumentParser()
+    add_pretrained_arguments(parser)
+    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), ["MODEL.ENCODER", "vit_small"])
+    given = parser.parse_args(["--pretrained", str(path), *flags])
+    _, origin = build_pretrained_encoder(given, config, said.append)
+    assert origin["encoder"] == "vit_small" and len(origin["weights"]) == 64
+    return origin, said
+
+
+def test_the_encoder_that_is_judged_is_named(tmp_path):
+    """The one that was asked for, or what the file has, and its epoch if the file says it."""
+    (_, one), (_, other) = fresh("vit_small"), fresh("vit_small", 1)
+    config = load_config(str(ROOT / "configs/synco_vit_small.yaml"))
+    ours = {"model": prefixed("encoder.", one) | prefixed("encoder_k.", other)}
+    ours |= {"epoch": 4, "step": 50, "config": config.dump()}
+    origin, said = origin_of(tmp_path, ours, "--key", "encoder_k")
+    assert (origin["key"], origin["epoch"], origin["step"]) == ("encoder_k", 4, 50)
+    assert origin["method"] == "synco" and origin["checkpoint"] == str(tmp_path / "c.pth")
+    assert said[-1] == "the encoder that is judged: encoder_k of epoch 4, after update 50"
+    assert origin["weights"] != origin_of(tmp_path, ours)[0]["weights"]
+
+    origin, said = origin_of(tmp_path, dino(one, other), "--key", "encoder_k")
+    assert (origin["key"], origin["epoch"], origin["method"]) == ("teacher/backbone", 300, None)
+    origin, said = origin_of(tmp_path, moco(one, other), "--key", "encoder_k")
+    assert origin["key"] == "module.momentum_encoder"
+    assert said[-1].endswith("module.momentum_encoder of an unknown epoch")
+    assert origin_of(tmp_path, one)[0]["key"] == "the only one of its file"
+
+
+def test_what_was_taken_from_a_run_keeps_its_name(tmp_path):
+    (_, one) = fresh("vit_small")
+    entry = {"method": "byol", "key": "encoder_k", "epoch": 7, "step": 9}
+    entry["data"] = {"digest": "d", "images": {"train": 3, "odd": "x"}}
+    probe = {"model": prefixed("encoder.", one), "epoch": 99, "provenance": entry}
+    expected = {"method": "byol", "key": "encoder_k", "epoch": 7, "step": 9}
+    expected["data"] = {"digest": "d", "images": {"train": 3}}
+    assert origin_of(tmp_path, probe)[0].items() >= expected.items()
+    exported = (one, {"provenance": json.dumps(entry)})
+    found, _ = origin_of(tmp_path, exported, name="e.safetensors")
+    assert found.items() >= expected.items()
+    damaged = (one, {"provenance": "{"})
+    assert origin_of(tmp_path, damaged, name="e.safetensors")[0]["epoch"] is None
+
+
+@pytest.mark.parametrize("entry", [3, [], {"method": 3, "key": 4, "epoch": "x", "data": []}])
+def test_provenance_of_another_kind_is_left_out(tmp_path, entry):
+    (_, one) = fresh("vit_small")
+    state = {"model": prefixed("encoder.", one), "provenance": entry, "config": 3, "step": True}
+    origin, _ = origin_of(tmp_path, state)
+    assert (origin["method"], origin["key"]) == (None, "encoder")
+    assert (origin["epoch"], origin["step"]) == (None, None)

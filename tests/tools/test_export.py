@@ -68,6 +68,9 @@ def test_timm_reads_it_and_gives_the_same_features(tmp_path, monkeypatch, capsys
         metadata = file.metadata()
     assert (metadata["method"], metadata["encoder"], metadata["key"]) == ("synco", name, "encoder")
     assert json.loads(metadata["image_mean"])[0] == 0.485
+    entry = json.loads(metadata["provenance"])
+    assert (entry["method"], entry["encoder"], entry["key"]) == ("synco", name, "encoder")
+    assert entry["checkpoint"] == str(tmp_path / "c.pth") and len(entry["weights"]) == 64
     # and the evaluations read it again
     copy = create_encoder(name, size).eval()
     assert "timm" in load_encoder_weights(copy, str(out))
@@ -103,7 +106,9 @@ def test_the_momentum_encoder_and_a_backbone_of_timm(tmp_path, monkeypatch, caps
 def test_pth_has_the_published_names(tmp_path, monkeypatch, name):
     encoder, _ = checkpoint(tmp_path / "c.pth", name)
     export(monkeypatch, name, tmp_path / "c.pth", tmp_path / "e.pth", "--format", "pth")
-    weights = torch.load(tmp_path / "e.pth", weights_only=True)["model"]
+    written = torch.load(tmp_path / "e.pth", weights_only=True)
+    weights = written["model"]
+    assert written["provenance"]["method"] == "synco" and written["provenance"]["seconds"] > 0
     published = reference("state_dict.json")[name]["parameters"]
     assert {key: list(value.shape) for key, value in weights.items()} == published
     copy, _ = fresh(name, 5)
@@ -125,7 +130,8 @@ def test_onnx_of_any_batch_gives_the_same_features(tmp_path, monkeypatch, name, 
         with torch.no_grad():
             expected = encoder(images)
         torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-5, atol=1e-5)
-    assert session.get_modelmeta().custom_metadata_map["encoder"] == name
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["encoder"] == json.loads(metadata["provenance"])["encoder"] == name
 
 
 def test_mistakes(tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callab
     """The update of main_pretrain.py, without its data and its logging, in a process group."""
     device = torch.device(args.device)
     config = load_config(str(Path(__file__).parents[2] / "configs/synco_vit_small.yaml"))
-    run = Run("", device, Precision(level, device), logging.getLogger())
+    run = Run("", device, Precision(level, device), logging.getLogger(), config)
     method = synchronize_batch_norm(method, device)
     choose_attention(method, run.precision)
     optimizer = build_optimizer(config, method, scaled_rates(config, args.batch).base)
