@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from yacs.config import CfgNode
 
 from logger import create_logger
 from utils.agreement import check_agreement, code_facts, configuration_facts
 from utils.config import run_folder, to_json, with_values
-from utils.distributed import init_process_group, lost_peer, rank, world_size
+from utils.distributed import (
+    init_process_group,
+    leave_group,
+    lost_peer,
+    rank,
+    say_goodbye,
+    world_size,
+)
 from utils.errors import UserError
 from utils.update import Precision
 
@@ -104,7 +110,7 @@ def run_script(main: Callable[[], None]) -> None:
         # the error of a data worker comes wrapped in its traceback
         _fail(str(error).rsplit("UserError: ", 1)[-1].strip())
     except SystemExit:
-        _leave_group()
+        leave_group()
         raise
     except Exception as error:
         if world_size() == 1:
@@ -114,19 +120,15 @@ def run_script(main: Callable[[], None]) -> None:
             _fail(f"another process of the group died, or did not answer in time ({reason})")
         traceback.print_exc()
         _fail(f"process {rank()} of the group failed: {type(error).__name__}")
-    _leave_group()
+    leave_group()
 
 
 def _fail(message: str) -> None:
     """Say why, and end without waiting for peers that may be inside a collective."""
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    say_goodbye()
     os._exit(1)
-
-
-def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # parameters of mallopt in <malloc.h> of the GNU C library
