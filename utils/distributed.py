@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# how many tasks srun or mpirun has started
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 _peers: "Peers | None" = None  # the launcher's processes
 
 
@@ -32,7 +35,15 @@ class LostPeer(RuntimeError):
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of a group."""
+    """Whether this process is one of a group: of a launcher, or of tasks of srun or mpirun.
+
+    Raises:
+        UserError: it is one of several tasks, but the first one's host cannot be known.
+    """
+    if "RANK" not in os.environ and not os.environ.keys().isdisjoint(TASKS):
+        from utils.launchers import join_tasks
+
+        join_tasks()
     return "RANK" in os.environ
 
 
@@ -114,8 +125,9 @@ def local_rank(default: int = 0) -> int:
     """Number of this process on its machine, ``default`` if no launcher says.
 
     Raises:
-        UserError: LOCAL_RANK is no number.
+        UserError: LOCAL_RANK is no number, or see ``launched``.
     """
+    launched()
     return environment_number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else default
 
 
