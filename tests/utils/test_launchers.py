@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -190,14 +191,40 @@ def test_two_tasks_of_srun_are_one_run(imagenet, tmp_path):
     assert finished(tmp_path) == ["log_rank0.txt", "log_rank1.txt"]
 
 
+def slurm_runs() -> bool:
+    """Whether a SLURM takes jobs here."""
+    if not shutil.which("srun"):
+        return False
+    answer = subprocess.run(
+        ["sinfo", "-h", "-o", "%a"], capture_output=True, text=True, check=False
+    )
+    return "up" in answer.stdout
+
+
+MPIRUN = ["mpirun", "--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun here (openmpi-bin)")
-def test_two_tasks_of_mpirun_are_one_run(imagenet, tmp_path):
-    flags = ["--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
-    command = ["mpirun", *flags, "-n", "2", sys.executable, str(ROOT / "main_pretrain.py")]
+@pytest.mark.parametrize(
+    "starter",
+    [
+        pytest.param(
+            [*MPIRUN, "-n", "2"],
+            marks=pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun (openmpi-bin)"),
+            id="mpirun",
+        ),
+        pytest.param(
+            ["srun", "--ntasks=2", "--overcommit"],
+            marks=pytest.mark.skipif(not slurm_runs(), reason="no SLURM (slurm-wlm) takes jobs"),
+            id="srun",
+        ),
+    ],
+)
+def test_two_tasks_of_the_real_one_are_one_run(imagenet, tmp_path, starter):
     environment = {k: v for k, v in os.environ.items() if k not in {*RESULT, *SCHEDULERS}}
+    command = [*starter, sys.executable, ROOT / "main_pretrain.py"]
     done = subprocess.run(
-        [*command, *map(str, arguments("moby", imagenet, tmp_path))],
+        [*map(str, command), *map(str, arguments("moby", imagenet, tmp_path))],
         env=environment | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -207,3 +234,16 @@ def test_two_tasks_of_mpirun_are_one_run(imagenet, tmp_path):
     )
     assert done.returncode == 0, done.stdout
     assert finished(tmp_path) == ["log_rank0.txt", "log_rank1.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not slurm_runs(), reason="no SLURM (slurm-wlm) takes jobs")
+def test_a_job_script_of_the_real_slurm_starts_one_process(imagenet, tmp_path):
+    """Though its allocation is for several tasks."""
+    command = [sys.executable, ROOT / "main_pretrain.py", *arguments("moby", imagenet, tmp_path)]
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n" + shlex.join(map(str, command)) + "\n")
+    log = tmp_path / "job.txt"
+    flags = ["--wait", "--ntasks=2", "--overcommit", "--output", log]
+    done = subprocess.run(["sbatch", *map(str, flags), script], timeout=200, check=False)
+    assert done.returncode == 0 and "1 processes" in log.read_text(), log.read_text()
