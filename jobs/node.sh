@@ -21,6 +21,10 @@ if [ "$part" = copy ]; then
     ) 9> "$data/.lock"
     exit
 fi
+if [ -n "$LOCAL_DISK" ] && [ ! -e "$data/.complete" ]; then
+    echo "$data: the copy of $DATA is not complete" >&2
+    exit 1
+fi
 
 # in place of this shell, so that the scheduler's signals reach torchrun
 # shellcheck disable=SC2086

@@ -1,5 +1,5 @@
 # Runs the parts of a job on its nodes, and after a warning of the wall time starts it again.
-# Source it with "job", "nodes", "first", and the functions on_nodes and again defined.
+# Source it with "job", "nodes", "first", and the functions on_nodes, interrupt and again defined.
 # shellcheck shell=bash
 
 # shellcheck disable=SC2154
@@ -8,7 +8,7 @@ step="" requeue="" stopped=""
 # SIGTERM ends with a checkpoint; torchrun hands it to its processes
 stop() {
     stopped=yes
-    if [ -n "$step" ]; then kill -TERM "$step" 2>/dev/null || true; fi
+    if [ -n "$step" ]; then interrupt "$step" 2>/dev/null || true; fi
 }
 
 run() {
@@ -26,7 +26,7 @@ run() {
             wait "$step" || code=$?  # ends early at a signal
         done
     done
-    if [ -n "$requeue" ] && [ "$code" -ne 0 ]; then
+    if [ -n "$requeue" ]; then
         echo "the wall time is nearly over: the job is queued again"
         again
         exit 0

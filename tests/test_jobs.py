@@ -16,26 +16,35 @@ from helpers import ROOT, TINY, free_port
 SCRIPTS = sorted((ROOT / "jobs").iterdir())
 NODES = 2
 
-# each starts one process a node and hands SIGTERM on, as the scheduler's own does
+# each starts one process a node; SIGTERM ends them as the scheduler's own does
 START = """#!/usr/bin/env bash
 {shift}
-trap 'kill -TERM $(jobs -p)' TERM
 for node in 0 1; do {variable}=$node "$@" & done
+jobs -p > "$QUEUE.tasks"
+trap '{stop}' TERM
 code=0
 for job in $(jobs -p); do
     while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done
 done
-exit $code
+exit {code}
 """
 COMMANDS = {
     "srun": START.format(
-        shift='while [ "${1#--}" != "$1" ]; do shift; done', variable="SLURM_NODEID"
+        shift='while [ "${1#--}" != "$1" ]; do shift; done',
+        variable="SLURM_NODEID",
+        stop="kill -KILL $(jobs -p)",
+        code="$code",
     ),
-    # a node's daemon starts the command without the variables of the job's shell
+    # A node's daemon starts the command without the variables of the job's shell. What it returns
+    # is not handed on, and the tasks are not waited for after a signal.
     "pbsdsh": START.format(
         shift='[ "$1" = -- ] && shift\nset -- env -i PATH="$PATH" HOME="$HOME" "$@"',
         variable="PBS_NODENUM",
+        stop="kill -TERM $(jobs -p); sleep 0.1; kill -KILL $(jobs -p); exit 1",
+        code="0",
     ),
+    # signals the tasks, not the job's shell
+    "scancel": '#!/usr/bin/env bash\nkill "-${1#--signal=}" $(cat "$QUEUE.tasks")\n',
     "scontrol": """#!/usr/bin/env bash
 if [ "$1" = show ]; then echo localhost; echo localhost; else echo "$@" >> "$QUEUE"; fi
 """,
@@ -219,7 +228,7 @@ def test_pbs_job_counts_its_wall_time(job, tmp_path):
 
 # notes how it was started, then waits for SIGTERM as a run that saves; or copies for ever
 TORCHRUN = """#!/usr/bin/env bash
-trap 'exit 75' TERM
+trap 'sleep 1; echo >> "$QUEUE.saved"; exit 75' TERM
 printf '%s\\0' "$@" TAG="$TAG" FLAGS="$FLAGS" >> "$QUEUE.runs"
 echo >> "$QUEUE.runs"
 touch "$QUEUE.training"
@@ -272,6 +281,7 @@ def test_pbs_hands_on_what_the_job_was_submitted_with(job, copy_of_jobs, tmp_pat
     succeeds(again, tmp_path)
     first, *others = runs(tmp_path)
     assert len(others) == 3 and all(x == first for x in others)  # two nodes, twice
+    assert (tmp_path / "queue.saved").read_text() == 4 * "\n"
     assert "TAG=second" in first and first[first.index("--tag") + 1] == "second"
     assert "[0.1," in " ".join(first)
 
@@ -290,6 +300,7 @@ def test_slurm_keeps_what_the_job_was_submitted_with(job, copy_of_jobs, tmp_path
         (tmp_path / "queue.training").unlink()
     first, *others = runs(tmp_path)
     assert len(others) == 3 and all(x == first for x in others)
+    assert (tmp_path / "queue.saved").read_text() == 4 * "\n"
     assert first[first.index("--tag") + 1] == "second"
 
 
