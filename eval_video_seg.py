@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from models.patch_features import STRIDE, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.config import run_folder
-from utils.distributed import rank, world_size
+from utils.distributed import all_gather_objects, rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance
 from utils.run import Run, run_script, start, write_results
@@ -82,8 +81,7 @@ def main() -> None:
         own[video.name] = segment(video, encoder, run, args)
         for name, scores in own[video.name].items():
             run.logger.info("%s: J %.4f F %.4f", name, scores["J-Mean"], scores["F-Mean"])
-    gathered = [own] * world_size()
-    dist.all_gather_object(gathered, own)
+    gathered = all_gather_objects(own)
     if rank() == 0:
         scored = {name: scores for part in gathered for name, scores in part.items()}
         per_object = {k: v for video in videos for k, v in scored[video.name].items()}

@@ -18,7 +18,13 @@ from data.augmentation import MEAN, STD, view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
 from data.source import FileSource, ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
-from utils.distributed import local_world_size, rank, world_size
+from utils.distributed import (
+    local_world_size,
+    on_first_process,
+    rank,
+    wait_for_all,
+    world_size,
+)
 from utils.errors import UserError
 from utils.progress import EpochSize, images_per_update
 from utils.seed import derive_seed
@@ -128,12 +134,18 @@ def build_source(
     data = config.DATA
     if data.DATASET == "imagenet":
         cache = (cache_mode or data.CACHE_MODE, rank(), world_size())
-        return open_source(data.DATA_PATH, split, data.ZIP_MODE, *cache)
-    split = "test" if split == "val" else split
-    if download and rank() == 0:
-        open_transfer_set(data.DATASET, data.DATA_PATH, split, download=True)
-    dist.barrier()
-    return open_transfer_set(data.DATASET, data.DATA_PATH, split)
+        source: ImageSource = open_source(data.DATA_PATH, split, data.ZIP_MODE, *cache)
+    else:
+        split = "test" if split == "val" else split
+
+        def fetch() -> None:
+            open_transfer_set(data.DATASET, data.DATA_PATH, split, download=True)
+
+        if download:
+            on_first_process(fetch)
+        source = open_transfer_set(data.DATASET, data.DATA_PATH, split)
+    wait_for_all()  # listing, and filling a cache, may take minutes more on one machine
+    return source
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:

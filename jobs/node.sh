@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The part of a job on one node: copies the data if asked, then trains with the other nodes.
-# Usage: jobs/node.sh JOB NODES FIRST_NODE
+# A part of a job on one node: copies the data to its own disk, or trains with the other nodes.
+# Usage: jobs/node.sh copy|train JOB NODES FIRST_NODE
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source jobs/settings.sh
-job=$1 nodes=$2 first=$3
+part=$1 job=$2 nodes=$3 first=$4
 
 data=$DATA
 if [ -n "$LOCAL_DISK" ]; then
     data=$LOCAL_DISK/$(basename "$DATA")
+fi
+if [ "$part" = copy ]; then
     mkdir -p "$data"
     (
         flock 9  # jobs that share the disk wait for the first one's copy
@@ -17,6 +19,11 @@ if [ -n "$LOCAL_DISK" ]; then
             touch "$data/.complete"
         fi
     ) 9> "$data/.lock"
+    exit
+fi
+if [ -n "$LOCAL_DISK" ] && [ ! -e "$data/.complete" ]; then
+    echo "$data: the copy of $DATA is not complete" >&2
+    exit 1
 fi
 
 # in place of this shell, so that the scheduler's signals reach torchrun

@@ -1,26 +1,32 @@
 # Runs the parts of a job on its nodes, and after a warning of the wall time starts it again.
-# Source it with "job", "nodes", "first", and the functions on_nodes and again defined.
+# Source it with "job", "nodes", "first", and the functions on_nodes, interrupt and again defined.
 # shellcheck shell=bash
 
 # shellcheck disable=SC2154
-step="" requeue=""
+step="" requeue="" stopped=""
 
 # SIGTERM ends with a checkpoint; torchrun hands it to its processes
 stop() {
-    if [ -n "$step" ]; then kill -TERM "$step" 2>/dev/null || true; fi
+    stopped=yes
+    if [ -n "$step" ]; then interrupt "$step" 2>/dev/null || true; fi
 }
 
 run() {
     trap 'requeue=yes; stop' USR1
     trap stop TERM
-    on_nodes bash jobs/node.sh "$job" "$nodes" "$first" &
-    step=$!
-    local code=0
-    while kill -0 "$step" 2>/dev/null; do
-        code=0
-        wait "$step" || code=$?  # ends early at a signal
+    local code=0 part
+    # no node starts to train before all have copied: torchrun waits for a minute only
+    for part in ${LOCAL_DISK:+copy} train; do
+        if [ -n "$stopped" ]; then code=75; fi
+        if [ "$code" -ne 0 ]; then break; fi
+        on_nodes bash jobs/node.sh "$part" "$job" "$nodes" "$first" &
+        step=$!
+        while kill -0 "$step" 2>/dev/null; do
+            code=0
+            wait "$step" || code=$?  # ends early at a signal
+        done
     done
-    if [ -n "$requeue" ] && [ "$code" -ne 0 ]; then
+    if [ -n "$requeue" ]; then
         echo "the wall time is nearly over: the job is queued again"
         again
         exit 0

@@ -13,14 +13,13 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import main_pretrain
 from models import build_method
 from models.encoder import create_encoder
 from optimizer import build_optimizer
 from utils.config import load_config
-from utils.distributed import data_parallel
+from utils.distributed import data_parallel, init_process_group, leave_group
 from utils.update import Precision, Update
 
 ROOT = Path(__file__).parent.parent
@@ -99,17 +98,22 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def spawn(function, processes: int, *arguments) -> None:
+def spawn(function, processes: int, *arguments, timeout: float = 60) -> None:
     """Run ``function(rank, *arguments)`` in a gloo group of processes."""
-    store = Path(arguments[0]) / f"store_{function.__name__}"
-    torch.multiprocessing.spawn(_join, (function, processes, str(store), arguments), processes)
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
+    place["MASTER_PORT"] = str(free_port())
+    ready = torch.multiprocessing.get_context("spawn").Barrier(processes)
+    given = (function, place, ready, timeout, arguments)
+    torch.multiprocessing.spawn(_join, given, processes)
 
 
-def _join(rank: int, function, processes: int, store: str, arguments) -> None:
+def _join(rank: int, function, place: dict, ready, timeout: float, arguments) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=processes)
+    ready.wait()  # imports may take longer than a short timeout
+    os.environ |= place | {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+    init_process_group(rank, timeout)
     function(rank, *arguments)
-    dist.destroy_process_group()
+    leave_group()
 
 
 def arguments(method: str, imagenet, output, *opts):

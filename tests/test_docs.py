@@ -1,5 +1,7 @@
 """What the documentation says about the code."""
 
+import re
+
 from helpers import ROOT
 
 from data.transfer import markdown_table
@@ -20,3 +22,14 @@ def test_every_recipe_and_script_that_the_readme_names_exists():
     paths = {w for w in named if w.endswith((".py", ".yaml", ".md")) and "{" not in w}
     assert len(paths) > 8
     assert [p for p in sorted(paths) if not (ROOT / p).exists() and "](" not in p] == []
+
+
+def test_jobs_and_settings_of_the_documents_exist():
+    text = README + (ROOT / "docs/cluster.md").read_text()
+    jobs = set(re.findall(r"jobs/\w+\.\w+", text))
+    assert len(jobs) == 3 and all((ROOT / job).exists() for job in jobs)
+    scripts = "".join(path.read_text() for path in (ROOT / "jobs").iterdir())
+    lists = re.findall(r"(?:-v '?|--export=ALL,)([^\s']+)", text)
+    names = {item.split("=")[0] for given in lists for item in given.split(",")}
+    assert names >= {"TAG", "DATA", "LOCAL_DISK"}
+    assert [name for name in names | {"MARGIN"} if f': "${{{name}:=' not in scripts] == []

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -14,32 +16,87 @@ from helpers import ROOT, TINY, free_port
 SCRIPTS = sorted((ROOT / "jobs").iterdir())
 NODES = 2
 
-# each starts one process a node and hands SIGTERM on, as the scheduler's own does
+# each starts one process a node; SIGTERM ends them as the scheduler's own does
 START = """#!/usr/bin/env bash
 {shift}
-trap 'kill -TERM $(jobs -p)' TERM
 for node in 0 1; do {variable}=$node "$@" & done
+jobs -p > "$QUEUE.tasks"
+trap '{stop}' TERM
 code=0
 for job in $(jobs -p); do
     while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done
 done
-exit $code
+exit {code}
 """
 COMMANDS = {
     "srun": START.format(
-        shift='while [ "${1#--}" != "$1" ]; do shift; done', variable="SLURM_NODEID"
+        shift='while [ "${1#--}" != "$1" ]; do shift; done',
+        variable="SLURM_NODEID",
+        stop="kill -KILL $(jobs -p)",
+        code="$code",
     ),
-    # a node's daemon starts the command without the variables of the job's shell
+    # A node's daemon starts the command without the variables of the job's shell. What it returns
+    # is not handed on, and the tasks are not waited for after a signal.
     "pbsdsh": START.format(
         shift='[ "$1" = -- ] && shift\nset -- env -i PATH="$PATH" HOME="$HOME" "$@"',
         variable="PBS_NODENUM",
+        stop="kill -TERM $(jobs -p); sleep 0.1; kill -KILL $(jobs -p); exit 1",
+        code="0",
     ),
+    # signals the tasks, not the job's shell
+    "scancel": '#!/usr/bin/env bash\nkill "-${1#--signal=}" $(cat "$QUEUE.tasks")\n',
     "scontrol": """#!/usr/bin/env bash
 if [ "$1" = show ]; then echo localhost; echo localhost; else echo "$@" >> "$QUEUE"; fi
 """,
-    "qsub": '#!/usr/bin/env bash\necho "$@" >> "$QUEUE"\n',
+    # takes the values of variables that have only a name from its environment, as PBS Pro does
+    "qsub": """#!/usr/bin/env python3
+import json, os, sys
+words = sys.argv[1:]
+options = [words[i : i + 2] for i in range(0, len(words) - 1, 2)]
+names = next((value.split(",") for option, value in options if option == "-v"), [])
+values = {name: os.environ[name] for name in names}
+with open(os.environ["QUEUE"], "a") as file:
+    print(json.dumps({"options": options, "script": words[-1], "variables": values}), file=file)
+""",
     "cp": '#!/usr/bin/env bash\necho "$@" >> "$QUEUE.copies"\nsleep 1\nexec /bin/cp "$@"\n',
-    "qstat": '#!/usr/bin/env bash\necho "    Resource_List.walltime = $WALL_TIME"\n',
+    "qstat": "#!/usr/bin/env bash\nprintf '%s\\n' \"$QSTAT\"\n",
+}
+
+
+SELECT = "4:ncpus=32:ngpus=4:mpiprocs=1:mem=200gb:cpu_type=rome:network=ib0:scratch=1tb"
+
+
+def qstat(wall_time: str = "24:00:00", **variables: str) -> str:
+    """What ``qstat -f`` of PBS Pro says: it wraps long lines, and begins the rest with a tab."""
+    listed = {"PBS_O_HOME": "/home/user", "PBS_O_QUEUE": "workq"} | variables
+    listed |= {"PBS_O_WORKDIR": str(ROOT), "PBS_O_HOST": "login1.cluster"}
+    lines = [
+        "Job Id: 7.server",
+        "    Job_Name = second-part",
+        "    Job_Owner = user@login1.cluster",
+        "    job_state = R",
+        "    queue = workq",
+        "    Account_Name = lab-42",
+        "    Error_Path = login1.cluster:/home/user/synco/second-part.e7",
+        "    Resource_List.ncpus = 128",
+        "    Resource_List.ngpus = 16",
+        "    Resource_List.nodect = 4",
+        "    Resource_List.place = scatter:excl",
+        f"    Resource_List.select = {SELECT}",
+        f"    Resource_List.walltime = {wall_time}",
+        "    Variable_List = " + ",".join(f"{name}={value}" for name, value in listed.items()),
+        "    project = _pbs_project_default",
+        "    Submit_arguments = -N second-part jobs/pretrain.pbs",
+    ]
+    return "\n".join("\n\t".join(textwrap.wrap(x, 79, **WHOLE)) for x in lines) + "\n"
+
+
+# also within a word, and with the spaces that are there
+WHOLE = {
+    "break_on_hyphens": False,
+    "drop_whitespace": False,
+    "replace_whitespace": False,
+    "subsequent_indent": "",
 }
 
 
@@ -57,7 +114,7 @@ def test_scripts_are_sound(script):
 def job(imagenet, tmp_path):
     """Start a job on two "nodes" of one process each: ``job(script, *opts, **variables)``."""
     commands = tmp_path / "bin"
-    commands.mkdir()
+    commands.mkdir(exist_ok=True)
     for name, text in COMMANDS.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
@@ -82,7 +139,7 @@ def job(imagenet, tmp_path):
             "PBS_O_WORKDIR": str(ROOT),
             "PBS_JOBID": "7.server",
             "PBS_NODEFILE": str(tmp_path / "nodes"),
-            "WALL_TIME": "24:00:00",
+            "QSTAT": qstat(),
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             environment.pop(name, None)
@@ -163,7 +220,98 @@ def test_slurms_warning_queues_the_job_again_and_it_goes_on(job, tmp_path):
 @pytest.mark.slow
 def test_pbs_job_counts_its_wall_time(job, tmp_path):
     long = ("TRAIN.EPOCHS", "2000", "MODEL.COOLDOWN_EPOCHS", "3000")
-    process = job("pretrain.pbs", *long, WALL_TIME="00:01:00", MARGIN="20")
+    process = job("pretrain.pbs", *long, QSTAT=qstat("00:01:00"), MARGIN="20")
     succeeds(process, tmp_path)
-    assert (tmp_path / "queue").read_text() == "jobs/pretrain.pbs\n"
+    assert json.loads((tmp_path / "queue").read_text())["script"] == "jobs/pretrain.pbs"
     assert (tmp_path / "out" / "run" / "default" / "checkpoint.pth").exists()
+
+
+# notes how it was started, then waits for SIGTERM as a run that saves; or copies for ever
+TORCHRUN = """#!/usr/bin/env bash
+trap 'sleep 1; echo >> "$QUEUE.saved"; exit 75' TERM
+printf '%s\\0' "$@" TAG="$TAG" FLAGS="$FLAGS" >> "$QUEUE.runs"
+echo >> "$QUEUE.runs"
+touch "$QUEUE.training"
+while true; do sleep 0.1; done
+"""
+
+
+@pytest.fixture
+def copy_of_jobs(tmp_path) -> Path:
+    """A checkout without an environment of its own, where ``torchrun`` is the one above."""
+    checkout = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "jobs", checkout / "jobs")
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin" / "torchrun").write_text(TORCHRUN)
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    return checkout
+
+
+def runs(folder: Path) -> list[list[str]]:
+    """The words of each start of torchrun, and the settings after them."""
+    return [x.split("\0")[:-1] for x in (folder / "queue.runs").read_text().splitlines()]
+
+
+def test_pbs_hands_on_what_the_job_was_submitted_with(job, copy_of_jobs, tmp_path):
+    """Also variables whose values have spaces, commas and quotes."""
+    given = {
+        "TAG": "second",
+        "FLAGS": "--opts MODEL.ALPHA '[0.1, 0.2]' TAG=no,HOME=x",
+        "MARGIN": "20",
+    }
+    given |= {"NCCL_DEBUG": "INFO", "EMPTY": "", "MASTER_PORT": "29511"}
+    places = {"PBS_O_WORKDIR": str(copy_of_jobs), "PBS_O_QUEUE": "routing"}
+    process = job("pretrain.pbs", QSTAT=qstat("00:00:22", **given), **given, **places)
+    succeeds(process, tmp_path)
+    entry = json.loads((tmp_path / "queue").read_text())
+    assert entry["options"][:-1] == [
+        ["-N", "second-part"],
+        ["-q", "routing"],
+        ["-A", "lab-42"],
+        ["-l", f"select={SELECT}"],
+        ["-l", "place=scatter:excl"],
+        ["-l", "walltime=00:00:22"],
+    ]
+    # HOME is a variable too, and as it was
+    assert entry["variables"] == given | {"HOME": os.environ["HOME"]}
+    assert entry["script"] == "jobs/pretrain.pbs"
+
+    handed_on = given | entry["variables"]
+    again = job("pretrain.pbs", QSTAT=qstat("00:00:22", **handed_on), **handed_on, **places)
+    succeeds(again, tmp_path)
+    first, *others = runs(tmp_path)
+    assert len(others) == 3 and all(x == first for x in others)  # two nodes, twice
+    assert (tmp_path / "queue.saved").read_text() == 4 * "\n"
+    assert "TAG=second" in first and first[first.index("--tag") + 1] == "second"
+    assert "[0.1," in " ".join(first)
+
+
+def test_slurm_keeps_what_the_job_was_submitted_with(job, copy_of_jobs, tmp_path):
+    """scontrol requeue names the job: script, options and environment stay with the server."""
+    given = {"TAG": "second", "FLAGS": "--opts MODEL.ALPHA [0.1,0.2]"}
+    given |= {"SLURM_SUBMIT_DIR": str(copy_of_jobs), "MASTER_PORT": "29511"}
+    for part in (1, 2):
+        process = job("pretrain.slurm", **given)
+        wait_for((tmp_path / "queue.training").exists, process, tmp_path)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR1)
+        succeeds(process, tmp_path)
+        assert (tmp_path / "queue").read_text() == "requeue 7\n" * part
+        (tmp_path / "queue.training").unlink()
+    first, *others = runs(tmp_path)
+    assert len(others) == 3 and all(x == first for x in others)
+    assert (tmp_path / "queue.saved").read_text() == 4 * "\n"
+    assert first[first.index("--tag") + 1] == "second"
+
+
+@pytest.mark.parametrize("script", ["pretrain.slurm", "pretrain.pbs"])
+def test_no_node_trains_before_all_have_copied(job, copy_of_jobs, tmp_path, script):
+    """And a wall time that ends meanwhile queues the job again."""
+    (tmp_path / "bin" / "cp").write_text('#!/bin/bash\ntouch "$QUEUE.copies"\nsleep 60\n')
+    places = {"SLURM_SUBMIT_DIR": str(copy_of_jobs), "PBS_O_WORKDIR": str(copy_of_jobs)}
+    process = job(script, LOCAL_DISK=str(tmp_path / "disk"), **places)
+    wait_for((tmp_path / "queue.copies").exists, process, tmp_path)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGUSR1)
+    succeeds(process, tmp_path)
+    assert (tmp_path / "queue").exists() and not (tmp_path / "queue.runs").exists()

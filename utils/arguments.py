@@ -1,13 +1,13 @@
 """The command line that all scripts share, and its way into the configuration."""
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import NoReturn
 
 from yacs.config import CfgNode
 
 from utils.config import check_ranges, load_config, with_values
+from utils.distributed import local_rank
 from utils.errors import UserError
 
 
@@ -32,7 +32,8 @@ def parse_arguments(
         the parsed flags, and the configuration with the flags written into it, frozen.
 
     Raises:
-        UserError: unknown flag, missing file, unknown key or value of the wrong type.
+        UserError: unknown flag, missing file, unknown key or value of the wrong type;
+            LOCAL_RANK is no number.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     # fmt: off
@@ -66,7 +67,7 @@ def parse_arguments(
     given = {
         k: v for k, v in vars(args).items() if k.isupper() and v is not None and v is not False
     }
-    given["LOCAL_RANK"] = int(os.environ.get("LOCAL_RANK", args.local_rank or 0))
+    given["LOCAL_RANK"] = local_rank(args.local_rank or 0)
     config = with_values(load_config(args.cfg, args.opts), given)
     check_ranges(config)
     return args, config

@@ -1,10 +1,10 @@
 """The process group: nccl on GPUs, gloo on the CPU, one process without a launcher."""
 
-import datetime
 import inspect
 import os
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,48 @@ try:
 except ImportError:
     gather = dist.all_gather
 
+if TYPE_CHECKING:
+    from utils.group import Peers
+
 T = TypeVar("T")
+
+# how many tasks srun or mpirun has started
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+_peers: "Peers | None" = None  # the launcher's processes
+
+
+class LostPeer(RuntimeError):
+    """Another process of the group has died."""
+
+
+def launched() -> bool:
+    """Whether this process is one of a group: of a launcher, or of tasks of srun or mpirun.
+
+    Raises:
+        UserError: it is one of several tasks, but the first one's host cannot be known.
+    """
+    if "RANK" not in os.environ and not os.environ.keys().isdisjoint(TASKS):
+        from utils.launchers import join_tasks
+
+        join_tasks()
+    return "RANK" in os.environ
+
+
+def environment_number(name: str, least: int, most: int = 2**31 - 1) -> int:
+    """The whole number of the environment variable ``name``.
+
+    Raises:
+        UserError: it is not set, no number or out of range.
+    """
+    text = os.environ.get(name, "")
+    if not text:
+        raise UserError(f"{name} is not set: start by torchrun, which sets it")
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise UserError(f"{name} is {text!r}, which is no whole number")
+    if not least <= int(text) <= most:
+        raise UserError(f"{name} is {text}, but it must lie between {least} and {most}")
+    return int(text)
 
 
 def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
@@ -28,26 +69,46 @@ def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
     Args:
         local_rank: number of the GPU.
         timeout: seconds until waiting for another process is an error.
+
+    Raises:
+        UserError: the group cannot form, or there is no such GPU.
     """
+    global _peers
     # nccl: end the process when a peer is gone, rather than wait for ever
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"LOCAL_RANK is {local_rank}, but this process sees {gpus} GPUs")
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        wait = datetime.timedelta(seconds=timeout)
-        store, number, processes = next(dist.rendezvous("env://", timeout=wait))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # each machine counts its own restarts
-            # the launcher's store outlives a restart, with the addresses of the dead processes
-            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"restart_{restart}", store)
-        options = {"store": store, "rank": number, "world_size": processes, "timeout": wait}
-        dist.init_process_group(backend, **options)
+    if launched():
+        from utils.group import Peers, read_place
+
+        place = read_place()
+        _peers = Peers(place, timeout)
+        _peers.init_collectives(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def leave_group() -> None:
+    """End this process's part of the group; the first waits for the others."""
+    global _peers
+    if _peers:
+        _peers.leave()
+        _peers = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def say_goodbye() -> None:
+    """Tell the others that this process ends at once, so that none waits for it."""
+    if _peers:
+        _peers.say_goodbye()
 
 
 def rank() -> int:
@@ -60,44 +121,56 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank(default: int = 0) -> int:
+    """Number of this process on its machine, ``default`` if no launcher says.
+
+    Raises:
+        UserError: LOCAL_RANK is no number, or see ``launched``.
+    """
+    launched()
+    return environment_number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else default
+
+
 def local_world_size() -> int:
     """Number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return environment_number("LOCAL_WORLD_SIZE", 1)
+    return world_size()
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """``value`` of each process in the order of ranks; pickle must be able to take it."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
+    """``value`` of each process in the order of ranks; pickle must be able to take it.
+
+    Each process may come late: the others wait as long as it lives, whatever DIST_TIMEOUT is.
+
+    Raises:
+        LostPeer: a process that is waited for has died.
+    """
+    return _peers.gather(value) if _peers else [value]
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here, as ``all_gather_objects`` waits."""
+    all_gather_objects(None)
 
 
 def on_first_process(function: Callable[[], T]) -> T:
     """Call ``function`` on the first process only, and return its result on every process.
 
+    It may take long: the others wait as long as the first lives, whatever DIST_TIMEOUT is.
+
     Raises:
         UserError: on every process, if ``function`` raises it.
+        LostPeer: a process that is waited for has died.
     """
-    box: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = function()
-        except UserError as raised:
-            box[1] = str(raised)
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    result, error = box
-    if error is not None:
-        raise UserError(error)
-    return result
+    return _peers.call_on_first(function) if _peers else function()
 
 
 def lost_peer(error: BaseException | None) -> bool:
     """Whether ``error`` says that another process of the group died or does not answer."""
     text = str(error).lower()
     known = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out")
-    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or (
+    return isinstance(error, (LostPeer, dist.DistError)) or (
         world_size() > 1 and isinstance(error, RuntimeError) and any(k in text for k in known)
     )
 

@@ -12,14 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from yacs.config import CfgNode
 
 from logger import create_logger
 from utils.agreement import check_agreement, code_facts, configuration_facts
 from utils.checkpoint import replacing
 from utils.config import run_folder, to_json, with_values
-from utils.distributed import init_process_group, lost_peer, on_first_process, rank, world_size
+from utils.distributed import (
+    init_process_group,
+    leave_group,
+    lost_peer,
+    on_first_process,
+    rank,
+    say_goodbye,
+    world_size,
+)
 from utils.errors import UserError
 from utils.lock import lock_folder
 from utils.provenance import moment
@@ -143,7 +150,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except SystemExit:
-        _leave_group()
+        leave_group()
         raise
     except Exception as error:
         if reason := fault(error):
@@ -152,7 +159,7 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         _fail(f"process {rank()} of the group failed: {type(error).__name__}")
-    _leave_group()
+    leave_group()
 
 
 def fault(error: Exception) -> str | None:
@@ -176,12 +183,8 @@ def _fail(message: str) -> None:
     """Say why, and end without waiting for peers that may be inside a collective."""
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    say_goodbye()
     os._exit(1)
-
-
-def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # parameters of mallopt in <malloc.h> of the GNU C library

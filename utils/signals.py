@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -155,8 +155,15 @@ def let_workers_die_quietly() -> None:
 def _start_shielded(start: Callable[[int], None] | None, worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _unless_process_ended
     if start:
         start(worker)
+
+
+def _unless_process_ended(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print no traceback of the thread that hands batches over, when their process was killed."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_workers() -> None:

@@ -1,0 +1,216 @@
+"""Groups that cannot form end in one line; processes wait for each other as long as they live."""
+
+import datetime
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+from helpers import ROOT, arguments, free_port, spawn
+
+from utils.distributed import all_gather_objects, on_first_process, rank, wait_for_all
+from utils.errors import UserError
+from utils.group import Peers, Place, read_place
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set the launcher's variables: ``environment(RANK="1", ...)``."""
+
+    def set_all(**values: str) -> None:
+        for name, value in (PLACE | values).items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "2", "RANK is 2, but it must lie between 0 and 1"),
+        ("RANK", "-1", "RANK is -1, but it must lie between 0 and 1"),
+        ("RANK", "one", "RANK is 'one', which is no whole number"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', which is no whole number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE is 0, but it must lie between 1 and"),
+        ("WORLD_SIZE", "", "WORLD_SIZE is not set: start by torchrun"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is not set: start by torchrun"),
+        ("MASTER_ADDR", "no.such.host.invalid", "MASTER_ADDR is no.such.host.invalid: no such"),
+        ("MASTER_ADDR", "a" * 70, "no such host"),  # longer than a name may be
+        ("MASTER_PORT", "", "MASTER_PORT is not set"),
+        ("MASTER_PORT", "70000", "MASTER_PORT is 70000, but it must lie between 1 and 65535"),
+        ("MASTER_PORT", "1e3", "MASTER_PORT is '1e3', which is no whole number"),
+    ],
+)
+def test_a_wrong_variable_is_named_with_its_value(environment, name, value, message):
+    environment(**{name: value})
+    with pytest.raises(UserError, match=message):
+        read_place()
+
+
+def test_what_the_launcher_says(environment):
+    environment()
+    assert read_place() == Place(1, 2, "localhost", 29500)
+
+
+def test_a_port_in_use_is_named(environment):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        environment(RANK="0", MASTER_PORT=str(port))
+        with pytest.raises(UserError, match=f"MASTER_PORT is {port}: another program uses"):
+            Peers(Place(0, 2, "localhost", port), timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("listening", "message"), [(False, "nothing listens"), (True, "does not answer")]
+)
+def test_a_first_process_that_is_not_there(environment, listening, message):
+    """Also if some other program listens there, and says nothing."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        port = other.getsockname()[1]
+        if listening:
+            other.listen()
+        environment(MASTER_PORT=str(port))
+        started = time.monotonic()
+        with pytest.raises(UserError) as error:
+            Peers(Place(1, 2, "localhost", port), timeout=1)
+    assert time.monotonic() - started < 5
+    assert f"RANK is 1, WORLD_SIZE 2, MASTER_ADDR localhost, MASTER_PORT {port}" in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_script_ends_in_one_line(imagenet, tmp_path):
+    command = [sys.executable, ROOT / "main_pretrain.py", *arguments("moby", imagenet, tmp_path)]
+    for changed, message in (
+        ({"RANK": "7"}, "RANK is 7, but it must lie between 0 and 1"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is no whole number"),
+        ({}, "nothing listens there for 2 s)"),
+    ):
+        done = subprocess.run(
+            [*map(str, command), "DIST_TIMEOUT", "2"],
+            env=os.environ | PLACE | {"MASTER_PORT": str(free_port())} | changed,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_a_dead_groups_name_is_passed_over(environment):
+    """The launcher's store outlives a restart. The second process comes before the first."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store.set("group", "dead")
+    store.add("dead/beat/0", 5)
+    environment(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    names = []
+
+    def second() -> None:
+        names.append(Peers._living_group(store.clone(), timeout=20))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    time.sleep(1)
+    first = Peers(Place(0, 1, "localhost", store.port), timeout=5)
+    thread.join(20)
+    first.leave()
+    assert names == [store.get("group").decode()] and names != ["dead"]
+
+
+def late(_, folder: str) -> None:
+    def slow() -> int:
+        time.sleep(5)
+        return 7
+
+    assert on_first_process(slow) == 7
+    if rank() == 1:
+        time.sleep(5)
+    assert all_gather_objects(rank()) == [0, 1, 2]
+    started = time.monotonic()
+    wait_for_all()
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_waited_for_longer_than_the_timeout(tmp_path):
+    spawn(late, 3, str(tmp_path), timeout=3)
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from utils.distributed import all_gather_objects, init_process_group, on_first_process, rank
+from utils.run import run_script
+def slow():
+    print("working", flush=True)
+    time.sleep(100)
+print("ready", flush=True)
+sys.stdin.readline()
+def main():
+    init_process_group(0, timeout=4)
+    if sys.argv[2] == "first":
+        on_first_process(slow)
+    elif rank():
+        slow()
+    all_gather_objects(1)
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+@pytest.mark.parametrize("launcher", [True, False], ids=["store elsewhere", "own store"])
+@pytest.mark.parametrize("busy", ["first", "second"])
+def test_the_others_end_in_one_line_when_the_busy_one_dies(tmp_path, busy, launcher, number):
+    """With the store in the launcher, and in the first process."""
+    wait = datetime.timedelta(seconds=10)
+    port = free_port()
+    environment = PLACE | {"MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    if launcher:
+        store = dist.TCPStore("localhost", port, None, True, wait, wait_for_workers=False)
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(ROOT), busy],
+            env=os.environ | environment | {"RANK": str(number)},
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    victim = 0 if busy == "first" else 1
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:  # both at once: the timeout is short
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert processes[victim].stdout.readline() == "working\n"
+        time.sleep(1)
+        processes[victim].send_signal(number)
+        _, error = processes[1 - victim].communicate(timeout=30)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[1 - victim].returncode == 1
+    lines = [x for x in error.splitlines() if x.startswith("-c: error: ")]
+    assert len(lines) == 1 and "another process of the group died" in lines[0], error
+    assert "Traceback" not in error
+    if launcher:  # torch prints when a store of its own ends or hangs
+        assert error.count("\n") == 1 and f"process {victim} showed no sign of life" in error
+        del store
