@@ -155,9 +155,11 @@ def test_without_the_first_host_all_but_the_first_refuse(task, names):
             task(first | {names[0]: rank})
 
 
-def test_the_configuration_knows_the_place_on_the_machine(task):
+def test_the_configuration_knows_the_place_on_the_machine(task, monkeypatch):
     task({})
-    os.environ |= slurm(5, 6, 1, SLURM_NODEID="2", SLURM_STEP_TASKS_PER_NODE="2(x3)")
+    variables = slurm(5, 6, 1, SLURM_NODEID="2", SLURM_STEP_TASKS_PER_NODE="2(x3)")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     _, config = parse_arguments("", argv=["--cfg", str(ROOT / "configs/demo.yaml")])
     assert config.LOCAL_RANK == 1 and local_world_size() == 2
 
