@@ -229,8 +229,8 @@ def test_pbs_job_counts_its_wall_time(job, tmp_path):
 # notes how it was started, then waits for SIGTERM as a run that saves; or copies for ever
 TORCHRUN = """#!/usr/bin/env bash
 trap 'sleep 1; echo >> "$QUEUE.saved"; exit 75' TERM
-printf '%s\\0' "$@" TAG="$TAG" FLAGS="$FLAGS" >> "$QUEUE.runs"
-echo >> "$QUEUE.runs"
+line=$(printf '%s\\037' "$@" TAG="$TAG" FLAGS="$FLAGS")
+echo "$line" >> "$QUEUE.runs"  # at once: another node writes too
 touch "$QUEUE.training"
 while true; do sleep 0.1; done
 """
@@ -249,7 +249,7 @@ def copy_of_jobs(tmp_path) -> Path:
 
 def runs(folder: Path) -> list[list[str]]:
     """The words of each start of torchrun, and the settings after them."""
-    return [x.split("\0")[:-1] for x in (folder / "queue.runs").read_text().splitlines()]
+    return [x.split("\037")[:-1] for x in (folder / "queue.runs").read_text().splitlines()]
 
 
 def test_pbs_hands_on_what_the_job_was_submitted_with(job, copy_of_jobs, tmp_path):
@@ -293,7 +293,7 @@ def test_slurm_keeps_what_the_job_was_submitted_with(job, copy_of_jobs, tmp_path
     for part in (1, 2):
         process = job("pretrain.slurm", **given)
         wait_for((tmp_path / "queue.training").exists, process, tmp_path)
-        time.sleep(0.5)
+        time.sleep(1)
         process.send_signal(signal.SIGUSR1)
         succeeds(process, tmp_path)
         assert (tmp_path / "queue").read_text() == "requeue 7\n" * part

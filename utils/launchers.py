@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import zlib
 
 import torch
@@ -57,10 +58,16 @@ def join_tasks() -> None:
     elif not local:
         local = str(int(rank) % max(gpus, 1))
     job = " ".join(os.environ.get(name, "") for name in JOB)
-    port = 10000 + zlib.crc32(job.encode()) % 20000  # below those that the kernel lends
+    free = 10000 + zlib.crc32(job.encode()) % 20000  # below those that the kernel lends
     os.environ |= {"RANK": rank, "WORLD_SIZE": tasks, "LOCAL_RANK": local}
     os.environ |= {"LOCAL_WORLD_SIZE": here or tasks, "MASTER_ADDR": address}
-    os.environ.setdefault("MASTER_PORT", str(port))
+    port = os.environ.setdefault("MASTER_PORT", str(free))
+    # each says so, because a task that is alone by mistake would train a run of its own
+    print(
+        f"task {rank} joins {tasks} processes, the first at {address}:{port}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def first_host(hosts: str) -> str:

@@ -190,6 +190,8 @@ def test_two_tasks_of_srun_are_one_run(imagenet, tmp_path):
     ]
     texts = [task.communicate(timeout=200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], texts
+    for number, text in enumerate(texts):
+        assert f"task {number} joins 2 processes, the first at localhost:" in text
     assert finished(tmp_path) == ["log_rank0.txt", "log_rank1.txt"]
 
 
