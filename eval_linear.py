@@ -236,15 +236,18 @@ def resume(
         the place, what was achieved so far, and the checkpoint's path.
     """
     progress, judged = Progress(loader.size), Judged(identity["lr"])
-    path = checkpoint_to_resume(effective, run.folder, run.logger)
-    if not path:
-        return progress, judged, None
-    state = read_checkpoint(path, run.device)
-    other = [name for name, value in identity.items() if state.get(name) != value]
-    if other and path == effective.MODEL.RESUME:
-        raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
-    if other:
-        run.logger.warning("%s is of another %s: starting anew", path, ", ".join(other))
+    named = effective.MODEL.RESUME
+    found = checkpoint_to_resume(effective, run.folder, run.logger)
+    for path in dict.fromkeys(filter(None, (found, named))):
+        state = read_checkpoint(path, run.device)
+        other = [name for name, value in identity.items() if state.get(name) != value]
+        if not other:
+            break
+        if path == named:
+            raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
+        begin = f"from {named}" if named else "anew"
+        run.logger.warning("%s is of another %s: starting %s", path, ", ".join(other), begin)
+    else:
         return progress, judged, None
     restore_training(state, path, model, update, ("epoch", "best", "figures"))
     judged.load_state_dict(state)

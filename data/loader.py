@@ -1,6 +1,7 @@
 """The loaders of the scripts."""
 
 import argparse
+import gc
 import itertools
 import logging
 import os
@@ -256,6 +257,10 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     workers = num_workers(config)
+    # A worker shares the memory of what exists now until a full garbage collection, of an hour or
+    # so later, marks it all and so copies it. What is frozen is never marked.
+    gc.collect()
+    gc.freeze()
     loader = TrainingLoader(
         dataset,
         EpochSize(len(dataset), images_per_update(config)),

@@ -175,8 +175,8 @@ def test_resuming_changes_nothing(run_main, tinted, tmp_path, monkeypatch, opts)
     run_main(eval_linear, *arguments(tinted, straight, opts=opts))
     save = Checkpoints.save
 
-    def stop_after_two(self):
-        save(self)
+    def stop_after_two(self, signals):
+        save(self, signals)
         if self.progress.epoch == 1:
             raise KeyboardInterrupt
 
@@ -320,7 +320,8 @@ def test_eval_repeats_the_figures_and_saves_nothing(run_main, tinted, tmp_path, 
     # the weights come from the checkpoint, none are asked for
     run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", opts=opts, random=False))
     assert [(folder(tmp_path, kind) / name).read_bytes() for name in names] == before
-    evaluated = log.read_text()[len(trained) :]
+    assert log.read_text() == trained
+    evaluated = (folder(tmp_path, kind) / "eval" / "log_rank0.txt").read_text()
     lines = [line.split("INFO ")[1] for line in evaluated.splitlines() if "INFO epoch" in line]
     assert len(lines) == (2 if opts else 3)
     assert all(line in trained for line in lines)
@@ -329,9 +330,9 @@ def test_eval_repeats_the_figures_and_saves_nothing(run_main, tinted, tmp_path, 
 def test_throughput_saves_nothing(run_main, tinted, tmp_path, monkeypatch):
     monkeypatch.setattr(training_log, "THROUGHPUT_STEPS", 2)
     run_main(eval_linear, *arguments(tinted, tmp_path, "--throughput"))
-    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    log = (folder(tmp_path) / "throughput" / "log_rank0.txt").read_text()
     assert "loader: " in log and "update: " in log
-    assert not list(folder(tmp_path).glob("*.pth"))
+    assert not list(folder(tmp_path).rglob("*.pth"))
 
 
 @pytest.mark.parametrize("flags", [["--accumulation-steps", "2"], ["--amp-opt-level", "O1"]])
@@ -393,7 +394,7 @@ def test_lbfgs(run_main, tinted, tmp_path):
     assert found["best"] == {"value": 100.0, **chosen}
     assert found["last"].items() >= {"value": 100.0, "top1": 100.0, **chosen}.items()
     run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", random=False))
-    assert "top1 value 100.0000" in (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert "top1 value 100.0000" in (folder(tmp_path) / "eval" / "log_rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])

@@ -27,7 +27,7 @@ def test_one_process_trains(run_main, imagenet, tmp_path, method, encoder):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         *("checkpoint.pth", "checkpoint_previous.pth", "ckpt_epoch_1.pth"),
-        *("config.json", "log_rank0.txt", "metrics.jsonl"),
+        *("config.json", "log_rank0.txt", "metrics.jsonl", ".lock"),
     }
     log = (folder / "log_rank0.txt").read_text()
     assert log.count("Train: [") == 12 and "Train: [1/2][6/6]" in log
@@ -222,11 +222,11 @@ def test_throughput_and_eval_save_nothing(run_main, imagenet, tmp_path, monkeypa
     monkeypatch.setattr(training_log, "THROUGHPUT_STEPS", 2)
     opts = arguments("moby", imagenet, tmp_path)
     run_main(main_pretrain, "--throughput", *opts)
-    log = tmp_path / "run/default/log_rank0.txt"
-    assert "loader: " in log.read_text() and "update: " in log.read_text()
+    log = (tmp_path / "run/default/throughput/log_rank0.txt").read_text()
+    assert "loader: " in log and "update: " in log
     run_main(main_pretrain, "--eval", *opts, "DATA.BATCH_SIZE", "3")
-    assert "Eval: loss" in log.read_text()
-    assert not list((tmp_path / "run/default").glob("*.pth"))
+    assert "Eval: loss" in (tmp_path / "run/default/eval/log_rank0.txt").read_text()
+    assert not list((tmp_path / "run/default").rglob("*.pth"))
 
 
 MISTAKES = {

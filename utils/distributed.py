@@ -139,7 +139,7 @@ def local_world_size() -> int:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """``value`` of each process in the order of ranks; pickle must be able to take it.
+    """``value`` of each process in the order of ranks: numbers, text, lists and dictionaries.
 
     Each process may come late: the others wait as long as it lives, whatever DIST_TIMEOUT is.
 
@@ -157,7 +157,8 @@ def wait_for_all() -> None:
 def on_first_process(function: Callable[[], T]) -> T:
     """Call ``function`` on the first process only, and return its result on every process.
 
-    It may take long: the others wait as long as the first lives, whatever DIST_TIMEOUT is.
+    The result is None, a number, text or a list of these. The call may take long: the others wait
+    as long as the first lives, whatever DIST_TIMEOUT is.
 
     Raises:
         UserError: on every process, if ``function`` raises it.

@@ -2,8 +2,8 @@
 
 import contextlib
 import datetime
+import json
 import os
-import pickle
 import queue
 import socket
 import threading
@@ -111,7 +111,7 @@ class Peers:
         key = self._next_key()
         if self.place.rank:
             self._wait(key, 0)
-            result, error = pickle.loads(self.store.get(key))
+            result, error = json.loads(self.store.get(key))
             self.store.set(f"{key}/{self.place.rank}", "read")
         else:
             result, error = None, None
@@ -143,7 +143,7 @@ class Peers:
             values = [value]
             for other in range(1, self.place.processes):
                 self._wait(f"{key}/{other}", other)
-                values.append(pickle.loads(self.store.get(f"{key}/{other}")))
+                values.append(json.loads(self.store.get(f"{key}/{other}")))
                 self.store.delete_key(f"{key}/{other}")
             return values
 
@@ -173,7 +173,7 @@ class Peers:
         return f"call/{self._calls}"
 
     def _put(self, key: str, value: Any) -> None:
-        self.store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
+        self.store.set(key, json.dumps(value))
 
     def _wait(self, key: str, process: int) -> None:
         """Wait for ``key``, which ``process`` sets, as long as that lives and the store answers."""

@@ -71,6 +71,7 @@ def _lock_by_signs_of_life(folder: str, path: str, patience: float) -> None:
     for number in range(4 + int(patience / BEAT)):
         if not seen or unchanged == 3:  # nobody, or one who missed three signs
             _write(path, own)
+            time.sleep(BEAT)  # two beats, so that an owner who lives after all would be seen
         time.sleep(BEAT)
         now = _read(path)
         if now.get("owner") == own:  # nor has another start written it since
@@ -93,9 +94,12 @@ def _live(path: str, own: str) -> None:
 
 
 def _write(path: str, own: str) -> None:
-    # opened and closed each time, so that a network file system passes it on
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(_sign(owner=own, sign=uuid.uuid4().hex))
+    # opened and closed each time, so that a network file system passes it on; never empty
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(file, _sign(owner=own, sign=uuid.uuid4().hex).ljust(1000).encode(), 0)
+    finally:
+        os.close(file)
 
 
 def _sign(**more: str) -> str:

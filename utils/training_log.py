@@ -1,5 +1,6 @@
 """What a training run reports: lines of the log, and the same figures in metrics.jsonl."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -18,7 +19,6 @@ from yacs.config import CfgNode
 
 from utils.checkpoint import replacing
 from utils.distributed import mean_over_processes, on_first_process, rank
-from utils.errors import UserError
 from utils.progress import EpochSize, Progress
 from utils.run import Run
 from utils.update import Result
@@ -231,7 +231,7 @@ class MetricsFile:
             try:
                 self._drop_after(step)
             except OSError as error:
-                raise UserError(f"{self.path}: cannot write ({error.strerror})") from error
+                self._fail(error)
 
     def write(self, kind: str, figures: Mapping[str, float | None]) -> None:
         """Append one line: its ``kind`` (``train`` or ``epoch``) and figures; NaN becomes null."""
@@ -242,18 +242,20 @@ class MetricsFile:
         try:
             self._append(b"".join(self._waiting))
         except OSError as error:
-            if not self._failed:
-                self.logger.error(
-                    "%s: cannot write (%s), kept for later", self.path, error.strerror
-                )
-            self._failed = True
-            return
+            return self._fail(error)
         self._waiting, self._failed = [], False
 
-    def epochs(self) -> set[int]:
-        """The epochs whose end the file tells of."""
-        lines = map(_figures, self._lines())
-        return {line["epoch"] for line in lines if line.get("kind") == "epoch"}
+    def epochs(self) -> list[int]:
+        """The epochs whose end the file tells of, none if it cannot be read."""
+        with contextlib.suppress(OSError):
+            lines = map(_figures, self._lines())
+            return [line["epoch"] for line in lines if line.get("kind") == "epoch"]
+        return []
+
+    def _fail(self, error: OSError) -> None:
+        if not self._failed:
+            self.logger.error("%s: cannot write (%s), kept for later", self.path, error.strerror)
+        self._failed = True
 
     def _append(self, lines: bytes) -> None:
         with open(self.path, "ab", buffering=0) as file:

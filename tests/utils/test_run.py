@@ -55,7 +55,7 @@ def ends(monkeypatch, error, processes=1) -> list[str]:
     for module in ("utils.distributed", "utils.run"):
         monkeypatch.setattr(f"{module}.world_size", lambda: processes)
     monkeypatch.setattr(run_module, "_fail", fail)
-    monkeypatch.setattr(run_module, "_leave_group", lambda: said.append("left the group"))
+    monkeypatch.setattr(run_module, "leave_group", lambda: said.append("left the group"))
     run_script(main)
     return said
 

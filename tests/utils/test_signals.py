@@ -21,7 +21,9 @@ def ended(monkeypatch):
     """The exits that would have ended this process: code and message."""
     exits = []
     monkeypatch.setattr(signals, "_exit", lambda code, message: exits.append((code, message)))
-    return exits
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    yield exits
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def until(condition) -> None:

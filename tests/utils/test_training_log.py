@@ -224,7 +224,7 @@ def test_lines_of_later_updates_and_half_lines_are_dropped(tmp_path):
     text = "".join(json.dumps(x) + "\n" for x in kept + later)
     (tmp_path / "metrics.jsonl").write_text(text + '[]\n{"step": "1"}\n{"kind": "tr')
     metrics = MetricsFile(str(tmp_path), 2, logging.getLogger("metrics"))
-    assert lines(tmp_path) == kept and metrics.epochs() == {0}
+    assert lines(tmp_path) == kept and metrics.epochs() == [0]
 
 
 def test_a_clock_that_stands_still_ends_no_run(tmp_path, monkeypatch):
