@@ -114,12 +114,18 @@ def test_killed_at_random_moments(warm, undisturbed, imagenet, tmp_path):
         given = arguments(
             imagenet, tmp_path, "TRAIN.SAVE_STEPS", 1, "SAVE_FREQ", 1, "DATA.NUM_WORKERS", workers
         )
+        left = set(folder(tmp_path).glob("*.tmp"))
         child = warm.start(given)
-        time.sleep(draw.uniform(0.1, 1.5))
+        if kills % 3 == 2:  # within saving, as soon as there is another temporary file
+            end = time.monotonic() + 5
+            while set(folder(tmp_path).glob("*.pth.*.tmp")) <= left and time.monotonic() < end:
+                pass
+        else:
+            time.sleep(draw.uniform(0.1, 1.5))
         os.kill(child, signal.SIGKILL)
         code = warm.wait()
         kills += code == -signal.SIGKILL
-        saving += any(folder(tmp_path).glob("*.tmp"))
+        saving += not set(folder(tmp_path).glob("*.tmp")) <= left
         assert code in (0, -signal.SIGKILL), (seed, warm.log.read_text()[-3000:])
         if code == 0:  # it was through before it could be killed: from its middle once more
             for name in ("checkpoint.pth", "checkpoint_previous.pth"):
