@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 
@@ -96,15 +97,22 @@ def read_file(path: str) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: a file that cannot be read, or is larger than ``MAX_BYTES``.
+        UserError: a file that cannot be read, is no regular one, or is larger than ``MAX_BYTES``.
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path}: not a readable image (no regular file)")
+            if status.st_size > MAX_BYTES:
                 raise UserError(f"{path}: not a readable image (the file is too large)")
             return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe would be waited for
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

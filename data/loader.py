@@ -358,4 +358,4 @@ class BadImages:
             self.source.read_image(index)
         except UserError as error:
             return str(error)
-        return f"{self.source.names[index]}: could be read only at a second try"
+        return str(UserError(f"{self.source.names[index]}: could be read only at a second try"))

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torchvision.datasets import VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
 from data.image import decode_rgb, read_file
+from data.listing import list_classes
 from data.source import FolderSource
 from utils.unpickle import load_plain_pickle
 
@@ -207,10 +207,10 @@ class CaltechFiles(ListedFiles):
     def open(self, root: str, split: str) -> ImageFiles:
         """As ``ListedFiles.open``; ``split`` is one of ``CALTECH101_SPLITS``."""
         folder = os.path.join(root, "caltech101", "101_ObjectCategories")
-        classes, numbers = find_classes(folder)
+        classes, found, numbers = list_classes(folder)
         images: list[list[str]] = [[] for _ in classes]
-        for path, label in make_dataset(folder, numbers, extensions=IMG_EXTENSIONS):
-            images[label].append(path)
+        for path, number in zip(found, numbers, strict=True):
+            images[number].append(path)
         names, labels = [], []
         for label, paths in enumerate(images):
             # RandomState, because numpy promises that its draws never change
