@@ -17,7 +17,6 @@ from yacs.config import CfgNode
 from data.augmentation import MEAN, STD, view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
 from data.source import FileSource, ImageSource, open_source
-from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.distributed import (
     local_world_size,
     on_first_process,
@@ -136,6 +135,8 @@ def build_source(
         cache = (cache_mode or data.CACHE_MODE, rank(), world_size())
         source: ImageSource = open_source(data.DATA_PATH, split, data.ZIP_MODE, *cache)
     else:
+        from data.transfer import open_transfer_set  # pre-training needs none of it
+
         split = "test" if split == "val" else split
 
         def fetch() -> None:
@@ -150,6 +151,8 @@ def build_source(
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--dataset`` and ``--download``."""
+    from data.transfer import TRANSFER_SETS
+
     parser.add_argument(
         "--dataset",
         dest="DATA.DATASET",
