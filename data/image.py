@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from utils.errors import UserError
 
 # judged by content, not by file name; for some of the other formats PIL runs programs
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+if "avif" in features.modules and features.check("avif"):  # Pillow has it from 11.3 on
+    FORMATS = (*FORMATS, "AVIF")
 MAX_ASPECT = 100  # long side over short side
 MAX_BYTES = 2**30  # of a file
 
@@ -48,8 +50,9 @@ def usual_size(width: int, height: int) -> bool:
 def decode_rgb(content: bytes, name: str) -> Image.Image:
     """Decode the bytes of an image file of any mode and any of ``FORMATS``.
 
-    Grey, palette and CMYK images are converted; 16-bit and float ones are scaled to 8 bits;
-    transparency is laid over white.
+    Grey, palette, CMYK and YCCK images are converted; 16-bit and float ones are scaled to 8 bits;
+    transparency is laid over white; of an animation the first frame counts. The orientation of
+    EXIF is left alone, as by torchvision's ``ImageFolder``.
 
     Args:
         content: the file.
