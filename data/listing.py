@@ -24,6 +24,7 @@ LITTER = frozenset(
 
 # reasons to leave something out, as the log line counts them
 HIDDEN = "hidden"
+BESIDE = "beside the class folders"
 OTHER = "without an image's extension"
 IRREGULAR = "pipes, devices or links to no file"
 CIRCLE = "links to a folder above them"
@@ -57,7 +58,7 @@ def list_classes(folder: str) -> tuple[list[str], list[str], list[int]]:
             if is_hidden(entry.name):
                 left_out[HIDDEN] += 1
             elif not _follows(entry.is_dir):
-                left_out[OTHER] += 1
+                left_out[BESIDE] += 1
             elif images := list_images(entry.path, left_out, above):
                 paths += images
                 labels += [len(classes)] * len(images)

@@ -187,7 +187,8 @@ def untrained_classes(sources: dict) -> int:
         return 0
     train, val = ({s.classes[label] for label in np.unique(s.labels)} for s in sources.values())
     for name in sorted(val - train):
-        print(f"missing: train: class {name} is among the validation images alone")
+        line = f"missing: train: class {name} is among the validation images alone"
+        print(UserError(line))  # whose text has no bytes that cannot be printed
     return len(val - train)
 
 

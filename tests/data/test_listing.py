@@ -155,6 +155,14 @@ def test_nothing_but_litter(tmp_path):
         FolderSource(str(tmp_path), "train")
 
 
+def test_images_that_are_not_sorted_into_classes(tmp_path):
+    (tmp_path / "val").mkdir()
+    for number in (1, 2):
+        (tmp_path / f"val/ILSVRC2012_val_0000000{number}.JPEG").touch()
+    with pytest.raises(UserError, match=r"but left out: 2 beside the class folders"):
+        FolderSource(str(tmp_path), "val")
+
+
 def test_hidden_names():
     assert all(map(is_hidden, (".git", "._a.jpg", "Thumbs.db", "THUMBS.DB", "@eaDir", "__MACOSX")))
     assert not any(map(is_hidden, ("a.jpg", "thumbs.db.jpg", "_a", "@home", "lost")))

@@ -221,6 +221,22 @@ def test_lists_from_windows(tiny, name, replaced):
 
 
 @every_set
+def test_hidden_files_change_nothing(tmp_path, name):
+    """A double of each file, as macOS makes them, and what else a system leaves in each folder."""
+    root = str(tmp_path)
+    write_tiny(name, root)
+    before = [open_transfer_set(name, root, split) for split in ("train", "test")]
+    for folder in [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]:
+        for path in [path for path in folder.iterdir() if path.is_file()][:2]:
+            (folder / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+        (folder / ".DS_Store").touch()
+        (folder / "Thumbs.db").touch()
+        (folder / "@eaDir").mkdir()
+    for split, clean in zip(("train", "test"), before, strict=True):
+        assert same(open_transfer_set(name, root, split), root, clean, root)
+
+
+@every_set
 def test_the_data_path_may_be_the_sets_own_folder(tiny, name):
     root, row = tiny(name), TRANSFER_SETS[name]
     for place in row.places:
