@@ -1,6 +1,5 @@
 """The files of DAVIS: lists, frames, masks with their palette, and what is wrong with them."""
 
-import logging
 import shutil
 
 import numpy as np
@@ -191,8 +190,7 @@ def test_frames_in_png(davis):
     assert all(map(np.array_equal, after, before))
 
 
-def test_what_is_no_frame_is_left_out_and_counted(davis, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("synco"), "propagate", True)
+def test_what_is_no_frame_is_left_out_and_counted(davis, logged):
     before = read_videos(str(davis))
     for name in ("._00000.jpg", "Thumbs.db", "notes.txt"):
         (davis / "JPEGImages/480p/plain" / name).touch()
@@ -200,7 +198,7 @@ def test_what_is_no_frame_is_left_out_and_counted(davis, monkeypatch, caplog):
     break_list(davis, "\ufeff" + "\r\n\r\n".join(video.name for video in before))
     assert read_videos(str(davis)) == before
     expected = f"{davis}: left out: 3 hidden, 1 without an image's extension"
-    assert caplog.messages == [expected]
+    assert logged == [expected]
 
 
 def test_a_frame_that_leads_nowhere_is_named(davis):

@@ -1,6 +1,5 @@
 """The files of revisited Oxford and Paris: ground truth, images, and what is wrong with them."""
 
-import logging
 import os
 import pickle
 import shutil
@@ -157,8 +156,7 @@ def test_crops_beyond_the_image(box, size):
             crop_to_box(image, box, "a")
 
 
-def test_images_in_the_folders_of_the_archives(revisited, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("synco"), "propagate", True)
+def test_images_in_the_folders_of_the_archives(revisited, logged):
     truth = read_ground_truth(str(revisited), "rparis6k")
     before = [RetrievalImages(truth, False, 32)[i][0] for i in range(len(truth.database))]
     jpg = revisited / "rparis6k/jpg"
@@ -171,7 +169,7 @@ def test_images_in_the_folders_of_the_archives(revisited, monkeypatch, caplog):
     truth = read_ground_truth(str(revisited), "rparis6k")
     images = RetrievalImages(truth, False, 32)
     assert all(images[i][0].equal(image) for i, image in enumerate(before))
-    assert caplog.messages == [f"{jpg}: left out: {count} hidden"]
+    assert logged == [f"{jpg}: left out: {count} hidden"]
 
 
 def test_one_image_in_two_folders(revisited):
