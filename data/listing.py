@@ -3,12 +3,11 @@
 What a system or a program puts beside images is left out and counted.
 """
 
-import codecs
 import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -139,7 +138,7 @@ def _counts(left_out: Counter[str], before: str) -> str:
     return f"{before}left out: {counts}"
 
 
-def read_lines(path: str) -> list[tuple[int, str]]:
+def read_lines(path: str) -> Iterator[tuple[int, str]]:
     """The number and the text of each line of a list that is not blank.
 
     A byte order mark of UTF-8 and the ends of lines, Unix's or Windows', are taken off.
@@ -148,14 +147,12 @@ def read_lines(path: str) -> list[tuple[int, str]]:
         OSError: a file that cannot be read.
         UserError: not UTF-8, or a NUL byte.
     """
-    with open(path, "rb") as file:
-        content = file.read().removeprefix(codecs.BOM_UTF8)
-    try:
-        lines = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a UTF-8 text file") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, line in numbered:
-        if "\0" in line:
-            raise UserError(f"{path}:{number}: holds a NUL byte")
-    return numbered
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise UserError(f"{path}:{number}: holds a NUL byte")
+                if line.strip():
+                    yield number, line.removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not a UTF-8 text file") from error

@@ -123,20 +123,21 @@ class ZipSource:
         labels: list[int] = []
         left_out: Counter[str] = Counter()
         try:
-            lines = read_lines(listing)
+            for number, line in read_lines(listing):
+                if not (entry := _ENTRY.fullmatch(line)):
+                    raise UserError(
+                        f"{listing}:{number}: expected a path, a tab and a class number"
+                    )
+                name, label = entry.groups()
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise UserError(f"{listing}:{number}: {name} lies outside of the archive")
+                if any(map(is_hidden, name.split("/"))):
+                    left_out[HIDDEN] += 1
+                else:
+                    self.names.append(name)
+                    labels.append(int(label))
         except OSError as error:
             raise UserError(f"{listing}: cannot read ({error.strerror})") from error
-        for number, line in lines:
-            if not (entry := _ENTRY.fullmatch(line)):
-                raise UserError(f"{listing}:{number}: expected a path, a tab and a class number")
-            name, label = entry.groups()
-            if name.startswith("/") or ".." in name.split("/"):
-                raise UserError(f"{listing}:{number}: {name} lies outside of the archive")
-            if any(map(is_hidden, name.split("/"))):
-                left_out[HIDDEN] += 1
-                continue
-            self.names.append(name)
-            labels.append(int(label))
         log_left_out(listing, left_out)
         if not self.names:
             raise UserError(f"{listing}: lists no images")

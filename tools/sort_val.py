@@ -46,7 +46,7 @@ def read_classes(devkit: str) -> list[str]:
     meta = os.path.join(folder, "meta.mat")
     truth = os.path.join(folder, "ILSVRC2012_validation_ground_truth.txt")
     try:
-        lines = read_lines(truth)
+        lines = list(read_lines(truth))
         os.stat(meta)
     except OSError as error:
         raise UserError(
