@@ -121,9 +121,17 @@ class MultiScale(nn.Module):
         for scale in SCALES:
             scaled = images
             if scale != 1:
-                scaled = F.interpolate(images, scale_factor=scale, mode="bilinear")
+                scaled = shrink(images, scale)
             features.append(self.encoder(scaled).float())
         return torch.stack(features).mean(0)
+
+
+def shrink(images: torch.Tensor, scale: float) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 3, H * scale, W * scale), rounded down, of at least one pixel."""
+    if min(images.shape[2:]) * scale >= 1:
+        return F.interpolate(images, scale_factor=scale, mode="bilinear")
+    size = [max(1, int(side * scale)) for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear")
 
 
 def check(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> None:

@@ -1,17 +1,23 @@
 """The files of DAVIS 2017 (arXiv 1704.00675): videos, indexed masks, drawings of both."""
 
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from data.image import open_image, read_rgb
+from data.image import open_image, read_file, read_rgb
+from data.listing import HIDDEN, OTHER, is_hidden, log_left_out, read_lines
 from utils.errors import UserError
 
 RESOLUTION = "480p"
 MULTIPLE = 64  # pixels; the long side of an encoded frame is a multiple of it
+FRAMES = (".jpg", ".jpeg", ".png")
+ORIGIN = "https://davischallenge.org/davis2017/code.html"
+_NUMBER = re.compile(r"(\d{1,18})", re.ASCII)
 VOID = 255  # in a mask: neither an object nor background
 
 
@@ -21,7 +27,7 @@ class Video:
 
     Attributes:
         name: as in the list of videos.
-        frames: paths of its JPEGs, in order.
+        frames: paths of its frames, in the order of their numbers.
         annotations: paths of their masks.
     """
 
@@ -31,42 +37,80 @@ class Video:
 
 
 def read_videos(root: str, split: str = "val") -> list[Video]:
-    """The videos that ``<root>/ImageSets/2017/<split>.txt`` lists.
+    """The videos that ``ImageSets/2017/<split>.txt`` lists, in ``root`` or in ``<root>/DAVIS``.
+
+    DAVIS/ is what the archive unpacks to.
 
     Raises:
         UserError: a missing list, video, frame or annotation, or a name that is not plain.
     """
-    listing = os.path.join(root, "ImageSets", "2017", f"{split}.txt")
     if not root:
         raise UserError("no data set given: set --data-path to the folder of DAVIS 2017")
+    place = os.path.join("ImageSets", "2017", f"{split}.txt")
+    for top in (root, os.path.join(root, "DAVIS")):
+        if os.path.exists(listing := os.path.join(top, place)):
+            break
+    else:
+        raise UserError(
+            f"{os.path.join(root, place)}: cannot read the list of videos (no such file, nor one "
+            f"in DAVIS/); unpack DAVIS-2017-trainval-{RESOLUTION}.zip of {ORIGIN} there"
+        )
     try:
-        with open(listing, encoding="utf-8") as file:
-            names = file.read().split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"{listing}: cannot read the list of videos ({reason})") from error
+        names = [line.strip() for _, line in read_lines(listing)]
+    except OSError as error:
+        raise UserError(f"{listing}: cannot read the list of videos ({error.strerror})") from error
     if not names or len(set(names)) < len(names):
         raise UserError(f"{listing}: {'names a video twice' if names else 'lists no video'}")
-    return [_read_video(root, name, listing) for name in names]
+    left_out: Counter[str] = Counter()
+    videos = [_read_video(top, name, listing, left_out) for name in names]
+    log_left_out(top, left_out)
+    return videos
 
 
-def _read_video(root: str, name: str, listing: str) -> Video:
+def _read_video(root: str, name: str, listing: str, left_out: Counter[str]) -> Video:
     if os.path.basename(name) != name or name in (".", ".."):
         raise UserError(f"{listing}: {name!r} is not the name of a video")
     folder, masks = (
         os.path.join(root, kind, RESOLUTION, name) for kind in ("JPEGImages", "Annotations")
     )
     try:
-        stems = sorted(file[:-4] for file in os.listdir(folder) if file.endswith(".jpg"))
+        frames = _by_number(folder, FRAMES, left_out)
     except OSError as error:
         raise UserError(f"{folder}: cannot read the video ({error.strerror})") from error
-    if not stems:
-        raise UserError(f"{folder}: holds no frames (*.jpg)")
-    annotations = tuple(os.path.join(masks, f"{stem}.png") for stem in stems)
-    for path in annotations:
-        if not os.path.exists(path):
-            raise UserError(f"{path}: the annotation of a frame is missing")
-    return Video(name, tuple(os.path.join(folder, f"{s}.jpg") for s in stems), annotations)
+    if not frames:
+        raise UserError(f"{folder}: holds no frames ({', '.join(FRAMES)})")
+    try:
+        annotations = _by_number(masks, (".png",), left_out)
+    except OSError as error:
+        raise UserError(f"{masks}: cannot read the annotations ({error.strerror})") from error
+    for number, path in frames.items():
+        if number not in annotations:
+            stem = os.path.splitext(os.path.basename(path))[0]
+            missing = os.path.join(masks, f"{stem}.png")
+            raise UserError(f"{missing}: the annotation of a frame is missing")
+    return Video(name, tuple(frames.values()), tuple(annotations[number] for number in frames))
+
+
+def _by_number(
+    folder: str, extensions: tuple[str, ...], left_out: Counter[str]
+) -> dict[tuple[str | int, ...], str]:
+    """The files of a folder in the order of the numbers in their names: 9, 10, not 10, 9.
+
+    A key holds the words and numbers of a name: ``frame_09`` and ``frame_9`` have the same.
+    """
+    numbered: dict[tuple[str | int, ...], str] = {}
+    for name in sorted(os.listdir(folder)):
+        stem, extension = os.path.splitext(name)
+        if is_hidden(name) or extension.lower() not in extensions:
+            left_out[HIDDEN if is_hidden(name) else OTHER] += 1
+            continue
+        parts = _NUMBER.split(stem)  # words in even places, numbers in odd ones
+        key = tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
+        path = os.path.join(folder, name)
+        if key in numbered:
+            raise UserError(f"{path}: has the number of {os.path.basename(numbered[key])}")
+        numbered[key] = path
+    return dict(sorted(numbered.items()))
 
 
 def read_frame(path: str) -> np.ndarray:
@@ -105,9 +149,10 @@ def read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
         UserError: missing, damaged, of another size or not indexed.
     """
     try:
-        with open(path, "rb") as file:
-            image = open_image(file.read())
+        image = open_image(read_file(path))
         mode, mask = image.mode, np.array(image)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read the annotation ({reason})") from error

@@ -4,16 +4,19 @@ import contextlib
 import io
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from utils.errors import UserError
 
 # judged by content, not by file name; for some of the other formats PIL runs programs
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+if "avif" in features.modules and features.check("avif"):  # Pillow has it from 11.3 on
+    FORMATS = (*FORMATS, "AVIF")
 MAX_ASPECT = 100  # long side over short side
 MAX_BYTES = 2**30  # of a file
 
@@ -47,8 +50,9 @@ def usual_size(width: int, height: int) -> bool:
 def decode_rgb(content: bytes, name: str) -> Image.Image:
     """Decode the bytes of an image file of any mode and any of ``FORMATS``.
 
-    Grey, palette and CMYK images are converted; 16-bit and float ones are scaled to 8 bits;
-    transparency is laid over white.
+    Grey, palette, CMYK and YCCK images are converted; 16-bit and float ones are scaled to 8 bits;
+    transparency is laid over white; of an animation the first frame counts. The orientation of
+    EXIF is left alone, as by torchvision's ``ImageFolder``.
 
     Args:
         content: the file.
@@ -96,15 +100,22 @@ def read_file(path: str) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UserError: a file that cannot be read, or is larger than ``MAX_BYTES``.
+        UserError: a file that cannot be read, is no regular one, or is larger than ``MAX_BYTES``.
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path}: not a readable image (no regular file)")
+            if status.st_size > MAX_BYTES:
                 raise UserError(f"{path}: not a readable image (the file is too large)")
             return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe would be waited for
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

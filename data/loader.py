@@ -18,7 +18,6 @@ from yacs.config import CfgNode
 from data.augmentation import MEAN, STD, view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
 from data.source import FileSource, ImageSource, open_source
-from data.transfer import TRANSFER_SETS, open_transfer_set
 from utils.distributed import (
     local_world_size,
     on_first_process,
@@ -137,6 +136,8 @@ def build_source(
         cache = (cache_mode or data.CACHE_MODE, rank(), world_size())
         source: ImageSource = open_source(data.DATA_PATH, split, data.ZIP_MODE, *cache)
     else:
+        from data.transfer import open_transfer_set  # pre-training needs none of it
+
         split = "test" if split == "val" else split
 
         def fetch() -> None:
@@ -151,6 +152,8 @@ def build_source(
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--dataset`` and ``--download``."""
+    from data.transfer import TRANSFER_SETS
+
     parser.add_argument(
         "--dataset",
         dest="DATA.DATASET",
@@ -363,4 +366,4 @@ class BadImages:
             self.source.read_image(index)
         except UserError as error:
             return str(error)
-        return f"{self.source.names[index]}: could be read only at a second try"
+        return str(UserError(f"{self.source.names[index]}: could be read only at a second try"))

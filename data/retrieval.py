@@ -1,7 +1,9 @@
 """The files of the revisited Oxford and Paris benchmarks (arXiv 1803.11285)."""
 
+import functools
 import os
 import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,20 @@ from torch.utils.data import Dataset
 
 from data.dataset import to_tensor
 from data.image import read_rgb
+from data.listing import list_images, log_left_out
 from utils.errors import UserError
 from utils.unpickle import load_plain_pickle
 
 DATASETS = ("roxford5k", "rparis6k")
+TRUTH = "http://cmp.felk.cvut.cz/revisitop/data/datasets/{0}/gnd_{0}.pkl"
+_BUILDINGS = "https://www.robots.ox.ac.uk/~vgg/data"
+IMAGES = {
+    "roxford5k": (f"{_BUILDINGS}/oxbuildings/oxbuild_images-v1.tgz",),
+    "rparis6k": (
+        f"{_BUILDINGS}/parisbuildings/paris_1-v1.tgz",
+        f"{_BUILDINGS}/parisbuildings/paris_2-v1.tgz",
+    ),
+}
 LABELS = ("easy", "hard", "junk")
 
 
@@ -38,8 +50,39 @@ class GroundTruth:
     boxes: list[tuple[float, float, float, float] | None]
 
     def path(self, name: str) -> str:
-        """Where an image lies."""
-        return os.path.join(self.folder, "jpg", f"{name}.jpg")
+        """Where an image lies: in ``jpg/`` itself, or below it, as the archives of Paris have it.
+
+        Raises:
+            UserError: it is missing, or lies in several folders below.
+        """
+        flat = os.path.join(self.folder, "jpg", f"{name}.jpg")
+        if os.path.exists(flat):
+            return flat
+        found = self._below.get(f"{name}.jpg", [])
+        if len(found) > 1:
+            raise UserError(f"{found[0]}: the image lies in {os.path.dirname(found[1])} too")
+        if not found:
+            archives = " and ".join(IMAGES[os.path.basename(self.folder)])
+            raise UserError(
+                f"{flat}: the ground truth names this image, but it is missing, there and in the "
+                f"folders below; unpack {archives} into jpg/"
+            )
+        return found[0]
+
+    @functools.cached_property
+    def _below(self) -> dict[str, list[str]]:
+        """Paths by name of the images in and below ``jpg/``."""
+        left_out: Counter[str] = Counter()
+        folder = os.path.join(self.folder, "jpg")
+        try:
+            paths = list_images(folder, left_out)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot read the images ({error.strerror})") from error
+        log_left_out(folder, left_out)
+        found: dict[str, list[str]] = {}
+        for path in paths:
+            found.setdefault(os.path.basename(path), []).append(path)
+        return found
 
 
 def read_ground_truth(root: str, dataset: str) -> GroundTruth:
@@ -52,6 +95,11 @@ def read_ground_truth(root: str, dataset: str) -> GroundTruth:
         raise UserError(f"no data set given: set --data-path to the folder that holds {dataset}/")
     folder = os.path.join(root, dataset)
     path = os.path.join(folder, f"gnd_{dataset}.pkl")
+    if not os.path.exists(path):
+        raise UserError(
+            f"{path}: the ground truth is missing, which no archive of images holds; fetch it from "
+            f"{TRUTH.format(dataset)}"
+        )
     content = load_plain_pickle(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a dict, found a {type(content).__name__}")
@@ -134,9 +182,6 @@ class RetrievalImages(Dataset):
         self.paths = [truth.path(name) for name in self.names]
         self.boxes = truth.boxes if queries and crop else [None] * len(self.names)
         self.size = size
-        for path in self.paths:
-            if not os.path.exists(path):
-                raise UserError(f"{path}: the ground truth names this image, but it is missing")
         if queries and crop and None in self.boxes:
             raise UserError(f"query {self.names[self.boxes.index(None)]} has no bbx to crop to")
 

@@ -5,14 +5,15 @@ import os
 import re
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from data.image import MAX_BYTES, decode_rgb, read_file
+from data.listing import HIDDEN, is_hidden, list_classes, log_left_out, read_lines
 from utils.errors import UserError
 
 SPLITS = ("train", "val")
@@ -68,13 +69,15 @@ class FileSource(ImageSource, Protocol):
 class FolderSource:
     """``<root>/<split>/<class>/<image>``, classes numbered in the order of their names.
 
+    Hidden files and the like are left out, see ``data.listing``.
+
     Attributes:
         names: path of each image.
         labels: class number of each image.
         classes: names of the classes.
 
     Raises:
-        UserError: a folder that is missing or cannot be read, or a class without images.
+        UserError: a folder that is missing or cannot be read, or no images.
     """
 
     def __init__(self, root: str, split: str) -> None:
@@ -86,13 +89,10 @@ class FolderSource:
         if not os.path.isdir(folder):
             raise UserError(f"{root}: no folder {split}/ in the data path")
         try:
-            self.classes, class_to_idx = find_classes(folder)
-            samples = make_dataset(folder, class_to_idx, extensions=IMG_EXTENSIONS)
+            self.classes, self.names, labels = list_classes(folder)
         except OSError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: {reason}") from error
-        self.names = [path for path, _ in samples]
-        self.labels: list[int] | np.ndarray = [label for _, label in samples]
+            raise UserError(f"{error.filename or folder}: {error.strerror}") from error
+        self.labels: list[int] | np.ndarray = labels
 
     def read(self, index: int) -> bytes:
         """The file of image ``index``."""
@@ -121,24 +121,24 @@ class ZipSource:
         listing = os.path.join(root, f"{split}_map.txt")
         self.names: list[str] = []
         labels: list[int] = []
+        left_out: Counter[str] = Counter()
         try:
-            with open(listing, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    if not (entry := _ENTRY.fullmatch(line.rstrip("\r\n"))):
-                        raise UserError(
-                            f"{listing}:{number}: expected a path, a tab and a class number"
-                        )
-                    name, label = entry.groups()
-                    if name.startswith("/") or ".." in name.split("/"):
-                        raise UserError(f"{listing}:{number}: {name} lies outside of the archive")
+            for number, line in read_lines(listing):
+                if not (entry := _ENTRY.fullmatch(line)):
+                    raise UserError(
+                        f"{listing}:{number}: expected a path, a tab and a class number"
+                    )
+                name, label = entry.groups()
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise UserError(f"{listing}:{number}: {name} lies outside of the archive")
+                if any(map(is_hidden, name.split("/"))):
+                    left_out[HIDDEN] += 1
+                else:
                     self.names.append(name)
                     labels.append(int(label))
         except OSError as error:
             raise UserError(f"{listing}: cannot read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{listing}: not a UTF-8 text file") from error
+        log_left_out(listing, left_out)
         if not self.names:
             raise UserError(f"{listing}: lists no images")
         self.labels: list[int] | np.ndarray = labels

@@ -15,16 +15,23 @@ from data.source import FolderSource
 from data.transfer_readers import (
     CALTECH101_SPLITS,
     DIFFICULT,
+    AircraftFiles,
     CaltechFiles,
+    CarFiles,
     CifarArrays,
     ClassFolders,
+    DtdFiles,
+    FlowerFiles,
+    FoodFiles,
     ImageArrays,
     ImageFiles,
     ListedFiles,
     PetFiles,
+    PlacesFiles,
     StlArrays,
     SunFiles,
     VocFiles,
+    find_folder,
 )
 from utils.errors import UserError
 
@@ -42,6 +49,9 @@ class TransferSet:
         train, test: the reader's names of the splits.
         classes: number of classes.
         metric: TOP1, MEAN_PER_CLASS or MAP; with ``MAP`` an image can have several labels.
+        places: where the data set's folder can lie under the data path: as torchvision has it, as
+            the archive unpacks, or (an empty name) the data path itself.
+        mark: a file or folder that tells the data set's folder.
         layout: the files expected under the data path.
         origin: the data set's home.
         download: whether ``--download`` can fetch it.
@@ -53,6 +63,8 @@ class TransferSet:
     test: str
     classes: int
     metric: str
+    places: tuple[str, ...]
+    mark: str
     layout: str
     origin: str
     download: bool = True
@@ -62,75 +74,89 @@ class TransferSet:
 _ROWS = (
     TransferSet(
         "imagenet", ClassFolders(), "train", "val", 1000, TOP1,
+        ("",), "train",
         "{train,val}/<class>/<image>",
         "https://image-net.org", download=False,
     ),
     TransferSet(
         "cifar10", CifarArrays(datasets.CIFAR10), "train", "test", 10, TOP1,
+        ("cifar-10-batches-py", ""), "batches.meta",
         "cifar-10-batches-py/{data_batch_1,...,data_batch_5,test_batch,batches.meta}",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
     ),
     TransferSet(
         "cifar100", CifarArrays(datasets.CIFAR100), "train", "test", 100, TOP1,
+        ("cifar-100-python", ""), "meta",
         "cifar-100-python/{train,test,meta}",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
     ),
     TransferSet(
         "stl10", StlArrays(datasets.STL10), "train", "test", 10, TOP1,
+        ("stl10_binary", ""), "class_names.txt",
         "stl10_binary/{train_X.bin,train_y.bin,test_X.bin,test_y.bin,class_names.txt}",
         "https://cs.stanford.edu/~acoates/stl10/",
     ),
     TransferSet(
-        "flowers102", ListedFiles(datasets.Flowers102), "train+val", "test", 102, MEAN_PER_CLASS,
+        "flowers102", FlowerFiles(datasets.Flowers102), "train+val", "test", 102, MEAN_PER_CLASS,
+        ("flowers-102", ""), "setid.mat",
         "flowers-102/{jpg/,imagelabels.mat,setid.mat}",
         "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
     ),
     TransferSet(
         "pets", PetFiles(datasets.OxfordIIITPet), "trainval", "test", 37, MEAN_PER_CLASS,
+        ("oxford-iiit-pet", ""), "annotations",
         "oxford-iiit-pet/{images/,annotations/{trainval,test}.txt}",
         "https://www.robots.ox.ac.uk/~vgg/data/pets/",
     ),
     TransferSet(
-        "food101", ListedFiles(datasets.Food101), "train", "test", 101, TOP1,
+        "food101", FoodFiles(datasets.Food101), "train", "test", 101, TOP1,
+        ("food-101", ""), "meta",
         "food-101/{images/,meta/{train,test}.json}",
         "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
     ),
     TransferSet(
-        "cars", ListedFiles(datasets.StanfordCars), "train", "test", 196, TOP1,
+        "cars", CarFiles(datasets.StanfordCars), "train", "test", 196, TOP1,
+        ("stanford_cars", ""), "devkit",
         "stanford_cars/{cars_train/,cars_test/,cars_test_annos_withlabels.mat,"
         "devkit/{cars_meta,cars_train_annos}.mat}",
         "https://ai.stanford.edu/~jkrause/cars/car_dataset.html", download=False,
     ),
     TransferSet(
         "caltech101", CaltechFiles(datasets.Caltech101), *CALTECH101_SPLITS, 102, MEAN_PER_CLASS,
+        ("caltech101", "caltech-101", ""), "101_ObjectCategories",
         "caltech101/101_ObjectCategories/<class>/image_0001.jpg",
         "https://data.caltech.edu/records/mzrjq-6wc02",
     ),
     TransferSet(
-        "dtd", ListedFiles(datasets.DTD, partition=1), "train+val", "test", 47, TOP1,
+        "dtd", DtdFiles(datasets.DTD, partition=1), "train+val", "test", 47, TOP1,
+        ("dtd/dtd", "dtd", ""), "labels",
         "dtd/dtd/{images/,labels/{train1,val1,test1}.txt}",
         "https://www.robots.ox.ac.uk/~vgg/data/dtd/",
     ),
     TransferSet(
-        "aircraft", ListedFiles(datasets.FGVCAircraft, annotation_level="variant"),
+        "aircraft", AircraftFiles(datasets.FGVCAircraft, annotation_level="variant"),
         "trainval", "test", 100, MEAN_PER_CLASS,
+        ("fgvc-aircraft-2013b/data", "data", ""), "variants.txt",
         "fgvc-aircraft-2013b/data/{images/,variants.txt,images_variant_{trainval,test}.txt}",
         "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
     ),
     TransferSet(
         "sun397", SunFiles(datasets.SUN397), "Training_01", "Testing_01", 397, TOP1,
+        ("SUN397", ""), "ClassName.txt",
         "SUN397/{ClassName.txt,Training_01.txt,Testing_01.txt,a/abbey/sun_*.jpg,...}",
         "https://vision.princeton.edu/projects/2010/SUN/",
     ),
     TransferSet(
         "voc2007", VocFiles(datasets.VOCDetection), "trainval", "test", 20, MAP,
+        ("VOCdevkit/VOC2007", "VOC2007", ""), "ImageSets",
         "VOCdevkit/VOC2007/{JPEGImages/,ImageSets/Main/{trainval,test,*_trainval,*_test}.txt}",
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
     ),
     # at 256 x 256, enough for a crop of 224, and a quarter of the space
     TransferSet(
-        "places365", ListedFiles(datasets.Places365, small=True),
+        "places365", PlacesFiles(datasets.Places365, small=True),
         "train-standard", "val", 365, TOP1,
+        ("",), "categories_places365.txt",
         "{data_256_standard/,val_256/,categories_places365.txt,"
         "places365_{train_standard,val}.txt}",
         "http://places2.csail.mit.edu/download.html",
@@ -139,8 +165,7 @@ _ROWS = (
 # fmt: on
 TRANSFER_SETS = {row.name: row for row in _ROWS}
 
-# torchvision raises RuntimeError("Dataset not found")
-_MISSING = (FileNotFoundError, NotADirectoryError, RuntimeError)
+_MISSING = (FileNotFoundError, NotADirectoryError)
 
 
 def open_transfer_set(
@@ -150,7 +175,7 @@ def open_transfer_set(
 
     Args:
         name: its name.
-        root: the data path, which holds torchvision's folders of the data set.
+        root: the data path, which holds the data set's folder or is it, see ``TransferSet.places``.
         split: ``train`` or ``test``.
         download: fetch what is missing; for one process only, before the others open it.
 
@@ -203,14 +228,12 @@ def markdown_table() -> str:
 
 def _open(row: TransferSet, root: str, split: str) -> ImageFiles | ImageArrays | FolderSource:
     try:
-        images = row.reader.open(root, split)
+        images = row.reader.open(find_folder(root, row.places, row.mark), split)
         if isinstance(images, ImageFiles) and images.names:
             os.stat(images.names[0])  # the lists may be there without what a download would bring
     except (UserError, *_MISSING):
         raise
     except Exception as error:  # the parser of a damaged file can raise anything
-        if isinstance(error.__cause__, FileNotFoundError):  # as scipy reports it
-            raise error.__cause__ from None
         raise UserError(
             f"{root}: the files of {row.name} are damaged "
             f"({type(error).__name__}: {_one_line(error)})"

@@ -1,22 +1,25 @@
-"""Readers of the transfer data sets, in torchvision's folder layouts.
+"""Readers of the transfer data sets.
 
-torchvision finds and lists the images; decoding, errors and array pickles are this project's.
-torchvision's checksums are for its downloads only: comparing gigabytes at every start would tell
-no more than reading them does.
+torchvision fetches the archives. Its readers are not used: they know one folder only, stumble over
+lists from Windows, and compare checksums of gigabytes at every start.
 """
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
+from scipy.io import loadmat
 from torchvision.datasets import VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
 from data.image import decode_rgb, read_file
+from data.listing import is_hidden, list_classes, read_lines
 from data.source import FolderSource
+from utils.errors import UserError
 from utils.unpickle import load_plain_pickle
 
 DIFFICULT = -1  # for an image with several labels: neither positive nor negative
@@ -64,7 +67,7 @@ class ImageArrays:
 
 
 class ListedFiles:
-    """A data set whose torchvision class lists files and hands their paths to ``loader``.
+    """A data set whose lists name its image files. Its archives are fetched by torchvision.
 
     Args:
         dataset: the class of torchvision.
@@ -79,39 +82,131 @@ class ListedFiles:
         """The arguments with which torchvision's class reads a split."""
         return {"split": split, **self.options}
 
-    def open(self, root: str, split: str) -> ImageFiles | ImageArrays | FolderSource:
-        """The images of a split under ``root``; ``a+b`` joins two of torchvision's.
+    def open(self, folder: str, split: str) -> ImageFiles | ImageArrays | FolderSource:
+        """The images of a split in the data set's folder; ``a+b`` joins two of torchvision's.
 
         Raises:
-            FileNotFoundError, NotADirectoryError, RuntimeError: files are missing.
+            FileNotFoundError, NotADirectoryError: files are missing.
+            UserError: a list has a line that cannot be.
             Exception: files are damaged; the type is the one that their parser raises.
         """
-        names, labels = [], []
-        classes: list[str] | None = None
-        for part in split.split("+"):
-            dataset = _unchecked(self.dataset)(root, loader=str, **self.arguments(part))
-            if classes not in (None, dataset.classes):
-                raise ValueError(f"the classes of {part} differ from those of the other parts")
-            classes = dataset.classes
-            for index in range(len(dataset)):
-                path, label = dataset[index]
-                names.append(path)
-                labels.append(int(label))
-        return ImageFiles(names, labels, classes or [])
+        parts = [self.read_lists(folder, part) for part in split.split("+")]
+        for part in parts:
+            if part.classes != parts[0].classes:
+                raise ValueError(f"the classes of the parts of {split} differ")
+        labels = [int(label) for part in parts for label in part.labels]
+        return ImageFiles([n for part in parts for n in part.names], labels, parts[0].classes)
+
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """The images of one of torchvision's splits, see ``open``."""
+        raise NotImplementedError
 
     def download(self, root: str, split: str) -> None:
-        """Fetch and unpack what ``open`` reads, as far as torchvision can."""
+        """Fetch and unpack what ``open`` reads to torchvision's folder under the data path."""
         for part in split.split("+"):
             self.dataset(root, download=True, **self.arguments(part))
 
 
-class PetFiles(ListedFiles):
-    """Oxford-IIIT Pet, whose torchvision class takes no ``loader``."""
+class FlowerFiles(ListedFiles):
+    """Oxford 102 Flower: MATLAB lists of image numbers, and of labels from 1."""
 
-    def open(self, root: str, split: str) -> ImageFiles:
-        """As ``ListedFiles.open``."""
-        pets = self.dataset(root, **self.arguments(split))
-        return ImageFiles([str(path) for path in pets._images], pets._labels, pets.classes)
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``."""
+        name = {"train": "trnid", "val": "valid", "test": "tstid"}[part]
+        numbers = _matlab(folder, "setid.mat")[name].ravel().tolist()
+        labels = _matlab(folder, "imagelabels.mat")["labels"].ravel() - 1
+        if numbers and not 1 <= min(numbers) <= max(numbers) <= len(labels):
+            raise ValueError(f"{name} of setid.mat names an image without a label")
+        names = [os.path.join(folder, "jpg", f"image_{number:05}.jpg") for number in numbers]
+        classes = list(self.dataset.classes)
+        return ImageFiles(names, [labels[number - 1] for number in numbers], classes)
+
+
+class PetFiles(ListedFiles):
+    """Oxford-IIIT Pet: lines of image, breed from 1, species, and number within the species."""
+
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``."""
+        lines = _words(folder, f"annotations/{part}.txt", 4)
+        names = [os.path.join(folder, "images", f"{line[0]}.jpg") for line in lines]
+        labels = [int(line[1]) - 1 for line in lines]
+        breeds = {label: line[0].rsplit("_", 1)[0] for line, label in zip(lines, labels, strict=True)}
+        classes = [breeds[label].replace("_", " ").title() for label in sorted(breeds)]
+        return ImageFiles(names, labels, classes)
+
+
+class FoodFiles(ListedFiles):
+    """Food-101: a JSON list of images for each class."""
+
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``."""
+        path = os.path.join(folder, "meta", f"{part}.json")
+        with open(path, encoding="utf-8-sig") as file:
+            try:
+                lists = json.load(file)
+            except ValueError as error:
+                raise UserError(f"{path}: not a JSON file ({error})") from error
+        classes = sorted(lists)
+        numbers = {name: number for number, name in enumerate(classes)}
+        names = [
+            os.path.join(folder, "images", f"{image}.jpg") for images in lists.values() for image in images
+        ]
+        labels = [numbers[name] for name, images in lists.items() for _ in images]
+        return ImageFiles(names, labels, classes)
+
+
+class CarFiles(ListedFiles):
+    """Stanford Cars: MATLAB records of box, class from 1 and file."""
+
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``."""
+        lists = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
+        records = _matlab(folder, lists[part])["annotations"].ravel()
+        names = [os.path.join(folder, f"cars_{part}", record["fname"]) for record in records]
+        labels = [int(record["class"]) - 1 for record in records]
+        classes = _matlab(folder, "devkit/cars_meta.mat")["class_names"].tolist()
+        return ImageFiles(names, labels, classes)
+
+
+class DtdFiles(ListedFiles):
+    """Describable Textures: lines of class and image, by division."""
+
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``."""
+        images = _words(folder, f"labels/{part}{self.options['partition']}.txt", 2, "/")
+        classes = sorted({name for name, _ in images})
+        names = [os.path.join(folder, "images", *image) for image in images]
+        return ImageFiles(names, [classes.index(name) for name, _ in images], classes)
+
+
+class AircraftFiles(ListedFiles):
+    """FGVC-Aircraft: lines of image and variant."""
+
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``."""
+        classes = _lines(folder, "variants.txt")
+        images = _words(folder, f"images_variant_{part}.txt", 2)
+        names = [os.path.join(folder, "images", f"{image}.jpg") for image, _ in images]
+        return ImageFiles(names, [classes.index(name) for _, name in images], classes)
+
+
+class PlacesFiles(ListedFiles):
+    """Places365-Standard at 256 x 256."""
+
+    FOLDERS: ClassVar = {
+        # as torchvision names it, and as the archive does
+        "train-standard": ("data_256_standard", "data_256"),
+        "val": ("val_256",),
+    }
+
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``."""
+        numbers = {name: int(label) for name, label in _words(folder, "categories_places365.txt", 2)}
+        images = _words(folder, f"places365_{part.replace('-', '_')}.txt", 2)
+        place = find_folder(folder, self.FOLDERS[part], "")
+        names = [os.path.join(place, image.lstrip("/")) for image, _ in images]
+        classes = sorted(numbers, key=numbers.__getitem__)
+        return ImageFiles(names, [int(label) for _, label in images], classes)
 
 
 class CifarArrays(ListedFiles):
@@ -121,9 +216,8 @@ class CifarArrays(ListedFiles):
         """As ``ListedFiles.arguments``."""
         return {"train": split == "train"}
 
-    def open(self, root: str, split: str) -> ImageArrays:
+    def open(self, folder: str, split: str) -> ImageArrays:
         """As ``ListedFiles.open``."""
-        folder = os.path.join(root, self.dataset.base_folder)
         names, labels, pixels = [], [], []
         for file, _ in getattr(self.dataset, f"{split}_list"):
             path = os.path.join(folder, file)
@@ -139,15 +233,15 @@ class CifarArrays(ListedFiles):
 
 
 class StlArrays(ListedFiles):
-    """STL-10."""
+    """STL-10: planes of columns, and labels from 1."""
 
-    def open(self, root: str, split: str) -> ImageArrays:
+    def open(self, folder: str, split: str) -> ImageArrays:
         """As ``ListedFiles.open``."""
-        dataset = _unchecked(self.dataset)(root, **self.arguments(split))
-        path = os.path.join(root, dataset.base_folder, f"{split}_X.bin")
-        names = [f"{path}: image {index}" for index in range(len(dataset))]
-        pixels = dataset.data.transpose(0, 2, 3, 1)
-        return ImageArrays(names, dataset.labels.tolist(), dataset.classes, pixels)
+        path = os.path.join(folder, f"{split}_X.bin")
+        pixels = np.fromfile(path, np.uint8).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+        labels = np.fromfile(os.path.join(folder, f"{split}_y.bin"), np.uint8).astype(int) - 1
+        names = [f"{path}: image {index}" for index in range(len(pixels))]
+        return ImageArrays(names, labels.tolist(), _lines(folder, "class_names.txt"), pixels)
 
 
 class VocFiles(ListedFiles):
@@ -160,17 +254,18 @@ class VocFiles(ListedFiles):
         """As ``ListedFiles.arguments``."""
         return {"year": "2007", "image_set": split}
 
-    def open(self, root: str, split: str) -> ImageFiles:
+    def open(self, folder: str, split: str) -> ImageFiles:
         """As ``ListedFiles.open``; labels are N x 20 of 1, 0 and ``DIFFICULT``."""
-        names = self.dataset(root, **self.arguments(split)).images
-        lists = os.path.join(root, "VOCdevkit", "VOC2007", "ImageSets", "Main")
+        lists = os.path.join(folder, "ImageSets", "Main")
+        stems = _lines(lists, f"{split}.txt")
         suffix = f"_{split}.txt"
-        classes = sorted(n.removesuffix(suffix) for n in os.listdir(lists) if n.endswith(suffix))
-        stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
+        found = [n for n in os.listdir(lists) if n.endswith(suffix) and not is_hidden(n)]
+        classes = sorted(name.removesuffix(suffix) for name in found)
         columns = []
         for name in classes:
-            marks = dict(line.split() for line in _lines(lists, name + suffix))
+            marks = dict(_words(lists, name + suffix, 2))
             columns.append([{"1": 1, "-1": 0, "0": DIFFICULT}[marks[stem]] for stem in stems])
+        names = [os.path.join(folder, "JPEGImages", f"{stem}.jpg") for stem in stems]
         return ImageFiles(names, np.array(columns).T.copy(), classes)
 
 
@@ -181,12 +276,11 @@ class SunFiles(ListedFiles):
         """As ``ListedFiles.arguments``."""
         return {}
 
-    def open(self, root: str, split: str) -> ImageFiles:
-        """As ``ListedFiles.open``; ``split`` names a list, such as ``Training_01``."""
-        folder = os.path.join(root, "SUN397")
+    def read_lists(self, folder: str, part: str) -> ImageFiles:
+        """As ``ListedFiles.read_lists``; ``part`` names a list, such as ``Training_01``."""
         classes = _lines(folder, "ClassName.txt")
         numbers = {name: number for number, name in enumerate(classes)}
-        images = _lines(folder, f"{split}.txt")
+        images = _lines(folder, f"{part}.txt")
         labels = [numbers[os.path.dirname(image)] for image in images]
         # /a/abbey -> abbey
         return ImageFiles([folder + image for image in images], labels, [c[3:] for c in classes])
@@ -204,13 +298,12 @@ class CaltechFiles(ListedFiles):
         """As ``ListedFiles.arguments``."""
         return {}
 
-    def open(self, root: str, split: str) -> ImageFiles:
+    def open(self, folder: str, split: str) -> ImageFiles:
         """As ``ListedFiles.open``; ``split`` is one of ``CALTECH101_SPLITS``."""
-        folder = os.path.join(root, "caltech101", "101_ObjectCategories")
-        classes, numbers = find_classes(folder)
+        classes, found, numbers = list_classes(os.path.join(folder, "101_ObjectCategories"))
         images: list[list[str]] = [[] for _ in classes]
-        for path, label in make_dataset(folder, numbers, extensions=IMG_EXTENSIONS):
-            images[label].append(path)
+        for path, number in zip(found, numbers, strict=True):
+            images[number].append(path)
         names, labels = [], []
         for label, paths in enumerate(images):
             # RandomState, because numpy promises that its draws never change
@@ -224,15 +317,16 @@ class CaltechFiles(ListedFiles):
 class ClassFolders:
     """A folder for each split, and in it a folder for each class, as in ImageNet."""
 
-    def open(self, root: str, split: str) -> FolderSource:
+    def open(self, folder: str, split: str) -> FolderSource:
         """As ``ListedFiles.open``."""
-        os.stat(os.path.join(root, split))
-        return FolderSource(root, split)
+        os.stat(os.path.join(folder, split))
+        return FolderSource(folder, split)
 
 
-def _unchecked(dataset: type[VisionDataset]) -> type[VisionDataset]:
-    """The class without its checksums: it finds missing files when it opens them."""
-    return type(dataset.__name__, (dataset,), {"_check_integrity": lambda *_: True})
+def find_folder(root: str, places: Sequence[str], mark: str) -> str:
+    """The first of ``places`` in ``root`` that holds the file or folder ``mark``, else the first."""
+    folders = [os.path.join(root, place) if place else root for place in places]
+    return next((f for f in folders if os.path.exists(os.path.join(f, mark))), folders[0])
 
 
 def _unpickle(path: str) -> dict[str, Any]:
@@ -240,6 +334,26 @@ def _unpickle(path: str) -> dict[str, Any]:
     return load_plain_pickle(path, "latin1")
 
 
+def _matlab(folder: str, name: str) -> dict[str, Any]:
+    path = os.path.join(folder, name)
+    os.stat(path)
+    try:
+        return loadmat(path, squeeze_me=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{path}: not a readable MATLAB file ({error})") from error
+
+
 def _lines(folder: str, name: str) -> list[str]:
-    with open(os.path.join(folder, name), encoding="utf-8") as file:
-        return [line.strip() for line in file if line.strip()]
+    return [line.strip() for _, line in read_lines(os.path.join(folder, name))]
+
+
+def _words(folder: str, name: str, count: int, separator: str | None = None) -> list[list[str]]:
+    """The words of each line of a list; the last may hold separators."""
+    path = os.path.join(folder, name)
+    lines = []
+    for number, line in read_lines(path):
+        words = line.strip().split(separator, count - 1)
+        if len(words) != count:
+            raise UserError(f"{path}:{number}: expected {count} words, found {len(words)}")
+        lines.append(words)
+    return lines

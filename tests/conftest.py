@@ -1,5 +1,6 @@
 """A tiny ImageNet, a process group, and scripts run in this process."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -24,6 +25,25 @@ def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+class Messages(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def logged(monkeypatch) -> list[str]:
+    """The lines of the log, whatever a run before has done to the logger."""
+    messages = Messages()
+    monkeypatch.setattr(logging.getLogger("synco"), "handlers", [messages])
+    return messages.lines
 
 
 @pytest.fixture

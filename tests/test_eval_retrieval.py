@@ -10,7 +10,8 @@ from torch import nn
 
 import eval_retrieval
 from data.retrieval import RetrievalImages, read_ground_truth
-from eval_retrieval import FILES, MultiScale
+from eval_retrieval import FILES, MultiScale, shrink
+from models.encoder import create_encoder
 from tools.make_tiny_retrieval import write_retrieval
 from utils.errors import UserError
 
@@ -124,6 +125,21 @@ def test_three_scales():
             (2, 3)
         )
     torch.testing.assert_close(output, expected / 3)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "sides"),
+    [("vit_nano", (1, 1)), ("vit_nano", (1, 48)), ("vit_nano", (2, 3)), ("swin_tiny", (48, 1))],
+)
+def test_a_tiny_image_has_features_at_every_scale(encoder, sides):
+    model = MultiScale(create_encoder(encoder).eval())
+    with torch.inference_mode():
+        assert model(torch.rand(1, 3, *sides)).isfinite().all()
+
+
+def test_sides_are_rounded_down_to_no_less_than_one():
+    sizes = {side: shrink(torch.zeros(1, 3, side, 9), 0.5).shape[2:] for side in (1, 2, 3, 5)}
+    assert sizes == {1: (1, 4), 2: (1, 4), 3: (1, 4), 5: (2, 4)}
 
 
 @pytest.mark.parametrize("flag", ["--multiscale", "--crop-query"])

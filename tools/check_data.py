@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import davis, retrieval
-from data.image import check_head
+from data.image import check_head, read_file
 from data.loader import quiet_worker
 from data.source import FileSource, ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
@@ -94,6 +94,18 @@ class Frames(ImageFiles):
         return Image.fromarray(davis.read_mask(self.annotations[index], frame.shape[:2]))
 
 
+class RankedImages(ImageFiles):
+    """Images that a ground truth names, each looked for when it is read."""
+
+    def __init__(self, truth: retrieval.GroundTruth, names: list[str]) -> None:
+        super().__init__(names)
+        self.truth = truth
+
+    def read(self, index: int) -> bytes:
+        """The file of image ``index``."""
+        return read_file(self.truth.path(self.names[index]))
+
+
 class Problems(Dataset):
     """What is wrong with each image of ``source``: one line, or None."""
 
@@ -128,7 +140,7 @@ def open_split(args: argparse.Namespace, split: str) -> ImageSource:
     if args.dataset in retrieval.DATASETS:
         truth = retrieval.read_ground_truth(args.data_path, args.dataset)
         names = truth.database if split == "database" else truth.queries
-        return ImageFiles([truth.path(name) for name in names])
+        return RankedImages(truth, names)
     return open_transfer_set(args.dataset, args.data_path, split)
 
 
@@ -175,7 +187,8 @@ def untrained_classes(sources: dict) -> int:
         return 0
     train, val = ({s.classes[label] for label in np.unique(s.labels)} for s in sources.values())
     for name in sorted(val - train):
-        print(f"missing: train: class {name} is among the validation images alone")
+        line = f"missing: train: class {name} is among the validation images alone"
+        print(UserError(line))  # whose text has no bytes that cannot be printed
     return len(val - train)
 
 

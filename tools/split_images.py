@@ -3,11 +3,12 @@
 import argparse
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.image import read_rgb
+from data.listing import is_hidden, list_images, log_left_out
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -25,13 +26,16 @@ def main() -> None:
     if not 0 < args.val_share < 1:
         raise UserError(f"--val-share must lie between 0 and 1, got {args.val_share}")
     counts = {"train": 0, "val": 0}
+    left_out: Counter[str] = Counter()
     for name in sorted(os.listdir(args.source)):
         top = os.path.join(args.source, name)
-        images = [path for path in find_images(top) if readable(path)]
+        if is_hidden(name) or not os.path.isdir(top):
+            continue
+        images = [path for path in sorted(list_images(top, left_out)) if readable(path)]
         if len(images) < 2:
             continue
         # by name, not by position: a class keeps its split when others come or go
-        seed = (args.seed, *name.encode())
+        seed = (args.seed, *os.fsencode(name))
         order = np.random.default_rng(seed).permutation(len(images))
         val = max(1, round(args.val_share * len(images)))
         for position, index in enumerate(order):
@@ -41,19 +45,10 @@ def main() -> None:
             flat = os.path.relpath(images[index], top).replace(os.sep, "__")
             shutil.copyfile(images[index], os.path.join(target, flat))
             counts[split] += 1
+    log_left_out(args.source, left_out)
     if not counts["train"]:
         raise UserError(f"{args.source}: no folder with at least two readable images")
     print(f"{counts['train']} training and {counts['val']} validation images in {args.folder}")
-
-
-def find_images(top: str) -> list[str]:
-    """Paths of the image files at any depth below ``top``, sorted."""
-    return sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(top)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
 
 
 def readable(path: str) -> bool:

@@ -144,7 +144,7 @@ def test_missing_data_is_named(tmp_path, missing):
         root, message = tmp_path, "no folder train/ in the data path"
     else:
         (tmp_path / "train" / "cat").mkdir(parents=True)
-        root, message = tmp_path, "cat"
+        root, message = tmp_path, "train: no folder with images in it"
     with pytest.raises(UserError, match=message):
         FolderSource(str(root), "train")
 

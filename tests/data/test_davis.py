@@ -127,6 +127,7 @@ def break_list(root, text):
         (lambda root: break_list(root, ""), r"val\.txt: lists no video"),
         (lambda root: break_list(root, "plain\nplain\n"), r"val\.txt: names a video twice"),
         (lambda root: break_list(root, "../plain\n"), "not the name of a video"),
+        (lambda root: break_list(root, "plain\n\0\n"), r"val\.txt:2: holds a NUL byte"),
         (lambda root: break_list(root, "absent\n"), "480p/absent: cannot read the video"),
         (lambda root: (root / "ImageSets/2017/val.txt").unlink(), r"val\.txt: cannot read"),
         (
@@ -143,6 +144,79 @@ def test_a_tree_with_a_gap(davis, spoil, message):
     spoil(davis)
     with pytest.raises(UserError, match=message):
         read_videos(str(davis))
+
+
+def renumber(folder, number, extension=None):
+    """Name the files of a folder by ``number(i)``."""
+    for i, path in enumerate(sorted(folder.iterdir(), reverse=True)):
+        i = 3 - i  # from the last, so that none is overwritten
+        path.rename(folder / f"{number(i)}{extension or path.suffix}")
+
+
+@pytest.mark.parametrize(
+    "number", [lambda i: i + 8, lambda i: f"frame-{i + 98:02}", lambda i: f"{10**20 + i}_x"]
+)
+def test_frames_are_taken_by_number(davis, number):
+    before = read_videos(str(davis))[0]
+    pixels = [read_frame(path) for path in before.frames]
+    renumber(davis / "JPEGImages/480p/plain", number)
+    renumber(davis / "Annotations/480p/plain", number)
+    video = read_videos(str(davis))[0]
+    stems = [path.rsplit("/", 1)[1][:-4] for path in video.frames]
+    assert stems == [str(number(i)) for i in range(4)]
+    assert [path.rsplit("/", 1)[1][:-4] for path in video.annotations] == stems
+    assert all(map(np.array_equal, map(read_frame, video.frames), pixels))
+
+
+def test_a_mask_has_its_frames_number_not_its_name(davis):
+    renumber(davis / "Annotations/480p/plain", str)
+    assert read_videos(str(davis))[0].annotations[3].endswith("plain/3.png")
+
+
+def test_two_files_of_one_number(davis):
+    frames = davis / "JPEGImages/480p/plain"
+    shutil.copy(frames / "00003.jpg", frames / "3.jpg")
+    with pytest.raises(UserError, match=r"plain/3\.jpg: has the number of 00003\.jpg"):
+        read_videos(str(davis))
+
+
+def test_frames_in_png(davis):
+    frames = davis / "JPEGImages/480p/plain"
+    before = [read_frame(path) for path in read_videos(str(davis))[0].frames]
+    for path in frames.iterdir():
+        Image.open(path).save(path.with_suffix(".PNG"))
+        path.unlink()
+    after = [read_frame(path) for path in read_videos(str(davis))[0].frames]
+    assert all(map(np.array_equal, after, before))
+
+
+def test_what_is_no_frame_is_left_out_and_counted(davis, logged):
+    before = read_videos(str(davis))
+    for name in ("._00000.jpg", "Thumbs.db", "notes.txt"):
+        (davis / "JPEGImages/480p/plain" / name).touch()
+    (davis / "Annotations/480p/plain/._00000.png").touch()
+    break_list(davis, "\ufeff" + "\r\n\r\n".join(video.name for video in before))
+    assert read_videos(str(davis)) == before
+    expected = f"{davis}: left out: 3 hidden, 1 without an image's extension"
+    assert logged == [expected]
+
+
+def test_a_frame_that_leads_nowhere_is_named(davis):
+    path = davis / "JPEGImages/480p/plain/00002.jpg"
+    path.unlink()
+    path.symlink_to("absent.jpg")
+    with pytest.raises(UserError, match=r"00002\.jpg: cannot read the image"):
+        list(map(read_frame, read_videos(str(davis))[0].frames))
+
+
+def test_the_archive_as_it_unpacks(davis, tmp_path):
+    flat = read_videos(str(davis))
+    shutil.move(davis, tmp_path / "unpacked/DAVIS")
+    nested = read_videos(str(tmp_path / "unpacked"))
+    assert [video.name for video in nested] == [video.name for video in flat]
+    assert nested[0].frames[0].startswith(str(tmp_path / "unpacked/DAVIS/JPEGImages"))
+    with pytest.raises(UserError, match=r"unpack DAVIS-2017-trainval-480p\.zip of https://davis"):
+        read_videos(str(tmp_path))
 
 
 def test_no_data_path():

@@ -2,12 +2,13 @@
 
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.retrieval import RetrievalImages, crop_to_box, read_ground_truth
+from data.retrieval import DATASETS, RetrievalImages, crop_to_box, read_ground_truth
 from tools.make_tiny_retrieval import write_retrieval
 from utils.errors import UserError
 
@@ -130,6 +131,74 @@ def test_a_box_across_the_edge_and_one_beyond():
     assert crop_to_box(image, (-3.0, 2.0, 25.0, 9.0), "a").size == (20, 7)
     with pytest.raises(UserError, match=r"a: the box of the query.*20 x 10"):
         crop_to_box(image, (20.0, 0.0, 30.0, 9.0), "a")
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((-9.0, -9.0, 99.0, 99.0), (20, 10)),
+        ((-0.4, 0.0, 20.4, 10.4), (20, 10)),
+        ((19.0, 9.0, 99.0, 99.0), (1, 1)),
+        ((19.4, 9.4, 20.0, 10.0), (1, 1)),
+        ((19.6, 0.0, 25.0, 10.0), None),
+        ((-9.0, 0.0, 0.2, 10.0), None),
+        ((0.0, -5.0, 20.0, -1.0), None),
+        ((3.1, 3.1, 3.3, 3.3), None),
+    ],
+)
+def test_crops_beyond_the_image(box, size):
+    """What lies inside, or an error that names the image."""
+    image = Image.new("RGB", (20, 10))
+    if size:
+        assert crop_to_box(image, box, "a").size == size
+    else:
+        with pytest.raises(UserError, match=r"a: the box of the query.*20 x 10"):
+            crop_to_box(image, box, "a")
+
+
+def test_images_in_the_folders_of_the_archives(revisited, logged):
+    truth = read_ground_truth(str(revisited), "rparis6k")
+    before = [RetrievalImages(truth, False, 32)[i][0] for i in range(len(truth.database))]
+    jpg = revisited / "rparis6k/jpg"
+    for number, path in enumerate(sorted(jpg.iterdir())):
+        folder = jpg / "paris" / ("defense", "eiffel", "louvre")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+        (folder / f"._{path.name}").write_bytes(b"of macOS")
+    count = len(list(jpg.rglob("._*")))
+    truth = read_ground_truth(str(revisited), "rparis6k")
+    images = RetrievalImages(truth, False, 32)
+    assert all(images[i][0].equal(image) for i, image in enumerate(before))
+    assert logged == [f"{jpg}: left out: {count} hidden"]
+
+
+def test_one_image_in_two_folders(revisited):
+    truth = read_ground_truth(str(revisited), "rparis6k")
+    name = truth.database[0]
+    path = truth.path(name)
+    for folder in ("a", "b"):
+        target = revisited / "rparis6k/jpg" / folder
+        target.mkdir()
+        shutil.copy(path, target)
+    assert truth.path(name) == path
+    os.remove(path)
+    with pytest.raises(UserError, match=rf"jpg/a/{name}\.jpg: the image lies in .*jpg/b too"):
+        truth.path(name)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_what_is_missing_is_named_with_its_origin(tmp_path, dataset):
+    write_retrieval(str(tmp_path), dataset, 2, 32)
+    truth = read_ground_truth(str(tmp_path), dataset)
+    os.remove(truth.path(truth.database[0]))
+    with pytest.raises(UserError, match=r"it is missing.*unpack https://.*-v1\.tgz into jpg/"):
+        truth.path(truth.database[0])
+    shutil.rmtree(tmp_path / dataset / "jpg")
+    with pytest.raises(UserError, match=r"/jpg: cannot read the images"):
+        read_ground_truth(str(tmp_path), dataset).path("x")
+    os.remove(tmp_path / dataset / f"gnd_{dataset}.pkl")
+    with pytest.raises(UserError, match=rf"fetch it from http://.*revisitop.*/gnd_{dataset}\.pkl"):
+        read_ground_truth(str(tmp_path), dataset)
 
 
 def test_images_that_do_not_fit(revisited):

@@ -16,7 +16,14 @@ from PIL import Image
 
 from data import transfer_readers
 from data.transfer import TRANSFER_SETS, markdown_table, open_transfer_set
-from data.transfer_readers import CaltechFiles, CifarArrays, ListedFiles, StlArrays
+from data.transfer_readers import (
+    CaltechFiles,
+    CifarArrays,
+    ListedFiles,
+    StlArrays,
+    SunFiles,
+    VocFiles,
+)
 from evaluation.classification_metrics import METRICS
 from tools.make_tiny_transfer import CALTECH_TRAIN, TEST, TRAIN, WRITERS, colour, write_tiny
 from utils.errors import UserError
@@ -152,6 +159,92 @@ def test_arrays_are_read_as_torchvision_reads_them(tiny, name, split, monkeypatc
         image, expected_label = expected[index]
         assert label == expected_label
         np.testing.assert_array_equal(source.read_image(index), image)
+
+
+def paths(source, root):
+    """Names of images as paths below ``root``."""
+    return [os.path.relpath(name, root) for name in source.names]
+
+
+def same(source, root, other, other_root):
+    """Whether two sources hold the same images in the same order."""
+    return (
+        paths(source, root) == paths(other, other_root)
+        and np.array_equal(source.labels, other.labels)
+        and source.classes == other.classes
+    )
+
+
+@pytest.mark.parametrize(
+    "name", set_names(ListedFiles, (CaltechFiles, CifarArrays, StlArrays, SunFiles, VocFiles))
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_lists_are_read_as_torchvision_reads_them(tiny, name, split):
+    row = TRANSFER_SETS[name]
+    source = open_transfer_set(name, tiny(name), split)
+    unchecked = type("Unchecked", (row.reader.dataset,), {"_check_integrity": lambda *_: True})
+    unchecked.__name__ = row.reader.dataset.__name__  # which names DTD's folder
+    names, labels = [], []
+    for part in getattr(row, split).split("+"):
+        expected = unchecked(tiny(name), **row.reader.arguments(part))
+        images = next(
+            vars(expected)[a]
+            for a in ("_image_files", "_samples", "_images", "imgs")
+            if a in vars(expected)
+        )
+        names += [str(image[0] if isinstance(image, tuple) else image) for image in images]
+        labels += [expected[index][1] for index in range(len(expected))]
+    assert source.names == names
+    assert source.labels == labels
+    assert source.classes == expected.classes
+
+
+@every_set
+def test_lists_from_windows(tiny, name, replaced):
+    """With a byte order mark, other ends of lines, and blank lines."""
+    root = tiny(name)
+    clean = [open_transfer_set(name, root, split) for split in ("train", "test")]
+    texts = [path for path in lists(root) if path.suffix in (".txt", ".json")]
+    for path in texts:
+        text = path.read_text().replace("\n", "\n\n  \n")
+        replaced(path, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    for split, before in zip(("train", "test"), clean, strict=True):
+        assert same(open_transfer_set(name, root, split), root, before, root)
+    for path in texts:
+        replaced(path, path.read_bytes() + b"\0 \0 \0 \0\n")
+        with pytest.raises(UserError) as error:
+            for split in ("train", "test"):
+                open_transfer_set(name, root, split)
+        assert f"{path}:" in str(error.value)
+        assert one_line(error)
+        path.write_bytes(path.read_bytes()[:-8])
+
+
+@every_set
+def test_hidden_files_change_nothing(tmp_path, name):
+    """A double of each file, as macOS makes them, and what else a system leaves in each folder."""
+    root = str(tmp_path)
+    write_tiny(name, root)
+    before = [open_transfer_set(name, root, split) for split in ("train", "test")]
+    for folder in [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]:
+        for path in [path for path in folder.iterdir() if path.is_file()][:2]:
+            (folder / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+        (folder / ".DS_Store").touch()
+        (folder / "Thumbs.db").touch()
+        (folder / "@eaDir").mkdir()
+    for split, clean in zip(("train", "test"), before, strict=True):
+        assert same(open_transfer_set(name, root, split), root, clean, root)
+
+
+@every_set
+def test_the_data_path_may_be_the_sets_own_folder(tiny, name):
+    root, row = tiny(name), TRANSFER_SETS[name]
+    for place in row.places:
+        own = os.path.join(root, place)
+        if os.path.exists(own):
+            for split in ("train", "test"):
+                before, after = (open_transfer_set(name, path, split) for path in (root, own))
+                assert same(before, root, after, root)
 
 
 @every_set
@@ -332,7 +425,7 @@ def test_parts_of_a_split_must_agree_on_the_classes(tmp_path):
     write_tiny("dtd", str(tmp_path))
     listing = tmp_path / "dtd" / "dtd" / "labels" / "train1.txt"
     listing.write_text("".join(listing.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(UserError, match="classes of val differ"):
+    with pytest.raises(UserError, match=r"classes of the parts of train\+val differ"):
         open_transfer_set("dtd", str(tmp_path), "train")
 
 

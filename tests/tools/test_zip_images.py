@@ -94,13 +94,19 @@ def test_a_failure_leaves_the_old_zip(imagenet, tmp_path, pack, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["data", "splits", "file"])
-def test_mistakes_are_named(imagenet, tmp_path, pack, missing):
+def test_mistakes_are_named(imagenet, tmp_path, pack, missing, monkeypatch):
     data, out = tmp_path / "data", tmp_path / "out"
     if missing != "data":
         data.mkdir()
     if missing == "file":
         shutil.copytree(imagenet / "val", data / "val")
-        (data / "val/class1/broken.jpg").symlink_to("nowhere")
-    message = r"broken\.jpg: cannot pack val" if missing == "file" else "holds neither"
+
+        def list_and_lose(*arguments):
+            source = FolderSource(*arguments)
+            (data / "val/class1/2.jpg").unlink()
+            return source
+
+        monkeypatch.setattr(zip_images, "FolderSource", list_and_lose)
+    message = r"class1/2\.jpg: cannot pack val" if missing == "file" else "holds neither"
     with pytest.raises(UserError, match=message):
         pack(data, out)

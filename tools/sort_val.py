@@ -1,0 +1,71 @@
+"""Sort ImageNet's validation images, which lie in one folder, into a folder for each class.
+
+The development kit (ILSVRC2012_devkit_t12.tar.gz, unpacked) says which class an image has.
+"""
+
+import argparse
+import os
+import re
+
+from scipy.io import loadmat
+
+from data.listing import read_lines
+from utils.errors import UserError
+from utils.run import run_script
+
+IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.ASCII)
+
+
+def main() -> None:
+    """Read the classes, then move each image."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("val", help="the folder of ILSVRC2012_val_00000001.JPEG and so on")
+    parser.add_argument("devkit", help="the folder ILSVRC2012_devkit_t12")
+    args = parser.parse_args()
+    classes = read_classes(args.devkit)
+    images = [found for name in sorted(os.listdir(args.val)) if (found := IMAGE.fullmatch(name))]
+    if not images:
+        raise UserError(f"{args.val}: holds no ILSVRC2012_val_*.JPEG; are they sorted already?")
+    for image in images:  # before any moves
+        if not 1 <= int(image[1]) <= len(classes):
+            raise UserError(f"{args.val}: {image[0]} is not among the {len(classes)} of the kit")
+    for image in images:
+        folder = os.path.join(args.val, classes[int(image[1]) - 1])
+        os.makedirs(folder, exist_ok=True)
+        os.rename(os.path.join(args.val, image[0]), os.path.join(folder, image[0]))
+    print(f"{len(images)} images sorted into {args.val}")
+
+
+def read_classes(devkit: str) -> list[str]:
+    """The class, such as n01440764, of each validation image, in the order of their numbers.
+
+    Raises:
+        UserError: a file of the kit that is missing, damaged or does not fit the other.
+    """
+    folder = os.path.join(devkit, "data")
+    meta = os.path.join(folder, "meta.mat")
+    truth = os.path.join(folder, "ILSVRC2012_validation_ground_truth.txt")
+    try:
+        lines = list(read_lines(truth))
+        os.stat(meta)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot read ({error.strerror}); it is in "
+            "ILSVRC2012_devkit_t12.tar.gz of https://image-net.org"
+        ) from error
+    try:
+        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        # superclasses have children and no images
+        classes = {
+            int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0
+        }
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{meta}: not the classes of ImageNet ({error})") from error
+    try:
+        return [classes[int(line)] for _, line in lines]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{truth}: {error} is no class of meta.mat") from error
+
+
+if __name__ == "__main__":
+    run_script(main)
