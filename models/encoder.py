@@ -1,8 +1,9 @@
 """The backbones by name."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from models.batch_norm import SyncBatchNorm
 from models.swin import SwinTransformer
-from models.vit import VisionTransformer
+from models.vit import VisionTransformer, fit_positions
 from utils.errors import UserError
 from utils.update import Precision
 
@@ -68,6 +69,8 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str,
             raise UserError(f"MODEL.ENCODER {PREFIX}{name}: timm refuses it ({reason})") from error
     # some have layers between the last map and the classifier
     encoder.num_features = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    if isinstance(encoder, TimmVisionTransformer):
+        encoder.register_load_state_dict_pre_hook(fit_positions)
     if not hasattr(encoder, "no_weight_decay"):
         encoder.no_weight_decay = set  # none besides the one-dimensional ones
     return encoder, options
@@ -98,6 +101,9 @@ def create_encoder(
     stop_grad_conv1: bool = False,
     replace_ln_with_bn: bool = False,
     use_checkpoint: bool = False,
+    num_heads: int = 0,
+    patch_size: int = 0,
+    window_size: int = 0,
 ) -> Backbone:
     """A backbone without a classifier: images (B, 3, H, W) -> features (B, ``num_features``).
 
@@ -109,16 +115,26 @@ def create_encoder(
         stop_grad_conv1: keep a ViT's patch projection as initialised (MoCo v3, section 4).
         replace_ln_with_bn: BatchNorm in place of the LayerNorm before each MLP.
         use_checkpoint: recompute activations in the backward pass.
+        num_heads, patch_size, window_size: of a ViT, of a ViT or a Swin, of a Swin; 0 leaves what
+            the name says.
 
     Raises:
         UserError: unknown name, or an option that the backbone does not have.
     """
     options = {"img_size": img_size, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    network = {"num_heads": num_heads, "patch_size": patch_size, "window_size": window_size}
+    network = {option: value for option, value in network.items() if value}
     encoder: nn.Module
     if name.startswith(PREFIX):
-        encoder, _ = create_timm_backbone(name, **options)
+        encoder, taken = create_timm_backbone(name, **options, **network)
+        _refuse_options(name, network.keys() - taken.keys())
     elif name in ENCODERS:
-        encoder = ENCODERS[name](**options)
+        known = inspect.signature(ENCODERS[name]).parameters
+        _refuse_options(name, network.keys() - known.keys())
+        try:
+            encoder = ENCODERS[name](**options, **network)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"MODEL.ENCODER {name}: no such network ({error})") from error
     else:
         raise UserError(
             f"MODEL.ENCODER {name!r} is unknown, choose from {', '.join(ENCODERS)} or "
@@ -139,6 +155,11 @@ def create_encoder(
                 f"TRAIN.USE_CHECKPOINT: {name} has no activation checkpointing, leave it out"
             ) from error
     return backbone
+
+
+def _refuse_options(name: str, options: Iterable[str]) -> None:
+    for option in sorted(options):
+        raise UserError(f"MODEL.{option.upper()}: {name} has no such thing, leave it out")
 
 
 def _replace_norms(encoder: nn.Module, name: str) -> None:

@@ -51,6 +51,9 @@ KEYS = {
     "MODEL.TYPE": Key("moby", (), "`moby`, `byol` or `synco`"),
     "MODEL.ENCODER": Key("swin_tiny", (), "`vit_{nano,tiny,small,base}`, `swin_{tiny,small,base}`, "
         "or `timm/<name>` for any backbone of timm, such as `timm/resnet50`"),
+    "MODEL.NUM_HEADS": Key(0, (0, 1024), "of a ViT's blocks; 0: as the weights or the encoder say"),
+    "MODEL.PATCH_SIZE": Key(0, (0, 1024), "pixels, of a ViT or a Swin; 0: likewise"),
+    "MODEL.WINDOW_SIZE": Key(0, (0, 1024), "patches, of a Swin; 0: likewise"),
     "MODEL.NAME": Key("moby__swin_tiny", (), "first folder of a run"),
     "MODEL.RESUME": Key("", (), "checkpoint to begin from, see `--resume`"),
     "MODEL.NUM_CLASSES": Key(1000, (1, 10**7), "no effect: the data set tells"),
