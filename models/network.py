@@ -14,9 +14,11 @@ from models.encoder import ENCODERS, PREFIX
 from models.vit import VisionTransformer, are_fixed_positions
 from utils.config import with_values
 from utils.errors import UserError
+from utils.stand_in import entries_of
 
-# lines of the configuration in a checkpoint
-SAID = re.compile(r"^  (ENCODER|NUM_HEADS): (\w{1,30})$", re.MULTILINE)
+# the section of the configuration in a checkpoint, and its lines
+MODEL = re.compile(r"^MODEL:$((?:\n .*)*)", re.MULTILINE)
+LINE = re.compile(r"^  (\w+): (\w+)$", re.MULTILINE)
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 QKV = "blocks.0.attn.qkv.weight"
 TABLE = re.compile(r"^layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$")
@@ -66,10 +68,19 @@ def network_said(state: Mapping[str, Any]) -> dict[str, Any]:
     said = stored.get("network") if isinstance(stored, Mapping) else None
     if isinstance(said, Mapping):
         return dict(said)
-    text = state.get("config")
-    found = dict(SAID.findall(text)) if isinstance(text, str) else {}
-    heads = found.get("NUM_HEADS", "0")
-    return {"num_heads": int(heads) if heads.isdigit() else 0, "encoder": found.get("ENCODER")}
+    model = configured(state)
+    heads = model.get("NUM_HEADS", "")
+    return {"num_heads": int(heads) if heads.isdigit() else 0, "encoder": model.get("ENCODER")}
+
+
+def configured(state: Mapping[str, Any]) -> dict[str, str]:
+    """The plain keys of MODEL in a checkpoint's configuration: text here, a CfgNode elsewhere."""
+    config = state.get("config")
+    if isinstance(config, str):
+        block = MODEL.search(config)
+        return dict(LINE.findall(block[1])) if block else {}
+    entries = entries_of(entries_of(config).get("MODEL"))
+    return {str(k): str(v) for k, v in entries.items() if isinstance(v, (str, int))}
 
 
 def network_in(

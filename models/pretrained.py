@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from models.families import LEFT_OUT, Found, find_weights
 from models.network import (
     adapt,
     check_network,
+    configured,
     name_encoder,
     network_asked,
     network_of,
@@ -29,9 +29,6 @@ from utils.config import run_folder
 from utils.errors import UserError
 from utils.provenance import weights_digest
 from utils.run import Run
-
-# a line of the configuration in a checkpoint
-METHOD = re.compile(r"^MODEL:$(?:\n .*)*?\n  TYPE: (\w+)$", re.MULTILINE)
 
 
 def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,11 +208,9 @@ def _origin(state: dict, key: str) -> dict[str, Any]:
     """
     stored = state.get("provenance")
     stored = stored if isinstance(stored, dict) else {}
-    text = state.get("config")
-    found = METHOD.search(text) if isinstance(text, str) else None
     method, first = stored.get("method"), stored.get("key")
-    origin = {
-        "method": method if isinstance(method, str) else found and found[1],
+    origin: dict[str, Any] = {
+        "method": method if isinstance(method, str) else configured(state).get("TYPE"),
         "key": first if isinstance(first, str) else key,
     }
     for name in ("epoch", "step"):
