@@ -101,13 +101,14 @@ class Family(NamedTuple):
 BOTH = ("momentum_backbone.", "backbone_momentum.")
 # The first that fits is taken. The tests walk through them.
 FAMILIES = (
-    Family("this project, SynCo-v2 or MoBY", "encoder.", ("encoder_k.",)),
-    Family("MoCo v3", "base_encoder.", ("momentum_encoder.",)),
+    Family("this project, SynCo-v2, MoBY or solo-learn", "encoder.", ("encoder_k.",)),
+    Family("MoCo v3 or solo-learn", "base_encoder.", ("momentum_encoder.",)),
     Family("DINO, iBOT, solo-learn or lightly", "backbone.", (*BOTH, "backbone.")),
     Family("lightly", "student_backbone.", ("teacher_backbone.",)),
     Family("lightly", "backbone.", (*BOTH, "backbone."), SEQUENTIAL),
     Family("lightly", "backbone.vit.", ("backbone.vit.",)),
     Family("lightly", "student_backbone.vit.", ("teacher_backbone.vit.",)),
+    Family("lightly", "vit.", ("vit.",)),
     Family("a Lightning module's model", "model.", ("model.",)),
     Family("timm, DeiT, MAE or Microsoft's Swin", "", ("",)),
     Family("Hugging Face's ViT", "vit.", ("vit.",), HUGGING_FACE),

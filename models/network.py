@@ -68,6 +68,9 @@ def network_said(state: Mapping[str, Any]) -> dict[str, Any]:
     said = stored.get("network") if isinstance(stored, Mapping) else None
     if isinstance(said, Mapping):
         return dict(said)
+    told = state.get("hugging_face")
+    if isinstance(told, Mapping):
+        return {"num_heads": told.get("num_attention_heads")}
     model = configured(state)
     heads = model.get("NUM_HEADS", "")
     return {"num_heads": int(heads) if heads.isdigit() else 0, "encoder": model.get("ENCODER")}

@@ -1,14 +1,11 @@
 """Encoder weights from the checkpoints of this project and of others."""
 
 import argparse
-import contextlib
-import json
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from yacs.config import CfgNode
 
@@ -24,11 +21,12 @@ from models.network import (
     network_of,
     network_said,
 )
-from utils.checkpoint import LATEST, load_model, read_checkpoint
+from utils.checkpoint import LATEST, load_model
 from utils.config import run_folder
 from utils.errors import UserError
 from utils.provenance import weights_digest
 from utils.run import Run
+from utils.weights_file import read_weights
 
 
 def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +171,7 @@ def read_encoder(path: str, key: str, encoder: nn.Module) -> EncoderFile:
     Raises:
         UserError: not a checkpoint, or none with an encoder.
     """
-    state = _read(path)
+    state = read_weights(path)
     # a backbone of timm may have another name for its first convolution
     stem = next((name for name, value in encoder.state_dict().items() if value.ndim == 4), "")
     found = find_weights(state, stem, key, path)
@@ -221,17 +219,3 @@ def _origin(state: dict, key: str) -> dict[str, Any]:
         images = {str(name): n for name, n in data["images"].items() if type(n) is int}
         origin["data"] = {"digest": str(data.get("digest")), "images": images}
     return origin
-
-
-def _read(path: str) -> dict:
-    if not path.endswith(".safetensors"):
-        return read_checkpoint(path)
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            said = (file.metadata() or {}).get("provenance", "null")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read the weights ({error})") from error
-    with contextlib.suppress(ValueError, RecursionError):
-        state["provenance"] = json.loads(said)
-    return state
