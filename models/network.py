@@ -159,6 +159,17 @@ def adapt(
     return with_values(config, different)
 
 
+def network_changes(config: CfgNode, adapted: CfgNode) -> list[str]:
+    """What ``adapt`` has changed, in lines for the log."""
+    before = network_asked(config).by_key()
+    after = network_asked(adapted).by_key()
+    return [
+        f"the network of these weights has {key} {value}"
+        for key, value in after.items()
+        if before.get(key) != value
+    ]
+
+
 def check_network(
     encoder: nn.Module, weights: Mapping[str, torch.Tensor], said: Mapping[str, Any], path: str
 ) -> None:

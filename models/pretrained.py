@@ -17,7 +17,7 @@ from models.network import (
     check_network,
     configured,
     name_encoder,
-    network_asked,
+    network_changes,
     network_of,
     network_said,
 )
@@ -83,9 +83,8 @@ def build_pretrained_encoder(
         file, adapted = read_encoder_for(config, path, args.key)
         encoder = build_encoder(adapted, drop_path_rate)
         say(file.load(encoder))
-        for key, value in network_asked(adapted).by_key().items():
-            if value != network_asked(config).by_key().get(key):
-                say(f"the network of these weights has {key} {value}")
+        for line in network_changes(config, adapted):
+            say(line)
         say(f"the encoder that is judged: {describe_origin(file.origin)}")
         origin |= {"checkpoint": os.path.abspath(path), **file.origin}
     origin["network"] = network_of(encoder).known()

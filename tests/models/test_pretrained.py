@@ -70,11 +70,15 @@ def learned(weights, extra=()):
 DISTILLED = {"head_dist.weight": torch.zeros(10, 384), "head_dist.bias": torch.zeros(10)}
 # encoder, what the file holds, the family that is named
 FAMILIES = {
-    "this project": ("vit_tiny", lambda w, o: wrapper(w, o), "this project, SynCo-v2 or MoBY"),
+    "this project": (
+        "vit_tiny",
+        lambda w, o: wrapper(w, o),
+        "this project, SynCo-v2, MoBY or solo-learn",
+    ),
     "published SynCo-v2 or MoBY": (
         "swin_tiny",
         lambda w, o: wrapper(microsoft(w), microsoft(o)),
-        "this project, SynCo-v2 or MoBY",
+        "this project, SynCo-v2, MoBY or solo-learn",
     ),
     "Microsoft's Swin": (
         "swin_tiny",
