@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 from yacs.config import CfgNode
 
-from models.encoder import ENCODERS, PREFIX
+from models.encoder import ENCODERS
 from models.vit import VisionTransformer, are_fixed_positions
 from utils.config import with_values
 from utils.errors import UserError
@@ -190,8 +190,7 @@ def name_encoder(weights: Mapping[str, torch.Tensor]) -> str | None:
     """The MODEL.ENCODER whose weights these seem to be, None where that cannot be told."""
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if "layer1.0.conv3.weight" in shapes:
-        name = RESNETS.get(len({n.split(".")[1] for n in shapes if n.startswith("layer3.")}))
-        return name and f"{PREFIX}{name}"
+        return RESNETS.get(len({n.split(".")[1] for n in shapes if n.startswith("layer3.")}))
     width = shapes.get(PATCHES, (0,))[0]
     depths: Any = len({n.split(".")[1] for n in shapes if n.startswith("blocks.")})
     if any(TABLE.match(name) for name in shapes):

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD
 from models import build_encoder
-from models.encoder import ENCODERS, PREFIX, create_timm_backbone
+from models.encoder import ENCODERS, PREFIX, create_timm_backbone, full_name
 from models.network import Network, network_asked
 from models.pretrained import (
     add_pretrained_arguments,
@@ -43,9 +43,12 @@ TIMM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_tiny": ("vit_tiny_patch16_224", {}),
     "vit_small": ("vit_small_patch16_224", {"num_heads": 12}),
     "vit_base": ("vit_base_patch16_224", {}),
+    "vit_large": ("vit_large_patch16_224", {}),
+    "vit_huge": ("vit_huge_patch14_224", {}),
     "swin_tiny": ("swin_tiny_patch4_window7_224", {"strict_img_size": False}),
     "swin_small": ("swin_small_patch4_window7_224", {"strict_img_size": False}),
     "swin_base": ("swin_base_patch4_window7_224", {"strict_img_size": False}),
+    "swin_large": ("swin_large_patch4_window7_224", {"strict_img_size": False}),
 }
 LARGEST_DIFFERENCE = 1e-4  # of features, relative to the largest
 
@@ -103,7 +106,7 @@ def timm_call(config: CfgNode) -> tuple[str, dict]:
     Raises:
         UserError: timm has no such layers, or none for images of this size.
     """
-    name, size = config.MODEL.ENCODER, config.DATA.IMG_SIZE
+    name, size = full_name(config.MODEL.ENCODER), config.DATA.IMG_SIZE
     if config.MODEL.REPLACE_LN_WITH_BN:
         raise UserError("MODEL.REPLACE_LN_WITH_BN: timm has no such model, take pth or onnx")
     network = network_asked(config).known()
