@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -394,6 +395,22 @@ def test_lbfgs(run_main, tinted, tmp_path):
     assert found["last"].items() >= {"value": 100.0, "top1": 100.0, **chosen}.items()
     run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", random=False))
     assert "top1 value 100.0000" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+def test_eval_judges_the_heads_that_were_probed(run_main, tinted, tmp_path):
+    """best.pth tells them, the shapes do not."""
+    probe = ("--probe", "lbfgs", "--num-l2", "3")
+    run_main(eval_linear, *arguments(tinted, tmp_path, *probe, opts=["MODEL.NUM_HEADS", "8"]))
+    assert checkpoint(tmp_path, name="best.pth")["provenance"]["network"]["num_heads"] == 8
+    loss = results(tmp_path)["last"]["loss"]
+    path = folder(tmp_path) / "best.pth"
+    given = ("--eval", "--resume", path)
+    run_main(eval_linear, *arguments(tinted, tmp_path / "b", *given, random=False))
+    said = re.findall(r"loss ([\d.]+)", (folder(tmp_path / "b") / "eval/log_rank0.txt").read_text())
+    assert float(said[-1]) == pytest.approx(loss, abs=1e-4)
+    with pytest.raises(UserError, match=r"has MODEL\.NUM_HEADS 8, not 4"):
+        opts = ["MODEL.NUM_HEADS", "4"]
+        run_main(eval_linear, *arguments(tinted, tmp_path / "c", *given, opts=opts, random=False))
 
 
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
