@@ -174,9 +174,9 @@ def read_encoder(path: str, key: str, encoder: nn.Module) -> EncoderFile:
     # a backbone of timm may have another name for its first convolution
     stem = next((name for name, value in encoder.state_dict().items() if value.ndim == 4), "")
     found = find_weights(state, stem, key, path)
-    named = [*(name for name in found.inside if name in ("teacher", "student"))]
-    named += filter(None, [found.prefix.strip(".")])
-    origin = _origin(state, "/".join(named) or "the only one of its file")
+    named = [name for name in found.inside if name in ("teacher", "student")]
+    which = "/".join(filter(None, [*named, found.prefix.strip(".")]))
+    origin = _origin(state, which or "the only one of its file")
     return EncoderFile(path, found, network_said(state), origin)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import eval_linear
 from evaluation.protocols import PROTOCOLS
+from models.encoder import create_encoder
 from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
 from utils import training_log
@@ -152,7 +153,6 @@ def test_probing_leaves_the_encoder_and_fine_tuning_changes_it(run_main, tinted,
 
 def test_a_frozen_encoder_keeps_no_activations(monkeypatch):
     from evaluation.linear import LinearClassifiers
-    from models.encoder import create_encoder
 
     model = LinearClassifiers(create_encoder("vit_nano", 32, drop_path_rate=0.5), 4, 2, 0, True)
     model.train()
@@ -482,7 +482,8 @@ def test_a_class_without_test_images_does_not_renumber_the_others(run_main, tint
 def test_a_wrong_checkpoint_is_named(run_main, tinted, imagenet, tmp_path, wrong):
     path = tmp_path / "wrong.pth"
     if wrong == "of pre-training":
-        torch.save({"model": {"encoder.cls_token": torch.zeros(1)}, "epoch": 0}, path)
+        model = {f"encoder.{k}": v for k, v in create_encoder("vit_nano", 32).state_dict().items()}
+        torch.save({"model": model, "epoch": 0}, path)
     else:
         run_main(eval_linear, *arguments(imagenet, tmp_path, opts=["TRAIN.EPOCHS", "1"]))
         shutil.copy(folder(tmp_path) / "best.pth", path)
