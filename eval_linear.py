@@ -32,7 +32,7 @@ from evaluation.protocols import apply_protocol, set_aside
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
-from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from models.pretrained import add_pretrained_arguments, load_pretrained_encoder, read_encoder_for
 from optimizer import build_optimizer
 from utils.arguments import number_in, parse_arguments
 from utils.checkpoint import (
@@ -283,7 +283,8 @@ def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, folder: str,
     if not paths:
         raise UserError(f"{folder}: no {BEST} or {LATEST} to evaluate: train first")
     for path in paths:
-        model, state = read_classifiers(path, build_encoder(config, 0.0), len(test.classes))
+        _, adapted = read_encoder_for(config, path, "encoder")
+        model, state = read_classifiers(path, build_encoder(adapted, 0.0), len(test.classes))
         features, labels = encode_images(config, model.encoder.to(run.device), test, run)
         run.logger.info("%s", path)
         judged = Judged(state["lr"])

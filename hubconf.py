@@ -49,7 +49,8 @@ def _entry(encoder: str) -> collections.abc.Callable:
         checkpoint: path of weights of any family that the evaluations read; None leaves them
             random. Nothing is downloaded.
         key: ``encoder`` or ``encoder_k`` (momentum), of a pre-training checkpoint.
-        options: of ``models.encoder.create_encoder``, such as ``img_size``.
+        options: of ``models.encoder.create_encoder``, such as ``img_size``, or ``num_heads=6``
+            for the ViT-S of DINO and DeiT.
 
     Returns:
         the backbone in eval mode, with its width in ``num_features``.

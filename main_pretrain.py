@@ -1,8 +1,10 @@
 """Pre-train an encoder with MoBY, BYOL or SynCo."""
 
+import argparse
 import os
 import time
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from models import build_method
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import choose_attention
 from models.momentum import MomentumMethod, Output, key_momentum
+from models.network import check_network, network_changes, network_of, network_said
 from models.synco import SynCo
 from optimizer import build_optimizer
 from utils.agreement import check_agreement, digest
@@ -31,16 +34,20 @@ from utils.signals import StopSignals, end_stopped
 from utils.training_log import TrainingLog, duration, measure_throughput
 from utils.update import Update
 
+if TYPE_CHECKING:
+    from models.pretrained import EncoderFile
+
 PARTS = ("encoder", "projector", "predictor")  # whose gradient norms are reported
 
 
 def main() -> None:
     """Data, model, optimizer, resume, loop; a signal stops the run so that it can be resumed."""
     with StopSignals() as signals:
-        _, config = parse_arguments(__doc__, add_tracker_arguments)
+        args, config = parse_arguments(__doc__, add_arguments)
         if not config.AUG.SSL_AUG:
             raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
         run = start(config)
+        config, weights = read_starting_weights(config, args.pretrained, run)
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
         bad_images = BadImages(loader.dataset.source, config.DATA.MAX_BAD_FRACTION, run.logger)
@@ -62,12 +69,15 @@ def main() -> None:
         describe(effective, model, loader, run)
 
         progress, resumed_from = resume(effective, model, update, loader, run)
+        if weights and not resumed_from:
+            start_from(weights, model, run)
         if config.THROUGHPUT_MODE:
             return throughput(config, ddp, loader, update, run)
         if config.EVAL_MODE:
             return evaluate(model, loader, run)
 
-        provenance = describe_run(effective, loader, resumed_from, run)
+        began_with = resumed_from or args.pretrained
+        provenance = describe_run(effective, model, loader, began_with, run)
 
         def state() -> dict:
             place = progress.state_dict() | {"lr_scheduler": scheduler.state_dict()}
@@ -117,6 +127,16 @@ def main() -> None:
         run.logger.info("training took %s", duration(time.monotonic() - started))
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this script."""
+    add_tracker_arguments(parser)
+    parser.add_argument(
+        "--pretrained",
+        metavar="PATH",
+        help="weights that the encoder starts from, of any family that the evaluations read",
+    )
+
+
 def forward_views(
     model: nn.Module, device: torch.device, epoch: int, batch: list[torch.Tensor]
 ) -> Output:
@@ -127,6 +147,26 @@ def forward_views(
     # the third item says which images were replaced; the views stay channels last in memory
     views = (v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in batch[:2])
     return model(*(normalize(view) for view in views), epoch)
+
+
+def read_starting_weights(
+    config: CfgNode, path: str | None, run: Run
+) -> tuple[CfgNode, "EncoderFile | None"]:
+    """The weights of ``--pretrained``, if it is given, and the configuration with their network."""
+    if not path:
+        return config, None
+    from models.pretrained import read_encoder_for  # which most runs do not need
+
+    weights, adapted = read_encoder_for(config, path, "encoder")
+    for line in network_changes(config, adapted):
+        run.logger.info(line)
+    return adapted, weights
+
+
+def start_from(weights: "EncoderFile", model: MomentumMethod, run: Run) -> None:
+    """Load the encoder and the key encoder; heads, optimizer and schedule are new."""
+    run.logger.info("starting from %s", weights.load(model.encoder))
+    model.encoder_k.load_state_dict(model.encoder.state_dict())
 
 
 def build_model(config: CfgNode, run: Run) -> MomentumMethod:
@@ -179,14 +219,19 @@ def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, 
 
 
 def describe_run(
-    effective: CfgNode, loader: TrainingLoader, resumed_from: str | None, run: Run
+    effective: CfgNode,
+    model: MomentumMethod,
+    loader: TrainingLoader,
+    began_with: str | None,
+    run: Run,
 ) -> dict:
     """What the checkpoints say of where they come from, as far as it stays the same."""
     if rank() > 0:  # which write none
         return {}
     source = loader.dataset.source
     data = data_facts(effective.DATA.DATA_PATH, train=(source.names, source.labels))
-    origin = {"checkpoint": resumed_from and os.path.abspath(resumed_from)}
+    origin: dict[str, Any] = {"checkpoint": began_with and os.path.abspath(began_with)}
+    origin |= {"network": network_of(model.encoder).known()}
     origin |= {"method": effective.MODEL.TYPE, "encoder": effective.MODEL.ENCODER}
     return gather_provenance(effective, run.device, origin, data)
 
@@ -204,6 +249,9 @@ def resume(
         return Progress(loader.size, epoch, epoch * loader.size.updates), None
     state = read_checkpoint(path, run.device)
     restore_training(state, path, model, update, ("epoch", "step", "rng_state"))
+    below = "encoder."  # whose heads the shapes do not tell
+    encoder = {n.removeprefix(below): v for n, v in state["model"].items() if n.startswith(below)}
+    check_network(model.encoder, encoder, network_said(state), path)
     progress = locate(state, loader.size)
     if not effective.EVAL_MODE:  # whose images are others anyway
         warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)

@@ -74,4 +74,7 @@ def build_encoder(config: CfgNode, drop_path_rate: float) -> Backbone:
         stop_grad_conv1=model.STOP_GRAD_CONV1,
         replace_ln_with_bn=model.REPLACE_LN_WITH_BN,
         use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+        num_heads=model.NUM_HEADS,
+        patch_size=model.PATCH_SIZE,
+        window_size=model.WINDOW_SIZE,
     )

@@ -1,18 +1,20 @@
 """The backbones by name."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
 import timm
+from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
 from models.batch_norm import SyncBatchNorm
 from models.swin import SwinTransformer
-from models.vit import VisionTransformer
+from models.vit import VisionTransformer, fit_positions
 from utils.errors import UserError
 from utils.update import Precision
 
@@ -68,6 +70,8 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str,
             raise UserError(f"MODEL.ENCODER {PREFIX}{name}: timm refuses it ({reason})") from error
     # some have layers between the last map and the classifier
     encoder.num_features = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    if isinstance(encoder, TimmVisionTransformer):
+        encoder.register_load_state_dict_pre_hook(fit_positions)
     if not hasattr(encoder, "no_weight_decay"):
         encoder.no_weight_decay = set  # none besides the one-dimensional ones
     return encoder, options
@@ -78,6 +82,8 @@ ENCODERS: dict[str, partial[VisionTransformer] | partial[SwinTransformer]] = {
     "vit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),
     "vit_small": partial(VisionTransformer, embed_dim=384, depth=12, num_heads=12),
     "vit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
+    "vit_large": partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16),
+    "vit_huge": partial(VisionTransformer, patch_size=14, embed_dim=1280, depth=32, num_heads=16),
     "swin_tiny": partial(
         SwinTransformer, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)
     ),
@@ -87,7 +93,17 @@ ENCODERS: dict[str, partial[VisionTransformer] | partial[SwinTransformer]] = {
     "swin_base": partial(
         SwinTransformer, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)
     ),
+    "swin_large": partial(
+        SwinTransformer, embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)
+    ),
 }
+# the published names of backbones that are timm's
+RESNETS = ("resnet50", "resnet101", "resnet152", "resnet200")
+
+
+def full_name(name: str) -> str:
+    """``timm/`` before the published name of a ResNet, other names as they are."""
+    return f"{PREFIX}{name}" if name in RESNETS else name
 
 
 def create_encoder(
@@ -98,36 +114,53 @@ def create_encoder(
     stop_grad_conv1: bool = False,
     replace_ln_with_bn: bool = False,
     use_checkpoint: bool = False,
+    num_heads: int = 0,
+    patch_size: int = 0,
+    window_size: int = 0,
 ) -> Backbone:
     """A backbone without a classifier: images (B, 3, H, W) -> features (B, ``num_features``).
 
     Args:
-        name: a key of ``ENCODERS``, or ``timm/`` and the name of a model of timm.
+        name: a key of ``ENCODERS``, one of ``RESNETS``, or ``timm/`` and the name of a model of
+            timm.
         img_size: side of the training images in pixels.
         drop_rate: dropout rate.
         drop_path_rate: stochastic depth rate; not every model of timm has it.
-        stop_grad_conv1: keep a ViT's patch projection as initialised (MoCo v3, section 4).
+        stop_grad_conv1: keep the patch projection of a ViT or a Swin as initialised (MoCo v3,
+            section 4).
         replace_ln_with_bn: BatchNorm in place of the LayerNorm before each MLP.
         use_checkpoint: recompute activations in the backward pass.
+        num_heads, patch_size, window_size: of a ViT, of a ViT or a Swin, of a Swin; 0 leaves what
+            the name says.
 
     Raises:
         UserError: unknown name, or an option that the backbone does not have.
     """
+    name = full_name(name)
     options = {"img_size": img_size, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    network = {"num_heads": num_heads, "patch_size": patch_size, "window_size": window_size}
+    network = {option: value for option, value in network.items() if value}
     encoder: nn.Module
     if name.startswith(PREFIX):
-        encoder, _ = create_timm_backbone(name, **options)
+        encoder, taken = create_timm_backbone(name, **options, **network)
+        _refuse_options(name, network.keys() - taken.keys())
     elif name in ENCODERS:
-        encoder = ENCODERS[name](**options)
+        known = inspect.signature(ENCODERS[name]).parameters
+        _refuse_options(name, network.keys() - known.keys())
+        try:
+            encoder = ENCODERS[name](**options, **network)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"MODEL.ENCODER {name}: no such network ({error})") from error
     else:
         raise UserError(
-            f"MODEL.ENCODER {name!r} is unknown, choose from {', '.join(ENCODERS)} or "
-            f"{PREFIX}<name of a model of timm>"
+            f"MODEL.ENCODER {name!r} is unknown, choose from "
+            f"{', '.join([*ENCODERS, *RESNETS])} or {PREFIX}<name of a model of timm>"
         )
     if stop_grad_conv1:
-        if not isinstance(encoder, TimmVisionTransformer):
-            raise UserError(f"MODEL.STOP_GRAD_CONV1 is for ViT, {name} has no patch projection")
-        encoder.patch_embed.requires_grad_(False)
+        if not isinstance(encoder, (TimmVisionTransformer, TimmSwinTransformer)):
+            raise UserError(f"MODEL.STOP_GRAD_CONV1: {name} has no patch projection, leave it out")
+        patches: Any = encoder.patch_embed
+        patches.proj.requires_grad_(False)
     if replace_ln_with_bn:
         _replace_norms(encoder, name)
     backbone = cast(Backbone, encoder)
@@ -139,6 +172,11 @@ def create_encoder(
                 f"TRAIN.USE_CHECKPOINT: {name} has no activation checkpointing, leave it out"
             ) from error
     return backbone
+
+
+def _refuse_options(name: str, options: Iterable[str]) -> None:
+    for option in sorted(options):
+        raise UserError(f"MODEL.{option.upper()}: {name} has no such thing, leave it out")
 
 
 def _replace_norms(encoder: nn.Module, name: str) -> None:

@@ -1,44 +1,32 @@
 """Encoder weights from the checkpoints of this project and of others."""
 
 import argparse
-import contextlib
-import json
 import os
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from yacs.config import CfgNode
 
 from models import build_encoder
 from models.encoder import Backbone
-from utils.checkpoint import LATEST, load_model, read_checkpoint
+from models.families import LEFT_OUT, Found, find_weights
+from models.network import (
+    adapt,
+    check_network,
+    configured,
+    name_encoder,
+    network_changes,
+    network_of,
+    network_said,
+)
+from utils.checkpoint import LATEST, load_model
 from utils.config import run_folder
 from utils.errors import UserError
 from utils.provenance import weights_digest
 from utils.run import Run
-
-# where checkpoints of this field keep their weights, the innermost last
-CONTAINERS = ("model", "state_dict", "teacher", "student")
-# the prefixes of a backbone's weights, and whose checkpoints have them
-FAMILIES = (
-    ("this project, SynCo-v2 or MoBY", "{key}."),
-    ("MoCo v3", "module.{moco}."),
-    ("DINO", "module.backbone."),
-    ("DINO", "backbone."),
-    ("linear evaluation or timm under DistributedDataParallel", "module."),
-    ("timm, DeiT or Microsoft's Swin", ""),
-)
-# heads and the other parts of a wrapper
-LEFT_OUT = re.compile(
-    r"^(head|head_dist|fc|fc_norm|predictor|projector|projector_k|queue|contrast)\b|^head\.|_head\."
-)
-# a line of the configuration in a checkpoint
-METHOD = re.compile(r"^MODEL:$(?:\n .*)*?\n  TYPE: (\w+)$", re.MULTILINE)
-STEM = ("patch_embed.proj.weight", "conv1.weight", "stem.0.weight", "conv_stem.weight")
+from utils.weights_file import read_weights
 
 
 def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,17 +73,21 @@ def build_pretrained_encoder(
     Raises:
         UserError: no such file, or a weight of the encoder is missing from it.
     """
-    encoder = build_encoder(config, drop_path_rate)
     origin: dict[str, Any] = {"encoder": config.MODEL.ENCODER}
     if args.random_weights:
+        encoder = build_encoder(config, drop_path_rate)
         say(f"{config.MODEL.ENCODER} with random weights, as asked")
         origin["key"] = "random weights"
     else:
         path = pretrained_path(args, config)
-        said, found = _load(encoder, path, args.key)
-        say(said)
-        say(f"the encoder that is judged: {describe_origin(found)}")
-        origin |= {"checkpoint": os.path.abspath(path), **found}
+        file, adapted = read_encoder_for(config, path, args.key)
+        encoder = build_encoder(adapted, drop_path_rate)
+        say(file.load(encoder))
+        for line in network_changes(config, adapted):
+            say(line)
+        say(f"the encoder that is judged: {describe_origin(file.origin)}")
+        origin |= {"checkpoint": os.path.abspath(path), **file.origin}
+    origin["network"] = network_of(encoder).known()
     origin["weights"] = weights_digest(encoder)
     return encoder.requires_grad_(False).eval(), origin
 
@@ -127,34 +119,80 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
     Raises:
         UserError: not a checkpoint, or one of another encoder.
     """
-    return _load(encoder, path, key)[0]
+    file = read_encoder(path, key, encoder)
+    check_network(encoder, file.found.weights, file.network, path)
+    return file.load(encoder)
 
 
-def _load(encoder: nn.Module, path: str, key: str) -> tuple[str, dict[str, Any]]:
-    """As ``load_encoder_weights``, with the ``method``, ``key``, ``epoch`` and ``step``."""
-    whole = state = _read(path)
-    inside = []
-    for name in CONTAINERS:
-        if isinstance(state.get(name), dict):
-            state = state[name]
-            inside.append(name)
-    weights = {name: value for name, value in state.items() if torch.is_tensor(value)}
-    expected = encoder.state_dict()
+class EncoderFile(NamedTuple):
+    """An encoder's weights in a file.
+
+    Attributes:
+        path: of the file.
+        found: the weights, and where they were.
+        network: what the file says of its network, for ``models.network``.
+        origin: ``method``, ``key``, ``epoch`` and ``step``.
+    """
+
+    path: str
+    found: Found
+    network: dict[str, Any]
+    origin: dict[str, Any]
+
+    def load(self, encoder: nn.Module) -> str:
+        """Load all weights of ``encoder``; returns a line that says what was found."""
+        expected = encoder.state_dict()
+        # a backbone of timm may have a head.norm of its own
+        own = {
+            name: value
+            for name, value in self.found.weights.items()
+            if name in expected or not LEFT_OUT.search(name)
+        }
+        try:
+            load_model(encoder, own, self.path)
+        except UserError as error:
+            likely = name_encoder(own)
+            if likely in (None, name_encoder(expected)):
+                raise
+            raise UserError(f"{error}: it looks like MODEL.ENCODER {likely}") from error
+        others = self.found.others + len(self.found.weights) - len(own)
+        where = "/".join(self.found.inside) or "the file itself"
+        return (
+            f"{self.path}: weights of {self.found.family} (in {where}, prefix "
+            f"{self.found.prefix or 'none'!r}), {len(expected)} of {len(expected)} loaded, "
+            f"{others} of other parts left out"
+        )
+
+
+def read_encoder(path: str, key: str, encoder: nn.Module) -> EncoderFile:
+    """Read the weights of an encoder like ``encoder``, of any family.
+
+    Raises:
+        UserError: not a checkpoint, or none with an encoder.
+    """
+    state = read_weights(path)
     # a backbone of timm may have another name for its first convolution
-    stem = next((name for name, value in expected.items() if value.ndim == 4), STEM[0])
-    family, prefix = _find_family(weights, (stem, *STEM), key, path)
-    own = {name[len(prefix) :]: v for name, v in weights.items() if name.startswith(prefix)}
-    # it may also have a head.norm of its own
-    own = {n: value for n, value in own.items() if n in expected or not LEFT_OUT.search(n)}
-    load_model(encoder, own, path)
-    count = len(expected)
-    where = "/".join(inside) or "the file itself"
-    said = (
-        f"{path}: weights of {family} (in {where}, prefix {prefix or 'none'!r}), "
-        f"{count} of {count} loaded, {len(weights) - len(own)} of other parts left out"
-    )
-    named = [*(name for name in inside if name in ("teacher", "student")), prefix.strip(".")]
-    return said, _origin(whole, "/".join(filter(None, named)) or "the only one of its file")
+    stem = next((name for name, value in encoder.state_dict().items() if value.ndim == 4), "")
+    found = find_weights(state, stem, key, path)
+    named = [name for name in found.inside if name in ("teacher", "student")]
+    which = "/".join(filter(None, [*named, found.prefix.strip(".")]))
+    origin = _origin(state, which or "the only one of its file")
+    return EncoderFile(path, found, network_said(state), origin)
+
+
+def read_encoder_for(config: CfgNode, path: str, key: str) -> tuple[EncoderFile, CfgNode]:
+    """Read the weights of the configured encoder.
+
+    Returns:
+        the weights, and the configuration with the heads, patches and windows that they have.
+
+    Raises:
+        UserError: as ``read_encoder``, or the configuration asks for another network.
+    """
+    with torch.device("meta"):  # which takes neither time nor memory
+        encoder = build_encoder(config, 0.0)
+    file = read_encoder(path, key, encoder)
+    return file, adapt(config, encoder, file.found.weights, file.network, path)
 
 
 def _origin(state: dict, key: str) -> dict[str, Any]:
@@ -167,11 +205,9 @@ def _origin(state: dict, key: str) -> dict[str, Any]:
     """
     stored = state.get("provenance")
     stored = stored if isinstance(stored, dict) else {}
-    text = state.get("config")
-    found = METHOD.search(text) if isinstance(text, str) else None
     method, first = stored.get("method"), stored.get("key")
-    origin = {
-        "method": method if isinstance(method, str) else found and found[1],
+    origin: dict[str, Any] = {
+        "method": method if isinstance(method, str) else configured(state).get("TYPE"),
         "key": first if isinstance(first, str) else key,
     }
     for name in ("epoch", "step"):
@@ -182,32 +218,3 @@ def _origin(state: dict, key: str) -> dict[str, Any]:
         images = {str(name): n for name, n in data["images"].items() if type(n) is int}
         origin["data"] = {"digest": str(data.get("digest")), "images": images}
     return origin
-
-
-def _read(path: str) -> dict:
-    if not path.endswith(".safetensors"):
-        return read_checkpoint(path)
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            said = (file.metadata() or {}).get("provenance", "null")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read the weights ({error})") from error
-    with contextlib.suppress(ValueError, RecursionError):
-        state["provenance"] = json.loads(said)
-    return state
-
-
-def _find_family(
-    weights: dict[str, torch.Tensor], stems: tuple[str, ...], key: str, path: str
-) -> tuple[str, str]:
-    moco = "base_encoder" if key == "encoder" else "momentum_encoder"
-    for family, pattern in FAMILIES:
-        prefix = pattern.format(key=key, moco=moco)
-        if any(prefix + stem in weights for stem in stems):
-            return family, prefix
-    example = next(iter(weights), None)
-    raise UserError(
-        f"{path}: no encoder weights found in it"
-        + (f" (its names are like {example})" if example else " (it holds no tensors)")
-    )

@@ -1,16 +1,17 @@
 """Swin transformers (arXiv 2103.14030) on timm's layers."""
 
+import re
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
-from timm.models.swin_transformer import checkpoint_filter_fn
 
 WINDOW = 7
 PATCH = 4
+DOWNSAMPLE = re.compile(r"layers\.(\d+)\.(?=downsample\.)")
 
 
 class SwinTransformer(TimmSwinTransformer):
-    """Swin with windows of 7 x 7 at any image size.
+    """Swin with windows of 7 x 7, or another side, at any image size.
 
     The feature is the mean of the last stage. timm shrinks the windows for images below 224
     pixels, which changes the shape of the weights. Here such images are padded instead, so that
@@ -23,6 +24,8 @@ class SwinTransformer(TimmSwinTransformer):
         num_heads: attention heads in each stage.
         drop_rate: dropout rate.
         drop_path_rate: stochastic depth rate of the last block, rising linearly from 0.
+        patch_size: side of a patch in pixels.
+        window_size: side of a window in patches, the same in every stage.
     """
 
     def __init__(
@@ -33,13 +36,15 @@ class SwinTransformer(TimmSwinTransformer):
         num_heads: tuple[int, ...] = (3, 6, 12, 24),
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        patch_size: int = PATCH,
+        window_size: int = WINDOW,
     ) -> None:
         # 2 ** (stages - 1): the smallest size at which no stage is narrower than a window
-        smallest = WINDOW * PATCH * 2 ** (len(depths) - 1)
+        smallest = window_size * patch_size * 2 ** (len(depths) - 1)
         super().__init__(
             img_size=max(img_size, smallest),
-            patch_size=PATCH,
-            window_size=WINDOW,
+            patch_size=patch_size,
+            window_size=window_size,
             embed_dim=embed_dim,
             depths=depths,
             num_heads=num_heads,
@@ -56,8 +61,15 @@ class SwinTransformer(TimmSwinTransformer):
 def _rename_microsoft(model: SwinTransformer, state_dict: dict, prefix: str, *_: object) -> None:
     """Turn Microsoft's names into timm's, in place: their ``downsample`` ends the stage before.
 
-    Buffers that timm derives are dropped.
+    Buffers that timm derives are dropped. Nothing is resampled: a table of another window is that
+    of another network.
     """
-    own = {k[len(prefix) :]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
-    own = checkpoint_filter_fn(own, model)
-    state_dict.update({prefix + name: value for name, value in own.items()})
+    published = f"{prefix}layers.0.downsample.reduction.weight" in state_dict
+    own = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    for name, value in own.items():
+        if name.endswith(("relative_position_index", "attn_mask")):
+            continue
+        stage = DOWNSAMPLE.match(name[len(prefix) :])
+        if stage and published:
+            name = f"{prefix}layers.{int(stage[1]) + 1}.{name[len(prefix) + stage.end() :]}"
+        state_dict[name] = value

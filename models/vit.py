@@ -1,6 +1,7 @@
 """Vision transformers of MoCo v3 (arXiv 2104.02057) on timm's layers."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
@@ -53,19 +54,15 @@ class VisionTransformer(TimmVisionTransformer):
             dynamic_img_size=True,
             dynamic_img_pad=True,
         )
-        self.pos_embed = nn.Parameter(self._sincos(self.patch_embed.grid_size), requires_grad=False)
+        positions = fixed_positions(self.patch_embed.grid_size, embed_dim)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         nn.init.normal_(self.cls_token, std=1e-6)
         projection = self.patch_embed.proj
         limit = math.sqrt(6 / (projection.in_channels * patch_size**2 + embed_dim))
         nn.init.uniform_(projection.weight, -limit, limit)
         nn.init.zeros_(projection.bias)
         self.fixed_positions = True  # until a checkpoint brings learned ones
-        self.register_load_state_dict_pre_hook(_fit_positions)
-
-    def _sincos(self, grid: tuple[int, ...]) -> torch.Tensor:
-        """Positions of an (h, w) grid: 1 x (1 + h w) x width, zero for the class token."""
-        positions = build_sincos2d_pos_embed(list(grid), self.embed_dim, interleave_sin_cos=True)
-        return torch.cat([torch.zeros(1, self.embed_dim), positions])[None]
+        self.register_load_state_dict_pre_hook(fit_positions)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         # BxhxwxC -> Bx(1+hw)xC
@@ -74,7 +71,7 @@ class VisionTransformer(TimmVisionTransformer):
         if tuple(grid) == tuple(self.patch_embed.grid_size):
             positions = self.pos_embed
         elif self.fixed_positions:
-            positions = self._sincos(tuple(grid)).to(self.pos_embed)
+            positions = fixed_positions(grid, width).to(self.pos_embed)
         else:
             positions = resample_abs_pos_embed(
                 self.pos_embed, new_size=list(grid), old_size=list(self.patch_embed.grid_size)
@@ -87,18 +84,50 @@ class VisionTransformer(TimmVisionTransformer):
         return {"pos_embed", "cls_token"}
 
 
-def _fit_positions(model: VisionTransformer, state_dict: dict, prefix: str, *_: object) -> None:
-    """Fit the positions of a checkpoint, fixed or learned, to the model's grid, in place."""
-    loaded = state_dict.get(prefix + "pos_embed")
-    if loaded is None or loaded.ndim != 3 or loaded.shape[2] != model.embed_dim:
+def fixed_positions(grid: Sequence[int], width: int) -> torch.Tensor:
+    """Positions of an (h, w) grid: 1 x (1 + h w) x width, zero for the class token."""
+    positions = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True)
+    return torch.cat([torch.zeros(1, width), positions])[None]
+
+
+def are_fixed_positions(positions: torch.Tensor) -> bool:
+    """Whether positions of any precision, 1 x (1 + side^2) x width, are ``fixed_positions``."""
+    side = _side(positions.shape[1] - 1)
+    if not side or positions.shape[2] % 4 or not positions.is_floating_point():
+        return False
+    # what rounding leaves of numbers from -1 to 1
+    tolerance = max(1e-4, torch.finfo(positions.dtype).eps)
+    fixed = fixed_positions((side, side), positions.shape[2])
+    return torch.allclose(positions.detach().cpu().float(), fixed, atol=tolerance)
+
+
+def fit_positions(model: TimmVisionTransformer, state_dict: dict, prefix: str, *_: object) -> None:
+    """Fit the positions of a checkpoint, fixed or learned, to the model's grid, in place.
+
+    A hook before ``load_state_dict``, for any ViT of timm. Grids are square.
+    """
+    loaded, own = state_dict.get(prefix + "pos_embed"), model.pos_embed
+    if loaded is None or own is None or loaded.ndim != 3 or loaded.shape[2] != own.shape[2]:
         return
-    side = math.isqrt(loaded.shape[1] - 1)
-    if side * side != loaded.shape[1] - 1:
+    others = 0 if model.no_embed_class else model.num_prefix_tokens
+    side = _side(loaded.shape[1] - others)
+    if not side:
         return
-    model.fixed_positions = torch.allclose(loaded.cpu(), model._sincos((side, side)), atol=1e-4)
-    if loaded.shape != model.pos_embed.shape:
-        if model.fixed_positions:
-            state_dict[prefix + "pos_embed"] = model._sincos(model.patch_embed.grid_size)
-        else:
-            grid = list(model.patch_embed.grid_size)
-            state_dict[prefix + "pos_embed"] = resample_abs_pos_embed(loaded, new_size=grid)
+    fixed = others == 1 and are_fixed_positions(loaded)
+    if isinstance(model, VisionTransformer):
+        model.fixed_positions = fixed
+    grid = list(model.patch_embed.grid_size)
+    if loaded.shape == own.shape and [side, side] == grid:
+        return
+    if fixed:
+        state_dict[prefix + "pos_embed"] = fixed_positions(grid, own.shape[2])
+    else:
+        state_dict[prefix + "pos_embed"] = resample_abs_pos_embed(
+            loaded, new_size=grid, old_size=[side, side], num_prefix_tokens=others
+        )
+
+
+def _side(patches: int) -> int:
+    """The side of a square of so many patches, 0 if they make none."""
+    side = math.isqrt(max(patches, 0))
+    return side if side * side == patches else 0

@@ -167,10 +167,10 @@ def write_run(folder, epochs: int = 4, steps: int = 50, **more) -> None:
     (folder / "metrics.jsonl").write_text(text)
 
 
-def fresh(name, seed=0):
+def fresh(name, seed=0, **options):
     """An encoder and its weights, which differ from those of another seed."""
     torch.manual_seed(seed)
-    encoder = create_encoder(name)
+    encoder = create_encoder(name, **options)
     for parameter in encoder.parameters():
         if parameter.ndim == 1:  # those begin alike
             torch.nn.init.normal_(parameter.data)

@@ -1,9 +1,11 @@
 """eval_knn.py: figures from images and from files, processes, and mistakes."""
 
+import argparse
 import json
 import shutil
 
 import pytest
+import timm
 import torch
 from helpers import ROOT, figures, reference, run_script
 
@@ -175,3 +177,38 @@ def test_a_class_without_training_images_is_named(run_main, imagenet, tmp_path):
     (tmp_path / "data/train/class1").rename(tmp_path / "data/train/other")
     with pytest.raises(UserError, match="class class1 is among the validation images"):
         run_main(eval_knn, *arguments(tmp_path / "data", tmp_path, "--random-weights"))
+
+
+def test_a_vit_of_dino_has_the_figures_of_timms_own(run_main, imagenet, tmp_path):
+    """A full checkpoint as DINO writes it, of the ViT-S with 6 heads, read as vit_small."""
+    torch.manual_seed(0)
+    real = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32)
+    for parameter in real.parameters():
+        torch.nn.init.normal_(parameter, std=0.03)
+    other = torch.nn.init.normal_  # the student's differ
+    student = {f"module.backbone.{k}": other(v.clone()) for k, v in real.state_dict().items()}
+    head = {"mlp.0.weight": torch.ones(2, 2), "last_layer.weight_g": torch.ones(2, 1)}
+    state = {
+        "student": student | {f"module.head.{k}": v for k, v in head.items()},
+        "teacher": {f"backbone.{k}": v for k, v in real.state_dict().items()}
+        | {f"head.{k}": v for k, v in head.items()},
+        "optimizer": torch.optim.AdamW(torch.nn.Linear(2, 2).parameters()).state_dict(),
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small", patch_size=16, output_dir=tmp_path),
+        "dino_loss": {"center": torch.zeros(1, 2)},
+        "fp16_scaler": {"scale": 65536.0},
+    }
+    torch.save(state, tmp_path / "dino.pth")
+    found = {}
+    for name in ("vit_small", "timm/vit_small_patch16_224"):
+        out = tmp_path / name.replace("/", "_")
+        flags = ["--pretrained", tmp_path / "dino.pth", "--nb-knn", "1", "5"]
+        flags += ["--dump-features", out / "dump"]
+        run_main(eval_knn, *arguments(imagenet, out, *flags, opts=("MODEL.ENCODER", name)))
+        origin = json.loads((out / "run/default/knn_imagenet/results.json").read_text())
+        assert origin["provenance"]["network"] == {"num_heads": 6, "patch_size": 16}
+        assert origin["provenance"]["epoch"] == 100
+        found[name] = results(out), torch.load(out / "dump/testfeat.pth", weights_only=True)
+    (ours, features), (theirs, expected) = found.values()
+    assert ours == theirs
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)

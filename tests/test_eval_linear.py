@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ from PIL import Image
 
 import eval_linear
 from evaluation.protocols import PROTOCOLS
+from models.encoder import create_encoder
 from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
 from utils import training_log
@@ -151,7 +153,6 @@ def test_probing_leaves_the_encoder_and_fine_tuning_changes_it(run_main, tinted,
 
 def test_a_frozen_encoder_keeps_no_activations(monkeypatch):
     from evaluation.linear import LinearClassifiers
-    from models.encoder import create_encoder
 
     model = LinearClassifiers(create_encoder("vit_nano", 32, drop_path_rate=0.5), 4, 2, 0, True)
     model.train()
@@ -397,6 +398,22 @@ def test_lbfgs(run_main, tinted, tmp_path):
     assert "top1 value 100.0000" in (folder(tmp_path) / "eval" / "log_rank0.txt").read_text()
 
 
+def test_eval_judges_the_heads_that_were_probed(run_main, tinted, tmp_path):
+    """best.pth tells them, the shapes do not."""
+    probe = ("--probe", "lbfgs", "--num-l2", "3")
+    run_main(eval_linear, *arguments(tinted, tmp_path, *probe, opts=["MODEL.NUM_HEADS", "8"]))
+    assert checkpoint(tmp_path, name="best.pth")["provenance"]["network"]["num_heads"] == 8
+    loss = results(tmp_path)["last"]["loss"]
+    path = folder(tmp_path) / "best.pth"
+    given = ("--eval", "--resume", path)
+    run_main(eval_linear, *arguments(tinted, tmp_path / "b", *given, random=False))
+    said = re.findall(r"loss ([\d.]+)", (folder(tmp_path / "b") / "eval/log_rank0.txt").read_text())
+    assert float(said[-1]) == pytest.approx(loss, abs=1e-4)
+    with pytest.raises(UserError, match=r"has MODEL\.NUM_HEADS 8, not 4"):
+        opts = ["MODEL.NUM_HEADS", "4"]
+        run_main(eval_linear, *arguments(tinted, tmp_path / "c", *given, opts=opts, random=False))
+
+
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
 def test_several_labels_an_image(run_main, tmp_path, probe):
     write_tiny("voc2007", str(tmp_path / "data"))
@@ -466,7 +483,8 @@ def test_a_class_without_test_images_does_not_renumber_the_others(run_main, tint
 def test_a_wrong_checkpoint_is_named(run_main, tinted, imagenet, tmp_path, wrong):
     path = tmp_path / "wrong.pth"
     if wrong == "of pre-training":
-        torch.save({"model": {"encoder.cls_token": torch.zeros(1)}, "epoch": 0}, path)
+        model = {f"encoder.{k}": v for k, v in create_encoder("vit_nano", 32).state_dict().items()}
+        torch.save({"model": model, "epoch": 0}, path)
     else:
         run_main(eval_linear, *arguments(imagenet, tmp_path, opts=["TRAIN.EPOCHS", "1"]))
         shutil.copy(folder(tmp_path) / "best.pth", path)

@@ -4,6 +4,7 @@ Run as ``python -m tools.export_backbone ...`` from the root of the repository.
 """
 
 import argparse
+import inspect
 import json
 import os
 import time
@@ -18,7 +19,8 @@ from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD
 from models import build_encoder
-from models.encoder import ENCODERS, PREFIX, create_timm_backbone
+from models.encoder import ENCODERS, PREFIX, create_timm_backbone, full_name
+from models.network import Network, network_asked
 from models.pretrained import (
     add_pretrained_arguments,
     build_pretrained_encoder,
@@ -41,9 +43,12 @@ TIMM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_tiny": ("vit_tiny_patch16_224", {}),
     "vit_small": ("vit_small_patch16_224", {"num_heads": 12}),
     "vit_base": ("vit_base_patch16_224", {}),
+    "vit_large": ("vit_large_patch16_224", {}),
+    "vit_huge": ("vit_huge_patch14_224", {}),
     "swin_tiny": ("swin_tiny_patch4_window7_224", {"strict_img_size": False}),
     "swin_small": ("swin_small_patch4_window7_224", {"strict_img_size": False}),
     "swin_base": ("swin_base_patch4_window7_224", {"strict_img_size": False}),
+    "swin_large": ("swin_large_patch4_window7_224", {"strict_img_size": False}),
 }
 LARGEST_DIFFERENCE = 1e-4  # of features, relative to the largest
 
@@ -64,6 +69,7 @@ def main() -> None:
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
     config = with_values(config, {"DATA.IMG_SIZE": args.size or config.DATA.IMG_SIZE})
     encoder, origin = build_pretrained_encoder(args, config, print)
+    config = with_values(config, Network(**origin["network"]).by_key())
     suffix = {"timm": ".safetensors", "pth": ".pth", "onnx": ".onnx"}[args.format]
     if not args.out.endswith(suffix):
         raise UserError(f"--out {args.out}: the name of a file of {args.format} ends in {suffix}")
@@ -100,18 +106,23 @@ def timm_call(config: CfgNode) -> tuple[str, dict]:
     Raises:
         UserError: timm has no such layers, or none for images of this size.
     """
-    name, size = config.MODEL.ENCODER, config.DATA.IMG_SIZE
+    name, size = full_name(config.MODEL.ENCODER), config.DATA.IMG_SIZE
     if config.MODEL.REPLACE_LN_WITH_BN:
         raise UserError("MODEL.REPLACE_LN_WITH_BN: timm has no such model, take pth or onnx")
+    network = network_asked(config).known()
     if name.startswith(PREFIX):
         with torch.device("meta"):
-            _, options = create_timm_backbone(name, img_size=size)
+            _, options = create_timm_backbone(name, img_size=size, **network)
         return name.removeprefix(PREFIX), {"num_classes": 0, **options}
+    ours = inspect.signature(ENCODERS[name]).parameters
+    patch = network.get("patch_size", ours["patch_size"].default)
+    # of this project's, what the name does not say
+    network = {key: value for key, value in network.items() if ours[key].default != value}
     name, options = TIMM_MODELS[name]
-    patch = ENCODERS[config.MODEL.ENCODER].keywords.get("patch_size", 16)
+    options = options | network
     if name.startswith("swin"):
         # as models/swin.py: the windows keep their size, smaller images are padded
-        patch, size = 4, max(size, WINDOW * 32)
+        size = max(size, network.get("window_size", WINDOW) * patch * 8)
     if config.DATA.IMG_SIZE % patch:
         raise UserError(f"--size must be a multiple of {patch}, the patches of {name}")
     sized = {} if size == 224 else {"img_size": size}

@@ -5,11 +5,9 @@ import fcntl
 import glob
 import logging
 import os
-import pickle
 import re
 import shutil
 import uuid
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +18,7 @@ from yacs.config import CfgNode
 
 from utils.distributed import on_first_process
 from utils.errors import UserError
+from utils.torch_file import read_torch_file
 from utils.update import Update
 
 LATEST = "checkpoint.pth"
@@ -109,17 +108,17 @@ def link_file(path: str, name: str) -> None:
 
 
 def read_checkpoint(path: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of tensors, numbers and text; nothing in it is run.
+    """Read a checkpoint; nothing in it is run, see ``read_torch_file``.
 
     Raises:
-        UserError: missing, truncated, or holding anything else.
+        UserError: missing, damaged, or no checkpoint.
     """
-    return _read(path, dict, map_location)
+    return read_torch_file(path, dict, map_location)
 
 
 def read_tensor(path: str) -> torch.Tensor:
     """Read a file that holds one tensor, see ``read_checkpoint``."""
-    return _read(path, torch.Tensor, "cpu")
+    return read_torch_file(path, torch.Tensor, "cpu")
 
 
 def load_model(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str) -> None:
@@ -269,35 +268,3 @@ def _sync_folder(path: str) -> None:
         pass
     finally:
         os.close(descriptor)
-
-
-def _check_sums(path: str) -> None:
-    """Compare each record with its CRC-32, which torch writes but does not look at.
-
-    So no separate digest is needed, which could not be replaced in the same instant as the
-    checkpoint. Files in the format before torch 1.6 have no CRC-32.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-
-
-def _read(path: str, kind: type, map_location: str | torch.device) -> Any:
-    try:
-        _check_sums(path)
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror or error})") from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: damaged, or holds more than weights ({reason})") from error
-    except Exception as error:  # a damaged file can raise anything
-        reason = (str(error).splitlines() or ["empty"])[0]
-        raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from error
-    if not isinstance(state, kind):
-        raise UserError(f"{path}: expected a {kind.__name__}, found a {type(state).__name__}")
-    return state

@@ -49,8 +49,12 @@ KEYS = {
     "DATA.NUM_WORKERS": Key(8, WORKERS, "per process, at most its share of the cores"),
     "DATA.TRAINING_IMAGES": Key(0, COUNT, "`config.json` has the number that was found"),
     "MODEL.TYPE": Key("moby", (), "`moby`, `byol` or `synco`"),
-    "MODEL.ENCODER": Key("swin_tiny", (), "`vit_{nano,tiny,small,base}`, `swin_{tiny,small,base}`, "
-        "or `timm/<name>` for any backbone of timm, such as `timm/resnet50`"),
+    "MODEL.ENCODER": Key("swin_tiny", (), "`vit_{nano,tiny,small,base,large,huge}`, "
+        "`swin_{tiny,small,base,large}`, `resnet{50,101,152,200}`, or `timm/<name>` for any "
+        "backbone of timm, such as `timm/convnext_tiny`"),
+    "MODEL.NUM_HEADS": Key(0, (0, 1024), "of a ViT's blocks; 0: as the weights or the encoder say"),
+    "MODEL.PATCH_SIZE": Key(0, (0, 1024), "pixels, of a ViT or a Swin; 0: likewise"),
+    "MODEL.WINDOW_SIZE": Key(0, (0, 1024), "patches, of a Swin; 0: likewise"),
     "MODEL.NAME": Key("moby__swin_tiny", (), "first folder of a run"),
     "MODEL.RESUME": Key("", (), "checkpoint to begin from, see `--resume`"),
     "MODEL.NUM_CLASSES": Key(1000, (1, 10**7), "no effect: the data set tells"),
@@ -65,7 +69,7 @@ KEYS = {
     "MODEL.CONTRAST_NUM_NEGATIVE": Key(4096, (1, 10**9), "length of a queue"),
     "MODEL.PROJ_NUM_LAYERS": Key(2, (0, 100), "linear layers of the projector"),
     "MODEL.PRED_NUM_LAYERS": Key(2, (0, 100), "and of the predictor"),
-    "MODEL.STOP_GRAD_CONV1": Key(False, (), "keep the patch projection of a ViT as it is"),
+    "MODEL.STOP_GRAD_CONV1": Key(False, (), "keep the patch projection of a ViT or Swin as it is"),
     "MODEL.REPLACE_LN_WITH_BN": Key(False, (), "BatchNorm in place of LayerNorm in a ViT's blocks"),
     "MODEL.N_HARD": Key(256, (1, 10**9), "most similar keys that synthetic negatives start from"),
     "MODEL.N1": Key(128, COUNT, "interpolated negatives of a query"),

@@ -23,7 +23,7 @@ from utils.config import to_json
 from utils.distributed import world_size
 
 # what is known of the weights: the file, the digest of the encoder's weights, whose they are
-ORIGIN = ("checkpoint", "weights", "method", "encoder", "key", "epoch", "step")
+ORIGIN = ("checkpoint", "weights", "method", "encoder", "network", "key", "epoch", "step")
 # no lock is taken, and no program that the repository's configuration names is started
 GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false")
 GIT_SECONDS = 5.0

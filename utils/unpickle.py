@@ -50,13 +50,18 @@ def _check_sizes(content: bytes) -> None:
             raise pickle.UnpicklingError(f"it numbers an object {argument}")
 
 
+def plain_global(module: str, name: str) -> Any:
+    """What builds the plain data that a pickle names so, None for anything else."""
+    module = module.replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
+    return _KNOWN.get((module, name))
+
+
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("__builtin__", "builtins").replace("numpy._core", "numpy.core")
-        try:
-            return _KNOWN[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+        found = plain_global(module, name)
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return found
 
 
 class _Dtype:
@@ -73,6 +78,9 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
+    def __new__(cls, *_: Any) -> "_Array":
+        raise pickle.UnpicklingError("it makes an array without content")
+
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, content = state
         array = _from_buffer(content, dtype, shape, "F" if fortran else "C")
@@ -80,7 +88,7 @@ class _Array(np.ndarray):
         super().__setstate__(reduced[2])
 
 
-def _reconstruct(kind: str, shape: tuple, typecode: str | bytes) -> np.ndarray:
+def _reconstruct(kind: type, shape: tuple, typecode: str | bytes) -> np.ndarray:
     return np.empty(0, np.int8).view(_Array)
 
 
@@ -107,14 +115,21 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _plain_dict(*_: Any) -> dict:
+    return {}  # without what makes the default
+
+
 _KNOWN = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
+    ("builtins", "dict"): dict,
+    ("builtins", "list"): list,
+    ("collections", "defaultdict"): _plain_dict,
     ("builtins", "bytes"): bytes,
     ("builtins", "bytearray"): bytearray,
     ("builtins", "complex"): complex,
     ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): "ndarray",  # the argument of _reconstruct, never called
+    ("numpy", "ndarray"): _Array,  # the argument of _reconstruct
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy.core.multiarray", "scalar"): _scalar,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import reference
 
-from models.encoder import ENCODERS, choose_attention, create_encoder
+from models.encoder import ENCODERS, RESNETS, choose_attention, create_encoder
 from models.swin import SwinTransformer
-from models.vit import VisionTransformer
+from models.vit import VisionTransformer, fixed_positions
 from utils.errors import UserError
 from utils.update import Precision
 
@@ -111,8 +111,7 @@ def test_learned_positions_are_interpolated():
 
 
 def test_positions_of_an_oblong_grid_follow_rows_and_columns():
-    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=1)
-    square, oblong = encoder._sincos((4, 4))[0, 1:], encoder._sincos((2, 4))[0, 1:]
+    square, oblong = (fixed_positions(grid, 32)[0, 1:] for grid in ((4, 4), (2, 4)))
     torch.testing.assert_close(oblong, square[:8])  # the first two of four rows
 
 
@@ -129,12 +128,6 @@ def test_initialisation_is_moco_v3s():
     assert block.attn.qkv.bias.abs().max() == 0 == encoder.patch_embed.proj.bias.abs().max()
     assert 0 < encoder.cls_token.abs().max() < 1e-5
     assert encoder.blocks[0].norm1.eps == 1e-6
-
-
-def test_heads_of_vits():
-    heads = {n: create_encoder(n, img_size=32).blocks[0].attn.num_heads for n in ENCODERS if
-             n.startswith("vit_")}  # fmt: skip
-    assert heads == {"vit_nano": 4, "vit_tiny": 3, "vit_small": 12, "vit_base": 12}
 
 
 def test_the_smallest_vit_has_about_a_million_parameters():
@@ -176,8 +169,25 @@ def test_activation_checkpointing_changes_no_gradient(name):
 def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"resnet9.* is unknown, choose from"):
         create_encoder("resnet9")
-    with pytest.raises(UserError, match="STOP_GRAD_CONV1"):
-        create_encoder("swin_tiny", stop_grad_conv1=True)
+    with pytest.raises(UserError, match="STOP_GRAD_CONV1: timm/resnet50 has no patch projection"):
+        create_encoder("resnet50", stop_grad_conv1=True)
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "swin_tiny"])
+def test_a_frozen_projection_is_all_that_is_frozen(name):
+    """As published, also of a Swin: the LayerNorm behind it learns."""
+    with torch.device("meta"):
+        plain, frozen = (create_encoder(name, 32, stop_grad_conv1=stop) for stop in (False, True))
+    learn = [{n for n, p in e.named_parameters() if p.requires_grad} for e in (plain, frozen)]
+    assert learn[0] - learn[1] == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_resnets_have_their_published_names(name):
+    with torch.device("meta"):
+        one, other = create_encoder(name), create_encoder(f"timm/{name}")
+    shapes = [{k: v.shape for k, v in e.state_dict().items()} for e in (one, other)]
+    assert shapes[0] == shapes[1] and one.num_features == 2048
 
 
 CPU = torch.device("cpu")
@@ -222,18 +232,22 @@ VITS = {
     "vit_tiny": (192, 12, 3, 16),
     "vit_small": (384, 12, 12, 16),
     "vit_base": (768, 12, 12, 16),
+    "vit_large": (1024, 24, 16, 16),
+    "vit_huge": (1280, 32, 16, 14),
 }
 SWINS = {
     "swin_tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "swin_small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swin_base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 
 
 @pytest.mark.parametrize("name", sorted(VITS))
 def test_vits_have_the_papers_sizes(name):
     width, depth, heads, patch = VITS[name]
-    encoder = create_encoder(name)
+    with torch.device("meta"):
+        encoder = create_encoder(name)
     assert encoder.num_features == width and len(encoder.blocks) == depth
     assert {b.attn.num_heads for b in encoder.blocks} == {heads}
     assert encoder.patch_embed.proj.kernel_size == (patch, patch)
@@ -243,7 +257,8 @@ def test_vits_have_the_papers_sizes(name):
 @pytest.mark.parametrize("name", sorted(SWINS))
 def test_swins_have_the_papers_sizes(name):
     width, depths, heads = SWINS[name]
-    encoder = create_encoder(name)
+    with torch.device("meta"):
+        encoder = create_encoder(name)
     assert encoder.num_features == 8 * width
     assert tuple(len(stage.blocks) for stage in encoder.layers) == depths
     assert tuple(stage.blocks[0].attn.num_heads for stage in encoder.layers) == heads

@@ -64,7 +64,7 @@ def test_options_reach_a_backbone_that_has_them():
     [
         ("resnet51", {}, r"timm/resnet51: timm has no such model, did you mean resnet51q"),
         ("zzzzzzzzzz", {}, r"timm has no such model, see timm\.list_models"),
-        ("resnet18", {"stop_grad_conv1": True}, "MODEL.STOP_GRAD_CONV1 is for ViT"),
+        ("resnet18", {"stop_grad_conv1": True}, "MODEL.STOP_GRAD_CONV1: timm/resnet18 has no"),
         ("resnet18", {"replace_ln_with_bn": True}, "MODEL.REPLACE_LN_WITH_BN: timm/resnet18 has"),
         ("vgg11", {"use_checkpoint": True}, "TRAIN.USE_CHECKPOINT: timm/vgg11 has no"),
     ],

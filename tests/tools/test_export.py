@@ -83,7 +83,7 @@ def test_every_encoder_has_a_model_of_timm(name):
     timm_name, options = export_backbone.timm_call(config)
     with torch.device("meta"):
         theirs = timm.create_model(timm_name, **options)
-    own = create_encoder(name)
+        own = create_encoder(name)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (own, theirs)]
     assert shapes[0] == shapes[1]
     attention = [m.num_heads for m in own.modules() if hasattr(m, "num_heads")]

@@ -251,6 +251,7 @@ OWN = {  # what the published configuration does not have
     "MODEL": {
         **{"ALPHA": [0.0, 0.5], "BETA": [1.0, 1.5], "GAMMA": [0.0, 1.0]},
         **{"SIGMA": 0.1, "DELTA": 0.01, "ETA": 0.01, "OPTIONS": {}},
+        **{"NUM_HEADS": 0, "PATCH_SIZE": 0, "WINDOW_SIZE": 0},
     },
     "TRAIN": {
         **{"KEEP_CHECKPOINTS": 0, "SAVE_MINUTES": 30.0, "SAVE_STEPS": 0, "KNN_FREQ": 0},

@@ -1,0 +1,176 @@
+"""Where the checkpoints of each family keep an encoder's weights, and under which names."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from utils.errors import UserError
+
+Named = Mapping[str, torch.Tensor]
+
+# where checkpoints of this field keep their weights, the innermost last
+CONTAINERS = ("model", "state_dict", "teacher", "student")
+# what DistributedDataParallel and torch.compile put into names, anywhere
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
+# heads and the other parts of a wrapper, or of a training that the encoder does not need
+LEFT_OUT = re.compile(
+    r"^(head|head_dist|fc|fc_norm|predictor|projector|projector_k|queue|contrast|classifier"
+    r"|pooler|mask_token|masked_embed)\b|^(head|decoder)[._]|_head\."
+)
+# transformers' names -> timm's, one after the other
+TRANSFORMERS = (
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^embeddings\.", ""),
+    (r"^encoder\.layers\.", "layers."),
+    (r"^(?:encoder\.layer|layers)\.(\d+)\.(?!blocks\.|downsample\.)", r"blocks.\1."),
+    (r"\.attention\.(?:attention|self|relative_position_bias)\.", ".attn."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"\.attn\.(query|key|value)\.", lambda found: f".attn.{found[1][0]}_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+)
+# places of torchvision's ResNet in a Sequential of its children
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def from_transformers(weights: Named) -> dict[str, torch.Tensor]:
+    """Hugging Face's ViT or Swin, as written or as in memory -> timm's, with q, k and v fused."""
+    renamed: dict[str, torch.Tensor] = {}
+    for name, value in weights.items():
+        for pattern, replacement in TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    for name in [name for name in renamed if ".attn.q_proj." in name]:
+        three = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+        if all(part in renamed for part in three):
+            fused = torch.cat([renamed.pop(part) for part in three])
+            renamed[name.replace(".q_proj.", ".qkv.")] = fused
+    return renamed
+
+
+def from_children(weights: Named) -> dict[str, torch.Tensor]:
+    """``nn.Sequential(*resnet.children())``, as lightly's examples have it -> a ResNet's names."""
+    split = {name: name.partition(".") for name in weights}
+    return {
+        f"{CHILDREN.get(first, first)}.{rest}": weights[name]
+        for name, (first, _, rest) in split.items()
+    }
+
+
+class Dialect(NamedTuple):
+    """Names within an encoder.
+
+    Attributes:
+        stems: its first weight, by which it is recognised.
+        translate: to timm's names.
+    """
+
+    stems: tuple[str, ...]
+    translate: Callable[[Named], dict[str, torch.Tensor]] = dict
+
+
+TIMM = Dialect(("patch_embed.proj.weight", "conv1.weight", "stem.0.weight", "conv_stem.weight"))
+HUGGING_FACE = Dialect(("embeddings.patch_embeddings.projection.weight",), from_transformers)
+SEQUENTIAL = Dialect(("0.weight",), from_children)
+
+
+class Family(NamedTuple):
+    """Checkpoints with the same names.
+
+    Attributes:
+        name: whose they are, for the log.
+        online: prefix of the encoder that learns, without the parts that wrappers add.
+        momentum: prefixes of its momentum encoder, the first that fits is taken.
+        dialect: the names below the prefix.
+    """
+
+    name: str
+    online: str
+    momentum: tuple[str, ...]
+    dialect: Dialect = TIMM
+
+
+BOTH = ("momentum_backbone.", "backbone_momentum.")
+# The first that fits is taken. The tests walk through them.
+FAMILIES = (
+    Family("this project, SynCo-v2, MoBY or solo-learn", "encoder.", ("encoder_k.",)),
+    Family("MoCo v3 or solo-learn", "base_encoder.", ("momentum_encoder.",)),
+    Family("DINO, iBOT, solo-learn or lightly", "backbone.", (*BOTH, "backbone.")),
+    Family("lightly", "student_backbone.", ("teacher_backbone.",)),
+    Family("lightly", "backbone.", (*BOTH, "backbone."), SEQUENTIAL),
+    Family("lightly", "backbone.vit.", ("backbone.vit.",)),
+    Family("lightly", "student_backbone.vit.", ("teacher_backbone.vit.",)),
+    Family("lightly", "vit.", ("vit.",)),
+    Family("a Lightning module's model", "model.", ("model.",)),
+    Family("timm, DeiT, MAE or Microsoft's Swin", "", ("",)),
+    Family("Hugging Face's ViT", "vit.", ("vit.",), HUGGING_FACE),
+    Family("Hugging Face's Swin", "swin.", ("swin.",), HUGGING_FACE),
+    Family("Hugging Face's ViT or Swin", "", ("",), HUGGING_FACE),
+)
+
+
+class Found(NamedTuple):
+    """The weights of an encoder in a checkpoint.
+
+    Attributes:
+        weights: under timm's names.
+        family: its name.
+        inside: the containers, the outermost first.
+        prefix: of the names in the file.
+        others: how many weights of other parts the file has.
+    """
+
+    weights: dict[str, torch.Tensor]
+    family: str
+    inside: tuple[str, ...]
+    prefix: str
+    others: int
+
+
+def find_weights(state: Mapping, stem: str, key: str, path: str) -> Found:
+    """The weights of an encoder in a checkpoint of any family.
+
+    Args:
+        state: the checkpoint, which may hold anything besides.
+        stem: what the encoder calls its first convolution, if that is a name of its own.
+        key: ``encoder`` or ``encoder_k``, of a checkpoint with two.
+        path: what to call it in an error.
+
+    Raises:
+        UserError: none of the families fits.
+    """
+    inside = []
+    for container in CONTAINERS:
+        if isinstance(state.get(container), dict):
+            state = state[container]
+            inside.append(container)
+    tensors = {n: v for n, v in state.items() if isinstance(n, str) and torch.is_tensor(v)}
+    plain = {WRAPPERS.sub("", name): name for name in tensors}
+    for family in FAMILIES:
+        stems = (stem, *TIMM.stems) if family.dialect is TIMM else family.dialect.stems
+        prefixes = (family.online,) if key == "encoder" else family.momentum
+        for prefix in prefixes:
+            first = next((s for s in stems if prefix + s in plain), None)
+            if first is None or tensors[plain[prefix + first]].ndim != 4:
+                continue
+            below = {n[len(prefix) :]: tensors[plain[n]] for n in plain if n.startswith(prefix)}
+            return Found(
+                weights=family.dialect.translate(below),
+                family=family.name,
+                inside=tuple(inside),
+                prefix=plain[prefix + first].removesuffix(first),
+                others=len(tensors) - len(below),
+            )
+    example = next(iter(tensors), None)
+    raise UserError(
+        f"{path}: no encoder weights found in it"
+        + (f" (its names are like {example})" if example else " (it holds no tensors)")
+    )
