@@ -14,7 +14,6 @@ from models.encoder import ENCODERS
 from models.vit import VisionTransformer, are_fixed_positions
 from utils.config import with_values
 from utils.errors import UserError
-from utils.stand_in import entries_of
 
 # the section of the configuration in a checkpoint, and its lines
 MODEL = re.compile(r"^MODEL:$((?:\n .*)*)", re.MULTILINE)
@@ -82,6 +81,8 @@ def configured(state: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(config, str):
         block = MODEL.search(config)
         return dict(LINE.findall(block[1])) if block else {}
+    from utils.stand_in import entries_of  # only here: this project's own are text
+
     entries = entries_of(entries_of(config).get("MODEL"))
     return {str(k): str(v) for k, v in entries.items() if isinstance(v, (str, int))}
 

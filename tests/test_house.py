@@ -112,7 +112,7 @@ main_pretrain.main()
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
     assert {"main_pretrain.py", "models/synco.py", "utils/update.py"} <= set(lines["EXECUTED"])
     assert len(lines["EXECUTED"]) <= 14, lines["EXECUTED"]
-    assert len(lines["IMPORTED"]) <= 44, lines["IMPORTED"]
+    assert len(lines["IMPORTED"]) <= 40, lines["IMPORTED"]
 
 
 def test_data_sets_beside_the_code_are_not_seen(tmp_path):

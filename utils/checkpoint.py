@@ -18,7 +18,6 @@ from yacs.config import CfgNode
 
 from utils.distributed import on_first_process
 from utils.errors import UserError
-from utils.torch_file import read_torch_file
 from utils.update import Update
 
 LATEST = "checkpoint.pth"
@@ -113,11 +112,15 @@ def read_checkpoint(path: str, map_location: str | torch.device = "cpu") -> dict
     Raises:
         UserError: missing, damaged, or no checkpoint.
     """
+    from utils.torch_file import read_torch_file  # only here: many starts read no checkpoint
+
     return read_torch_file(path, dict, map_location)
 
 
 def read_tensor(path: str) -> torch.Tensor:
     """Read a file that holds one tensor, see ``read_checkpoint``."""
+    from utils.torch_file import read_torch_file
+
     return read_torch_file(path, torch.Tensor, "cpu")
 
 
