@@ -228,7 +228,7 @@ def test_of_ten_starts_at_once_one_trains(saved, imagenet, tmp_path):
     assert steps == list(range(1, 13))
     alone = arguments("moby", imagenet, tmp_path / "alone", *opts)
     process = start(alone)
-    assert process.wait(120) == 0
+    assert process.communicate(timeout=200) and process.returncode == 0
     assert_same(weights(tmp_path / "alone"), weights(tmp_path))
     assert metrics(tmp_path / "alone") == metrics(tmp_path)
 
@@ -257,20 +257,26 @@ def empty(disk: Path) -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_three_times_changes_nothing(small_disk, imagenet, tmp_path_factory):
-    opts = ("TRAIN.EPOCHS", 200 if FULL else 20, "TRAIN.SAVE_STEPS", 1, "TRAIN.KNN_FREQ", 5)
+    epochs, save_every = (150, 5) if FULL else (20, 1)
+    opts = ("TRAIN.EPOCHS", epochs, "TRAIN.SAVE_STEPS", save_every, "TRAIN.KNN_FREQ", 5)
     process = start(arguments("synco", imagenet, small_disk, *opts))
-    for step in (3, 9, 15):
-        wait_for(lambda step=step: trained(small_disk, step))
-        fill(small_disk)
-        time.sleep(FULL_SECONDS)
-        assert process.poll() is None
-        empty(small_disk)
-        time.sleep(0.5)
-    text = process.communicate(timeout=400)[0]
+    try:
+        for step in (3, 9, 15):
+            wait_for(lambda step=step: trained(small_disk, step))
+            fill(small_disk)
+            time.sleep(FULL_SECONDS)
+            assert process.poll() is None
+            empty(small_disk)
+            time.sleep(0.5)
+        text = process.communicate(timeout=800)[0]
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0 and "Traceback" not in text, text
     assert "cannot write the checkpoint (No space left on device)" in text
     other = tmp_path_factory.mktemp("undisturbed")
-    assert start(arguments("synco", imagenet, other, *opts)).wait(400) == 0
+    undisturbed = start(arguments("synco", imagenet, other, *opts))
+    assert undisturbed.communicate(timeout=800) and undisturbed.returncode == 0
     assert_same(weights(other), weights(small_disk))
     assert metrics(other) == metrics(small_disk)
 

@@ -106,7 +106,7 @@ def test_plain_data_is_read_as_it_is(tmp_path, legacy):
         (argparse.ArgumentParser, None, {}),  # a class itself
         (np.random.RandomState(0), "numpy.random", {}),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,  # a name that is the same in each test process
 )
 def test_other_objects_become_stand_ins(tmp_path, value, kind, entries, legacy):
     found = read(tmp_path, {"x": value, "w": torch.ones(1)}, legacy)
