@@ -40,17 +40,18 @@ def slurm(rank: int, tasks: int, local: int, **more: str) -> dict[str, str]:
 def task(monkeypatch):
     """What ``launched`` says and sets in an environment: ``task(variables, gpus)``."""
 
+    before = dict(os.environ)
+
     def run(variables: dict[str, str], gpus: int = 0) -> tuple[bool, list[str | None]]:
         for name in {*RESULT, *SCHEDULERS}:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+            os.environ.pop(name, None)
+        os.environ.update(variables)
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         return launched(), [os.environ.get(name) for name in RESULT]
 
     yield run
-    for name in RESULT:
-        os.environ.pop(name, None)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 CONSTANT = {
     *("version", "commit", "modified", "source", "command", "config", "checkpoint", "weights"),
     *("method", "encoder", "key", "epoch", "step", "data", "seed", "precision", "processes"),
-    *("device", "torch", "timm"),
+    *("device", "torch", "timm", "network"),
 }
 MOMENT = {"date", "seconds", "peak_memory_mb"}
 
