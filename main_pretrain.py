@@ -226,8 +226,6 @@ def describe_run(
     run: Run,
 ) -> dict:
     """What the checkpoints say of where they come from, as far as it stays the same."""
-    if rank() > 0:  # which write none
-        return {}
     source = loader.dataset.source
     data = data_facts(effective.DATA.DATA_PATH, train=(source.names, source.labels))
     origin: dict[str, Any] = {"checkpoint": began_with and os.path.abspath(began_with)}

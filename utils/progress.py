@@ -199,12 +199,8 @@ class Checkpoints:
             UserError: on every process: a file that cannot be written if ON_SAVE_ERROR is stop.
             SystemExit: NOT_SAVED, on every process: the last one could not be written.
         """
-        if self.check_weights and not all_finite(self.state()["model"]):
-            raise Diverged(
-                f"the weights are not finite any more: nothing was saved, {self._kept()}"
-            )
-        tries = 0
-        while not on_first_process(lambda: self._save(self.state())):
+        state, tries = self._checked_state(), 0
+        while not on_first_process(lambda: self._save(state)):
             if not self._is_last():
                 return
             tries += 1
@@ -247,7 +243,7 @@ class Checkpoints:
         # all processes hold the same, but a lost one is noticed by all the others at once
         if not self._within_update and step > saved and (rank() == 0 or not lost_peer(error)):
             with contextlib.suppress(UserError):
-                if self._save(self.state()):
+                if self._save(self._checked_state()):
                     return f"saved after update {step}, start again"
         return f"{step - saved} updates since the last checkpoint are lost, {self._kept()}"
 
@@ -255,6 +251,14 @@ class Checkpoints:
         """What to do when training has diverged."""
         good = self.last_good or "none so far"
         return f"lower TRAIN.BASE_LR and continue from the last good checkpoint, {good}"
+
+    def _checked_state(self) -> dict[str, Any]:
+        state = self.state()
+        if self.check_weights and not all_finite(state["model"]):
+            raise Diverged(
+                f"the weights are not finite any more: nothing was saved, {self._kept()}"
+            )
+        return state
 
     def _is_last(self) -> bool:
         return self.progress.epoch_ended and self.progress.epoch + 1 == self.config.TRAIN.EPOCHS

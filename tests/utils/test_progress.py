@@ -242,6 +242,18 @@ def test_a_fault_within_an_update_saves_nothing(tmp_path, error, said):
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
+def test_a_fault_saves_no_weights_that_are_not_finite(tmp_path):
+    own = keeper(tmp_path, step=3)
+    own.save(NO_SIGNALS)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    own.progress.step = 4
+    own.state = lambda: {"model": {"w": torch.tensor([1.0, math.nan])}, "step": 4}
+    lost = "1 updates since the last checkpoint are lost"
+    with pytest.raises(UserError, match=lost), own.saved_on_fault():
+        raise OSError(122, "Disk quota exceeded")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
 def test_what_has_diverged_is_not_saved_and_a_bug_is_shown(tmp_path, caplog):
     own = keeper(tmp_path)
     own.progress.step = 2
