@@ -260,8 +260,8 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     workers = num_workers(config)
-    # A worker shares the memory of what exists now until a full garbage collection, of an hour or
-    # so later, marks it all and so copies it. What is frozen is never marked.
+    # A worker shares the memory of what exists now until Python's first full garbage collection
+    # in it, which marks each object and so copies it. What is frozen is not marked.
     gc.collect()
     gc.freeze()
     loader = TrainingLoader(
