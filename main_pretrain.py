@@ -21,7 +21,7 @@ from models.momentum import MomentumMethod, Output, key_momentum
 from models.network import check_network, network_changes, network_of, network_said
 from models.synco import SynCo
 from optimizer import build_optimizer
-from utils.agreement import check_agreement, digest
+from utils.agreement import check_agreement
 from utils.arguments import add_tracker_arguments, parse_arguments
 from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
@@ -50,11 +50,13 @@ def main() -> None:
         config, weights = read_starting_weights(config, args.pretrained, run)
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
-        bad_images = BadImages(loader.dataset.source, config.DATA.MAX_BAD_FRACTION, run.logger)
+        source = loader.dataset.source
+        bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
 
         model = build_model(config, run)
         check_batch(config, model)
-        check_same_on_all(config, loader, model)
+        data = data_facts(config.DATA.DATA_PATH, train=(source.names, source.labels))
+        check_same_on_all(data, model)
         ddp = data_parallel(model, run.device)
 
         # ``effective`` is ``config`` with what follows from it and the run, such as scaled rates
@@ -77,7 +79,7 @@ def main() -> None:
             return evaluate(model, loader, run)
 
         began_with = resumed_from or args.pretrained
-        provenance = describe_run(effective, model, loader, began_with, run)
+        provenance = describe_run(effective, model, data, began_with, run)
 
         def state() -> dict:
             place = progress.state_dict() | {"lr_scheduler": scheduler.state_dict()}
@@ -86,7 +88,7 @@ def main() -> None:
             return training_state(effective, model, update, **place, provenance=came_from)
 
         checkpoints = Checkpoints(config, run, progress, state, resumed_from)
-        knn = KnnMonitor(config, loader.dataset.source, run)
+        knn = KnnMonitor(config, source, run)
         log = TrainingLog(config, run, progress, [optimizer], dim=model.dim, queues=model.queues())
         signals.training(config.DIST_TIMEOUT)
         base_momentum = config.MODEL.CONTRAST_MOMENTUM
@@ -191,11 +193,10 @@ def check_batch(config: CfgNode, model: MomentumMethod) -> None:
         )
 
 
-def check_same_on_all(config: CfgNode, loader: TrainingLoader, model: MomentumMethod) -> None:
+def check_same_on_all(data: dict, model: MomentumMethod) -> None:
     """Refuse processes with other images or another model; every process has to call it."""
-    names = [name.removeprefix(config.DATA.DATA_PATH) for name in loader.dataset.source.names]
     weights = sum(p.numel() for p in model.parameters())
-    images = {"the number of images": len(names), "the images": digest(names)}
+    images = {"the number of images": data["images"]["train"], "the images": data["digest"]}
     check_agreement(images | {"the number of weights": weights})
 
 
@@ -219,15 +220,9 @@ def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, 
 
 
 def describe_run(
-    effective: CfgNode,
-    model: MomentumMethod,
-    loader: TrainingLoader,
-    began_with: str | None,
-    run: Run,
+    effective: CfgNode, model: MomentumMethod, data: dict, began_with: str | None, run: Run
 ) -> dict:
     """What the checkpoints say of where they come from, as far as it stays the same."""
-    source = loader.dataset.source
-    data = data_facts(effective.DATA.DATA_PATH, train=(source.names, source.labels))
     origin: dict[str, Any] = {"checkpoint": began_with and os.path.abspath(began_with)}
     origin |= {"network": network_of(model.encoder).known()}
     origin |= {"method": effective.MODEL.TYPE, "encoder": effective.MODEL.ENCODER}

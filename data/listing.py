@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data.index import Listing
 from utils.errors import UserError
 
 # of Windows, macOS, NAS and file systems, in lower case; names with a dot in front are hidden too
@@ -36,78 +37,92 @@ def is_hidden(name: str) -> bool:
 
 
 def list_classes(folder: str) -> tuple[list[str], list[str], list[int]]:
-    """The images of ``<folder>/<class>/``, in the order of torchvision's ``ImageFolder``.
+    """Names of the classes of ``<folder>/<class>/``, path of each image, and its class number.
 
-    One log line counts what is left out.
+    As ``fill_classes``, with one log line that counts what is left out.
+    """
+    listing = Listing(folder)
+    fill_classes(listing, folder)
+    log_left_out(folder, listing.left_out)
+    index = listing.index(folder)
+    return index.classes, list(index.names), index.labels.tolist()
 
-    Returns:
-        names of the classes, path of each image, and its class number.
+
+def fill_classes(listing: Listing, folder: str) -> None:
+    """List the images of ``<folder>/<class>/``, in the order of torchvision's ``ImageFolder``.
 
     Raises:
         OSError: a folder or the aim of a link that cannot be read.
         UserError: no images at all.
     """
-    left_out: Counter[str] = Counter()
-    classes: list[str] = []
-    paths: list[str] = []
-    labels: list[int] = []
     above = frozenset({_identity(folder)})
+    listing.watch(folder)
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_hidden(entry.name):
-                left_out[HIDDEN] += 1
+                listing.left_out[HIDDEN] += 1
             elif not _follows(entry.is_dir):
-                left_out[BESIDE] += 1
-            elif images := list_images(entry.path, left_out, above):
-                paths += images
-                labels += [len(classes)] * len(images)
-                classes.append(entry.name)
+                listing.left_out[BESIDE] += 1
+            elif images := list_images(
+                entry.path, listing.left_out, entry.name, above, listing.watch
+            ):
+                listing.add(images, len(listing.classes))
+                listing.classes.append(entry.name)
             else:
-                left_out[EMPTY] += 1
-    log_left_out(folder, left_out)
-    if not paths:
-        raise UserError(f"{folder}: no folder with images in it{_counts(left_out, ', but ')}")
-    return classes, paths, labels
+                listing.left_out[EMPTY] += 1
+    if not listing.classes:
+        raise UserError(
+            f"{folder}: no folder with images in it{_counts(listing.left_out, ', but ')}"
+        )
 
 
 def list_images(
-    folder: str, left_out: Counter[str], above: frozenset[tuple[int, int]] = frozenset()
+    folder: str,
+    left_out: Counter[str],
+    name: str | None = None,
+    above: frozenset[tuple[int, int]] = frozenset(),
+    watch: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Paths of the images at any depth below ``folder``, by folder and by name.
+    """Names of the images at any depth below ``folder``, by folder and by name.
 
     A link counts as what it leads to.
 
     Args:
         folder: where to look.
         left_out: counts, by reason, what is no image.
+        name: what the names have in place of ``folder``.
         above: folders, by device and inode, that a link must not lead back to.
+        watch: is told each folder before it is read.
 
     Raises:
         OSError: a folder or the aim of a link that cannot be read.
     """
     found: list[tuple[str, list[str]]] = []
-    pending = [(folder, above)]
+    pending = [(folder, folder if name is None else name, above)]
     while pending:
-        top, above = pending.pop()
+        top, name, above = pending.pop()
         identity = _identity(top)
         if identity in above:
             left_out[CIRCLE] += 1
             continue
+        if watch:
+            watch(top)
         files = []
         with os.scandir(top) as entries:
             for entry in entries:  # the system has told most kinds already, without a call for each
                 if is_hidden(entry.name):
                     left_out[HIDDEN] += 1
                 elif _follows(entry.is_dir):
-                    pending.append((entry.path, above | {identity}))
+                    below = os.path.join(name, entry.name)
+                    pending.append((entry.path, below, above | {identity}))
                 elif not entry.name.lower().endswith(IMG_EXTENSIONS):
                     left_out[OTHER] += 1
                 elif _follows(entry.is_file):
                     files.append(entry.name)
                 else:
                     left_out[IRREGULAR] += 1
-        found.append((top, sorted(files)))
-    return [os.path.join(top, name) for top, names in sorted(found) for name in names]
+        found.append((name, sorted(files)))
+    return [os.path.join(name, file) for name, files in sorted(found) for file in files]
 
 
 def _identity(folder: str) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD, view_augmentations
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
-from data.source import FileSource, ImageSource, open_source
+from data.source import CostlySource, FileSource, ImageSource, open_source
 from utils.distributed import (
+    first_on_each_node,
     local_world_size,
     on_first_process,
     rank,
@@ -81,12 +82,13 @@ class EpochBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch) >> 1)
-        order = torch.randperm(self.num_images, generator=generator).tolist()
+        order = torch.randperm(self.num_images, generator=generator)
         together = self.batch_size * self.world_size
         begun = -(-self.images_seen // (together * self.multiple)) * self.multiple
         start = self.images_seen + self.rank * self.batch_size
         for _ in range(begun, self.batches):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+            batch = order[start : start + self.batch_size].tolist()
+            yield [(self.epoch, index) for index in batch]
             start += together
 
 
@@ -121,33 +123,42 @@ class TrainingLoader(DataLoader):
 
 
 def build_source(
-    config: CfgNode, split: str, download: bool = False, cache_mode: str | None = None
+    config: CfgNode,
+    split: str,
+    download: bool = False,
+    cache_mode: str | None = None,
+    labelled: bool = True,
 ) -> ImageSource:
-    """The labelled images of ``train`` or of ``val`` (the test split of a transfer set).
+    """The images of ``train`` or of ``val`` (the test split of a transfer set).
 
     Args:
         config: DATA.DATASET names the set and DATA.DATA_PATH its folder.
         split: ``train`` or ``val``.
         download: fetch the set if it is missing and torchvision can.
         cache_mode: replaces DATA.CACHE_MODE.
+        labelled: refuse images without classes.
     """
     data = config.DATA
     if data.DATASET == "imagenet":
-        cache = (cache_mode or data.CACHE_MODE, rank(), world_size())
-        source: ImageSource = open_source(data.DATA_PATH, split, data.ZIP_MODE, *cache)
-    else:
-        from data.transfer import open_transfer_set  # pre-training needs none of it
+        source: ImageSource = first_on_each_node(
+            lambda: open_source(data.DATA_PATH, split, data.ZIP_MODE, labelled)
+        )
+        mode = cache_mode or data.CACHE_MODE
+        if data.ZIP_MODE and mode != "no":
+            share = (rank(), world_size()) if mode == "part" else (0, 1)
+            source.fill_cache(*share)  # type: ignore[attr-defined]
+            wait_for_all()  # it may take minutes more on one machine
+        return source
+    from data.transfer import open_transfer_set  # pre-training needs none of it
 
-        split = "test" if split == "val" else split
+    name, split = data.DATASET, "test" if split == "val" else split
 
-        def fetch() -> None:
-            open_transfer_set(data.DATASET, data.DATA_PATH, split, download=True)
+    def fetch() -> None:
+        open_transfer_set(name, data.DATA_PATH, split, download=True)
 
-        if download:
-            on_first_process(fetch)
-        source = open_transfer_set(data.DATASET, data.DATA_PATH, split)
-    wait_for_all()  # listing, and filling a cache, may take minutes more on one machine
-    return source
+    if download:
+        on_first_process(fetch)
+    return first_on_each_node(lambda: open_transfer_set(name, data.DATA_PATH, split))
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,8 +196,9 @@ def build_labelled_sources(
     train = train or build_source(config, "train", download)
     val = build_source(config, "val", download, val_cache_mode)
     if np.ndim(val.labels) == 1:
-        known = {train.classes[label] for label in set(train.labels)}
-        for name in (val.classes[label] for label in sorted(set(val.labels))):
+        _name_numbered(train, val)
+        known = {train.classes[label] for label in np.unique(train.labels)}
+        for name in (val.classes[label] for label in np.unique(val.labels)):
             if name not in known:
                 raise UserError(
                     f"{config.DATA.DATA_PATH}: class {name} is among the validation images, but "
@@ -194,9 +206,18 @@ def build_labelled_sources(
                 )
     if val.classes != train.classes:  # folders are numbered by what is there
         numbers = {name: number for number, name in enumerate(train.classes)}
-        val.labels = [numbers[val.classes[label]] for label in val.labels]
+        val.labels = np.array([numbers.get(name, -1) for name in val.classes])[val.labels]
         val.classes = train.classes
     return train, val
+
+
+def _name_numbered(train: ImageSource, val: ImageSource) -> None:
+    """Where one has names of classes and the other numbers, the numbers are of the names' order."""
+    numbered = [s for s in (train, val) if all(map(str.isdecimal, s.classes))]
+    if len(numbered) == 1:
+        named = val if numbered[0] is train else train
+        if len(numbered[0].classes) <= len(named.classes):
+            numbered[0].classes = named.classes[: len(numbered[0].classes)]
 
 
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingLoader:
@@ -209,12 +230,14 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
         UserError: no data, images that are not files, an unknown augmentation, or a batch larger
             than the data set.
     """
-    source = build_source(config, split)
+    source = build_source(config, split, labelled=False)
     if not isinstance(source, FileSource):
         raise UserError(
             f"DATA.DATASET {config.DATA.DATASET}: its images are no files, which pre-training "
             "needs: lay them out as DATA.DATASET imagenet"
         )
+    if isinstance(source, CostlySource):
+        source.log_cost()
     try:
         views = view_augmentations(config.AUG.SSL_AUG_TYPE, config.AUG.SSL_AUG_CROP)
     except ValueError as error:

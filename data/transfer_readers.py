@@ -39,9 +39,12 @@ class ImageFiles:
         classes: names of the classes.
     """
 
-    names: list[str]
-    labels: list[int] | np.ndarray = field(default_factory=list)
+    names: Sequence[str]
+    labels: Any = ()  # becomes an array of int64
     classes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.labels = np.asarray(self.labels, np.int64)
 
     def read(self, index: int) -> bytes:
         """The file of image ``index``."""
@@ -56,10 +59,13 @@ class ImageFiles:
 class ImageArrays:
     """Images in one array, ``pixels``, N x H x W x 3 of uint8; the rest is as in ImageFiles."""
 
-    names: list[str]
-    labels: list[int] | np.ndarray
+    names: Sequence[str]
+    labels: Any
     classes: list[str]
     pixels: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.labels = np.asarray(self.labels, np.int64)
 
     def read_image(self, index: int) -> Image.Image:
         """Image ``index`` in RGB."""
@@ -94,7 +100,7 @@ class ListedFiles:
         for part in parts:
             if part.classes != parts[0].classes:
                 raise ValueError(f"the classes of the parts of {split} differ")
-        labels = [int(label) for part in parts for label in part.labels]
+        labels = np.concatenate([part.labels for part in parts])
         return ImageFiles([n for part in parts for n in part.names], labels, parts[0].classes)
 
     def read_lists(self, folder: str, part: str) -> ImageFiles:

@@ -89,8 +89,8 @@ def hold_out(targets: torch.Tensor, seed: int, every: int) -> torch.Tensor:
     return held_out
 
 
-def set_aside(train: ImageSource, seed: int) -> tuple[ImageSource, ImageSource]:
+def set_aside(train: ImageSource, seed: int) -> tuple[PartOfSource, PartOfSource]:
     """The images to train on, and a tenth of each class to choose epoch and rate by."""
-    held_out = hold_out(torch.as_tensor(train.labels), seed, 10)
+    held_out = hold_out(torch.tensor(train.labels), seed, 10)
     kept, aside = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     return PartOfSource(train, kept.tolist()), PartOfSource(train, aside.tolist())

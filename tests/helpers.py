@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 import main_pretrain
+from data.source import FolderSource
 from models import build_method
 from models.encoder import create_encoder
 from optimizer import build_optimizer
+from tools.pack_images import pack_zip
 from utils.config import load_config
 from utils.distributed import data_parallel, init_process_group, leave_group
 from utils.update import Precision, Update
@@ -60,6 +62,12 @@ def write_images(folder: Path, classes: int = 2, images: int = 12, size: int = 4
             coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
             image = cv2.resize(coarse, (size + i % 3, size), interpolation=cv2.INTER_CUBIC)
             cv2.imwrite(str(folder / f"class{number}" / f"{i}.jpg"), image)
+
+
+def zip_folder(root: Path, split: str, folder: Path) -> None:
+    """Pack a split of class folders into ``<split>.zip`` and its list."""
+    folder.mkdir(exist_ok=True)
+    pack_zip(FolderSource(str(root), split), str(folder / f"{split}.zip"))
 
 
 def run_script(script: str, *arguments, processes: int = 0, launcher: str = "torchrun"):

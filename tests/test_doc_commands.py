@@ -11,7 +11,7 @@ from helpers import ROOT, TINY, write_images, write_run
 
 from data.transfer import TRANSFER_SETS
 from models import build_method
-from tools import make_tiny_davis, make_tiny_retrieval, make_tiny_transfer, zip_images
+from tools import make_tiny_davis, make_tiny_retrieval, make_tiny_transfer, pack_images
 from utils.config import load_config
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,7 +55,8 @@ def places(imagenet, tmp_path_factory):
     words = {"IMAGENET": imagenet, "OUT": root / "out", "ZIPS": root / "zips"}
     patch = pytest.MonkeyPatch()
     for tool, name, arguments in (
-        (zip_images, "ZIPS", [imagenet, root / "zips"]),
+        (pack_images, "ZIPS", ["--zip", imagenet, root / "zips"]),
+        (pack_images, "PACKED", [imagenet, root / "packed"]),
         (make_tiny_davis, "DAVIS", [root / "davis"]),
         (make_tiny_retrieval, "RETRIEVAL", [root / "retrieval"]),
         *((make_tiny_transfer, s, [s, root / s]) for s in ("cifar10", "flowers102")),

@@ -16,21 +16,21 @@ import pytest
 import torch
 import yaml
 from fuzzing import CASES, IMAGES, damage, fuzz, outcome
-from helpers import ROOT
+from helpers import ROOT, zip_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import opencv
+from data.archives import ZipSource
 from data.augmentation import view_augmentations
 from data.dataset import TwoViews
 from data.image import decode_rgb
 from data.retrieval import read_ground_truth
-from data.source import FolderSource, ZipSource
+from data.source import FolderSource
 from data.transfer import open_transfer_set
 from evaluation.features import check_features
 from tools.make_tiny_retrieval import write_retrieval
 from tools.make_tiny_transfer import write_tiny
-from tools.zip_images import pack
 from utils.arguments import parse_arguments
 from utils.checkpoint import read_checkpoint, read_tensor, save_checkpoint
 from utils.config import DEFAULTS, KEYS, load_config, to_json
@@ -127,7 +127,7 @@ def test_any_opts(opts):
 @pytest.fixture(scope="module")
 def zips(imagenet, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zips")
-    pack(str(imagenet), "train", str(folder))
+    zip_folder(imagenet, "train", folder)
     return folder
 
 

@@ -7,9 +7,7 @@ import argparse
 import os
 import re
 
-from scipy.io import loadmat
-
-from data.listing import read_lines
+from data.forms import read_classes
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -34,37 +32,6 @@ def main() -> None:
         os.makedirs(folder, exist_ok=True)
         os.rename(os.path.join(args.val, image[0]), os.path.join(folder, image[0]))
     print(f"{len(images)} images sorted into {args.val}")
-
-
-def read_classes(devkit: str) -> list[str]:
-    """The class, such as n01440764, of each validation image, in the order of their numbers.
-
-    Raises:
-        UserError: a file of the kit that is missing, damaged or does not fit the other.
-    """
-    folder = os.path.join(devkit, "data")
-    meta = os.path.join(folder, "meta.mat")
-    truth = os.path.join(folder, "ILSVRC2012_validation_ground_truth.txt")
-    try:
-        lines = list(read_lines(truth))
-        os.stat(meta)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot read ({error.strerror}); it is in "
-            "ILSVRC2012_devkit_t12.tar.gz of https://image-net.org"
-        ) from error
-    try:
-        synsets = loadmat(meta, squeeze_me=True)["synsets"]
-        # superclasses have children and no images
-        classes = {
-            int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0
-        }
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{meta}: not the classes of ImageNet ({error})") from error
-    try:
-        return [classes[int(line)] for _, line in lines]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{truth}: {error} is no class of meta.mat") from error
 
 
 if __name__ == "__main__":

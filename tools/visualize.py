@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from data.dataset import to_tensor
 from data.loader import add_dataset_arguments, build_source, normalize
-from data.source import ImageSource
+from data.source import ImageSource, PartOfSource
 from data.transfer_readers import ImageFiles
 from evaluation.features import encode_images
 from models.patch_features import class_attention, patch_features
@@ -85,21 +85,7 @@ def find_images(paths: list[str]) -> ImageFiles:
     return ImageFiles(names, [-1] * len(names))
 
 
-class Chosen:
-    """Some images of a source."""
-
-    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
-        self.source, self.indices = source, indices.tolist()
-        self.names = [source.names[i] for i in self.indices]
-        self.labels: list[int] | np.ndarray = [source.labels[i] for i in self.indices]
-        self.classes = source.classes
-
-    def read_image(self, index: int) -> Image.Image:
-        """Image ``index`` in RGB."""
-        return self.source.read_image(self.indices[index])
-
-
-def choose(args: argparse.Namespace, config: CfgNode, count: int) -> Chosen:
+def choose(args: argparse.Namespace, config: CfgNode, count: int) -> PartOfSource:
     """``--images`` of the validation images, drawn by SEED, equally many of each class."""
     source = build_source(config, "val", args.download)
     if np.ndim(source.labels) > 1:
@@ -110,7 +96,8 @@ def choose(args: argparse.Namespace, config: CfgNode, count: int) -> Chosen:
     for index in order:
         rounds.append(seen[source.labels[index]])
         seen[source.labels[index]] += 1
-    return Chosen(source, order[np.argsort(rounds, kind="stable")][: args.images or count])
+    chosen = order[np.argsort(rounds, kind="stable")][: args.images or count]
+    return PartOfSource(source, chosen.tolist())
 
 
 def caption(images: ImageSource, index: int) -> str:

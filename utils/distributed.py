@@ -167,6 +167,30 @@ def on_first_process(function: Callable[[], T]) -> T:
     return _peers.call_on_first(function) if _peers else function()
 
 
+def first_on_each_node(function: Callable[[], T]) -> T:
+    """Call ``function`` on every process, on the first of each node before its others.
+
+    So the others find what the first has kept. The call may take long, see ``on_first_process``.
+
+    Raises:
+        UserError: on every process, if ``function`` raises it on the first of a node.
+        LostPeer: a process that is waited for has died.
+    """
+    first = local_rank() == 0
+    results, failure = [], None
+    if first:
+        try:
+            results.append(function())
+        except UserError as error:
+            failure = str(error)
+    for failed in all_gather_objects(failure):
+        if failed:
+            raise UserError(failed)
+    result = results[0] if first else function()
+    wait_for_all()  # one machine may take minutes more
+    return result
+
+
 def lost_peer(error: BaseException | None) -> bool:
     """Whether ``error`` says that another process of the group died or does not answer."""
     text = str(error).lower()

@@ -85,16 +85,28 @@ def data_facts(root: str, **splits: tuple[Sequence[str], ArrayLike]) -> dict[str
     """
     total = hashlib.sha256()
     for split, (names, labels) in splits.items():
-        # torchvision's readers tidy the path up
-        start = root if not names or names[0].startswith(root) else os.path.normpath(root)
-        short = (name.removeprefix(start).lstrip(os.sep) for name in names)
         numbers = np.asarray(labels, dtype=np.int64)
-        total.update(
-            "\0".join([split, *short, repr(numbers.shape)]).encode("utf-8", "surrogatepass")
-        )
-        total.update(numbers.tobytes())
+        facts = (split, names_digest(names, root), repr(numbers.shape))
+        total.update("\0".join(facts).encode())
+        total.update(np.ascontiguousarray(numbers).data)
     images = {split: len(names) for split, (names, _) in splits.items()}
     return {"digest": total.hexdigest(), "images": images}
+
+
+def names_digest(names: Sequence[str], root: str) -> str:
+    """The SHA-256 of all names, with a NUL after each; ``root`` is taken off where it begins one.
+
+    A list that ``data.index`` keeps has it at hand, as ``names.digest``.
+    """
+    if known := getattr(names, "digest", None):
+        return known
+    # torchvision's readers tidy the path up
+    start = root if not names or names[0].startswith(root) else os.path.normpath(root)
+    total = hashlib.sha256()
+    for name in names:
+        short = name.removeprefix(start).lstrip(os.sep)
+        total.update(short.encode("utf-8", "surrogatepass") + b"\0")
+    return total.hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:

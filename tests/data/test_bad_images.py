@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script, spawn
+from helpers import ROOT, run_script, spawn, zip_folder
 from PIL import Image
 
+import data.archives
 import data.dataset
-import data.source
 from data import opencv
+from data.archives import ZipSource
 from data.augmentation import draw_view, view_augmentations
 from data.dataset import CropAndFlip, TestImages, TrainImages, TwoViews
 from data.image import FORMATS, MAX_BYTES, decode_rgb
 from data.loader import BadImages, build_pretraining_loader
-from data.source import FolderSource, ZipSource
-from tools.zip_images import pack
+from data.source import FolderSource
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -206,7 +206,7 @@ def break_member(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("cache", ["no", "full"])
 def test_a_damaged_member_of_a_zip_is_replaced(source, tmp_path, cache):
-    pack(str(tmp_path / "data"), "train", str(tmp_path / "zips"))
+    zip_folder(tmp_path / "data", "train", tmp_path / "zips")
     break_member(tmp_path / "zips/train.zip", "class1/3.jpg")
     config = config_for(tmp_path / "zips", 2, zipped=True)
     config.DATA.CACHE_MODE = cache
@@ -217,7 +217,7 @@ def test_a_damaged_member_of_a_zip_is_replaced(source, tmp_path, cache):
 
 
 def test_a_zip_bomb_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.source, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(data.archives, "MAX_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", b"\0" * (2**20 + 1))
     (tmp_path / "train_map.txt").write_text("bomb.jpg\t0\n")

@@ -7,15 +7,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers import zip_folder
 from torchvision.datasets import ImageFolder
 
 import eval_knn
+from data.archives import ZipSource
 from data.image import read_file
 from data.listing import is_hidden, list_classes, list_images, read_lines
-from data.source import FolderSource, ZipSource
+from data.source import FolderSource
 from logger import create_logger
-from tools.zip_images import pack
 from utils.errors import UserError
+
+
+def listed(source) -> tuple[list[str], list[int]]:
+    return list(source.names), source.labels.tolist()
+
 
 LATIN_1 = os.fsdecode(b"caf\xe9.jpg")
 
@@ -82,7 +88,7 @@ def test_litter_is_left_out_and_counted_in_one_line(folder, litter, logged):
     assert not logged
     litter(folder)
     source = FolderSource(str(folder.parent), "train")
-    assert (source.names, source.labels) == (clean.names, clean.labels)
+    assert listed(source) == listed(clean)
     assert source.classes == ["class0", "class1"]
     (line,) = logged
     assert line.startswith(f"{folder}: left out: 1 ")
@@ -232,17 +238,17 @@ def test_lists_that_are_none(tmp_path, content, message):
 
 
 def test_a_list_of_a_zip_from_windows_and_with_hidden_files(folder, tmp_path, logged):
-    pack(str(folder.parent), "train", str(tmp_path))
+    zip_folder(folder.parent, "train", tmp_path)
     clean = ZipSource(str(tmp_path), "train")
     listing = tmp_path / "train_map.txt"
     lines = listing.read_text().splitlines()
     lines[3:3] = ["", ".ipynb_checkpoints/0.jpg\t2", "class0/._0.jpg\t0", "Thumbs.db\t0"]
     listing.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     source = ZipSource(str(tmp_path), "train")
-    assert (source.names, source.labels) == (clean.names, clean.labels)
+    assert listed(source) == listed(clean)
     assert source.classes == clean.classes
     assert source.read(5) == clean.read(5)
-    assert logged == [f"{listing}: left out: 3 hidden"]
+    assert logged == [f"{tmp_path}/train.zip: left out: 3 hidden"]
 
 
 def test_the_log_takes_names_that_are_no_text(tmp_path, capsys):

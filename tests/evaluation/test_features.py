@@ -111,7 +111,7 @@ def test_training_views_follow_from_seed_epoch_and_image(imagenet, weights):
             batches = [batch for (batch,) in loader]
             order = [i for b in loader.batch_sampler for _, i in b]
             labels = torch.cat([label for _, label in batches]).tolist()
-            assert labels == [source.labels[i] for i in order]
+            assert labels == source.labels[order].tolist()
             images = torch.cat([image for image, _ in batches])
             epochs.append(images[torch.tensor(order).argsort()])
         seen.append(epochs)
@@ -169,6 +169,6 @@ def test_images_are_encoded_as_the_configuration_says(imagenet, monkeypatch, nor
     source = build_source(config, "val")
     features, labels = encode_images(config, encoder, source, run, **more)
     assert sizes == [(5, 3, 32, 32), (2, 3, 32, 32)] and len(shielded) == 1
-    assert labels.tolist() == source.labels
+    assert labels.tolist() == source.labels.tolist()
     unit = torch.allclose(features.norm(dim=1), torch.ones(7), atol=1e-5)
     assert unit == bool(normalize)

@@ -21,7 +21,7 @@ class Numbered:
     """Images whose pixels are their numbers."""
 
     def __init__(self, labels):
-        self.labels, self.classes = labels, ["a", "b"]
+        self.labels, self.classes = np.asarray(labels), ["a", "b"]
         self.names = [f"image {i}" for i in range(len(labels))]
 
     def read_image(self, index):
@@ -32,8 +32,8 @@ def test_what_is_set_aside_is_not_trained_on():
     source = Numbered([0, 1] * 20)
     kept, aside = set_aside(source, 3)
     assert (len(kept.names), len(aside.names)) == (36, 4)
-    assert sorted(kept.names + aside.names) == sorted(source.names)
-    assert aside.labels.count(0) == aside.labels.count(1) == 2
+    assert sorted([*kept.names, *aside.names]) == sorted(source.names)
+    assert aside.labels.tolist().count(0) == aside.labels.tolist().count(1) == 2
     for part in (kept, aside):
         assert part.classes == source.classes
         for i, name in enumerate(part.names):

@@ -7,7 +7,8 @@ from helpers import run_script
 
 KEYS = """head.speedup head.extra_memory_ratio head.share_of_step step.vit_nano.O0.ratio
 step.vit_nano.O1.ratio step.vit_nano.O0.share_of_limit pipeline.speedup pipeline.share_of_decode
-momentum.speedup knn.ratio scaling.two_processes"""
+momentum.speedup knn.ratio
+listing.first.seconds listing.kept.own_mb listing.order.seconds scaling.two_processes"""
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, zip_folder
 from PIL import Image
 
 from data.davis import RESOLUTION
 from data.transfer import TRANSFER_SETS
-from tools import check_data, zip_images
+from tools import check_data
 from tools.make_tiny_davis import write_davis
 from tools.make_tiny_retrieval import write_retrieval
 from tools.make_tiny_transfer import write_tiny
@@ -91,8 +91,8 @@ def test_bad_images_are_listed(data, tmp_path, check, monkeypatch, zipped, fast)
     root = data
     if zipped:
         root = tmp_path / "zips"
-        monkeypatch.setattr("sys.argv", ["zip_images.py", str(data), str(root)])
-        zip_images.main()
+        for split in ("train", "val"):
+            zip_folder(data, split, root)
     lines, error = check("imagenet", root, *zipped, *fast)
     bad = [line for line in lines if line.startswith("bad: ")]
     expected = ["train: class0/3.jpg", "train: class1/5.jpg", "val: class1/1.jpg"]

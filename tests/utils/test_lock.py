@@ -46,9 +46,9 @@ def holder(tmp_path):
 
     yield hold
     for process, child in started:
+        os.kill(child, signal.SIGKILL)  # it holds the pipe that is read to its end below
         process.kill()
         process.communicate()
-        os.kill(child, signal.SIGKILL)
 
 
 def test_a_folder_in_use_is_refused_and_its_owner_named(tmp_path, holder):
