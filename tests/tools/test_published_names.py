@@ -116,6 +116,13 @@ def test_names_and_shapes(name):
     assert shapes_of(weights) == published(name)
 
 
+def test_a_vit_huge_for_vitdet():
+    """Whose patches are of 16 pixels."""
+    with torch.device("meta"):
+        encoder = create_encoder("vit_huge", patch_size=16)
+    assert shapes_of(encoder.state_dict()) == deit(1280, 32, 16)
+
+
 def test_every_encoder_is_in_a_table():
     assert {*VITS, *SWINS, *BLOCKS, "vit_nano"} == {*ENCODERS, *RESNETS}  # published nowhere
 
