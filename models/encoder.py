@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 
 from models.batch_norm import SyncBatchNorm
-from models.swin import SwinTransformer
+from models.swin import SwinTransformer, rename_microsoft
 from models.vit import VisionTransformer, fit_positions
 from utils.errors import UserError
 from utils.update import Precision
@@ -72,6 +72,8 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str,
     encoder.num_features = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     if isinstance(encoder, TimmVisionTransformer):
         encoder.register_load_state_dict_pre_hook(fit_positions)
+    if isinstance(encoder, TimmSwinTransformer):
+        encoder.register_load_state_dict_pre_hook(rename_microsoft)
     if not hasattr(encoder, "no_weight_decay"):
         encoder.no_weight_decay = set  # none besides the one-dimensional ones
     return encoder, options

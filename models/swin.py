@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 
 WINDOW = 7
@@ -55,14 +56,14 @@ class SwinTransformer(TimmSwinTransformer):
         )
         patches: Any = self.patch_embed  # torch's types allow no attributes of other types
         patches.dynamic_img_pad = True
-        self.register_load_state_dict_pre_hook(_rename_microsoft)
+        self.register_load_state_dict_pre_hook(rename_microsoft)
 
 
-def _rename_microsoft(model: SwinTransformer, state_dict: dict, prefix: str, *_: object) -> None:
+def rename_microsoft(model: TimmSwinTransformer, state_dict: dict, prefix: str, *_: object) -> None:
     """Turn Microsoft's names into timm's, in place: their ``downsample`` ends the stage before.
 
-    Buffers that timm derives are dropped. Nothing is resampled: a table of another window is that
-    of another network.
+    A hook before ``load_state_dict``, for any Swin of timm. Buffers that timm derives are dropped.
+    Nothing is resampled: a table of another window is that of another network.
     """
     published = f"{prefix}layers.0.downsample.reduction.weight" in state_dict
     own = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
@@ -73,3 +74,26 @@ def _rename_microsoft(model: SwinTransformer, state_dict: dict, prefix: str, *_:
         if stage and published:
             name = f"{prefix}layers.{int(stage[1]) + 1}.{name[len(prefix) + stage.end() :]}"
         state_dict[name] = value
+
+
+def microsoft_weights(encoder: TimmSwinTransformer) -> dict[str, torch.Tensor]:
+    """The weights under Microsoft's names, with the buffers that its model keeps.
+
+    These are where each pair of patches stands in the table of positions, and the masks of the
+    shifted windows, (windows, patches, patches), for images of the encoder's size.
+    """
+    weights = {}
+    for name, value in encoder.state_dict().items():
+        stage = DOWNSAMPLE.match(name)
+        if stage:
+            name = f"layers.{int(stage[1]) - 1}.{name[stage.end() :]}"
+        weights[name] = value
+    stages: Any = encoder.layers  # torch's types allow no attributes of other types
+    for i, stage in enumerate(stages):
+        for j, block in enumerate(stage.blocks):
+            name = f"layers.{i}.blocks.{j}"
+            weights[f"{name}.attn.relative_position_index"] = block.attn.relative_position_index
+            mask = block.get_attn_mask()
+            if mask is not None:
+                weights[f"{name}.attn_mask"] = mask
+    return weights

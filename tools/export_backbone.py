@@ -14,19 +14,20 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from torch import nn
 from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD
 from models import build_encoder
 from models.encoder import ENCODERS, PREFIX, create_timm_backbone, full_name
-from models.network import Network, network_asked
+from models.network import LEARNED, Network, network_asked, network_of
 from models.pretrained import (
     add_pretrained_arguments,
     build_pretrained_encoder,
     load_encoder_weights,
 )
-from models.swin import WINDOW
+from models.swin import WINDOW, microsoft_weights
 from utils.arguments import parse_arguments
 from utils.checkpoint import save_checkpoint
 from utils.config import with_values
@@ -93,6 +94,7 @@ def describe(args: argparse.Namespace, config: CfgNode, origin: dict[str, Any]) 
     return {
         "method": "none" if args.random_weights else origin["method"] or "unknown",
         "encoder": config.MODEL.ENCODER,
+        "network": json.dumps(network_asked(config).known()),
         "key": args.key,
         "image_size": str(config.DATA.IMG_SIZE),
         "image_mean": json.dumps(MEAN),
@@ -146,22 +148,37 @@ def write_timm(
 def write_pth(
     encoder: nn.Module, config: CfgNode, path: str, metadata: dict, provenance: dict
 ) -> Features:
-    """Write ``{"model": weights}`` under the names of Microsoft's Swin or of DeiT."""
-    weights = encoder.state_dict()
-    if config.MODEL.ENCODER in TIMM_MODELS:
-        weights = {published_name(key): value for key, value in weights.items()}
-    save_checkpoint({"model": weights, "metadata": metadata, "provenance": provenance}, path)
+    """Write the weights under the names of Microsoft's Swin, DeiT's ViT or torchvision's ResNet.
+
+    They are in ``model``, where Swin, DeiT and Detectron2 look, and in ``state_dict``, where
+    MMEngine looks. The file holds them once.
+    """
+    if isinstance(encoder, TimmSwinTransformer):
+        weights = microsoft_weights(encoder)
+    else:
+        weights = encoder.state_dict()
+    warning = find_misreading(config, encoder)
+    if warning:
+        metadata = metadata | {"warning": warning}
+        print(f"warning: {warning}")
+    state = {"model": weights, "state_dict": weights, "metadata": metadata}
+    save_checkpoint(state | {"provenance": provenance}, path)
     copy = build_encoder(config, 0.0)
     load_encoder_weights(copy, path)
     return copy.eval()
 
 
-def published_name(name: str) -> str:
-    """timm's name of a weight -> Microsoft's, whose downsampling ends the stage before."""
-    parts = name.split(".")
-    if parts[0] == "layers" and parts[2] == "downsample":
-        parts[1] = str(int(parts[1]) - 1)
-    return ".".join(parts)
+def find_misreading(config: CfgNode, encoder: Any) -> str | None:
+    """What a published builder gets wrong without a word, None if it gets all right."""
+    heads, width = network_of(encoder).num_heads, encoder.num_features
+    if heads and heads != LEARNED.get(width, heads):
+        return (
+            f"this ViT has {heads} heads, those of DeiT, timm and DINO have {LEARNED[width]} with "
+            f"weights of the same shapes: tell the builder num_heads={heads}"
+        )
+    if config.MODEL.REPLACE_LN_WITH_BN:
+        return "norm2 of each block is a BatchNorm: a builder with LayerNorm gives other features"
+    return None
 
 
 def write_onnx(

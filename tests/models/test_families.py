@@ -1,19 +1,21 @@
 """Each family of checkpoints under its true names, in each kind of file, from each wrapper."""
 
 import json
+import re
 import shutil
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import timm
 import torch
-from helpers import REFERENCE, reference
+from helpers import REFERENCE, ROOT, reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.encoder import create_encoder
-from models.families import FAMILIES, find_weights
+from models.families import FAMILIES, HUGGING_FACE, SEQUENTIAL, TIMM, WRAPPERS, find_weights
 from models.network import network_said
 from models.pretrained import load_encoder_weights
 from models.swin import SwinTransformer
@@ -21,7 +23,7 @@ from models.vit import VisionTransformer
 from utils.errors import UserError
 from utils.weights_file import read_weights
 
-HUGGING_FACE = reference("transformers.json")
+TRANSFORMERS = reference("transformers.json")
 
 
 def nano(seed=0):
@@ -47,91 +49,10 @@ def assert_equal(encoder, other):
         assert encoder.state_dict()[name].equal(value), name
 
 
-# name in the log, container, the prefixes of the online and the momentum encoder, other parts
-CHECKPOINTS = {
-    "this project": ("this project", "model", "encoder.", "encoder_k.", ["queue1", "step"]),
-    "MoCo v3": (
-        "MoCo v3",
-        "state_dict",
-        "module.base_encoder.",
-        "module.momentum_encoder.",
-        ["module.predictor.0.weight"],
-    ),
-    "DINO": ("DINO", "teacher", "backbone.", "backbone.", ["head.mlp.0.weight"]),
-    "iBOT": ("iBOT", "teacher", "backbone.", "backbone.", ["backbone.masked_embed"]),
-    "solo-learn": (  # after 1.0.2
-        "solo-learn",
-        "state_dict",
-        "backbone.",
-        "momentum_backbone.",
-        ["projector.0.weight", "classifier.weight", "queue"],
-    ),
-    "solo-learn 1.0.2": (
-        "solo-learn",
-        "state_dict",
-        "encoder.",
-        "momentum_encoder.",
-        ["projector.0.weight", "classifier.weight"],
-    ),
-    "lightly, MoCo": (  # 1.6.0, as its examples name the parts
-        "lightly",
-        "state_dict",
-        "backbone.",
-        "backbone_momentum.",
-        ["projection_head.layers.0.weight"],
-    ),
-    "lightly, DINO": (
-        "lightly",
-        "state_dict",
-        "student_backbone.",
-        "teacher_backbone.",
-        ["student_head.layers.0.weight"],
-    ),
-    "lightly, MAE": ("lightly", "state_dict", "backbone.vit.", "backbone.vit.", ["decoder.x.bias"]),
-    "lightly, masked ViT of DINOv2": (
-        "lightly",
-        "state_dict",
-        "student_backbone.vit.",
-        "teacher_backbone.vit.",
-        ["student_head.x.bias"],
-    ),
-    "lightly, masked ViT": ("lightly", "state_dict", "vit.", "vit.", ["mask_token"]),
-    "Lightning": ("a Lightning module", "state_dict", "model.", "model.", ["loss.weight"]),
-    "MAE": ("MAE", "model", "", "", ["mask_token", "decoder_pos_embed", "decoder_embed.weight"]),
-    "timm": ("timm", "state_dict", "", "", ["head.weight", "head.bias"]),
-}
-WRAPPED = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
-
-
-@pytest.mark.parametrize("wrapper", WRAPPED)
-@pytest.mark.parametrize("family", CHECKPOINTS)
-def test_both_encoders_of_each_family(tmp_path, family, wrapper):
-    said, container, online, momentum, others = CHECKPOINTS[family]
-    one, other = nano(0), nano(1)
-    state = below(online, one.state_dict())
-    if momentum != online:
-        state |= below(momentum, other.state_dict())
-    state |= {name: torch.zeros(2) for name in others}
-    torch.save({container: below(wrapper, state), "epoch": 3}, tmp_path / "c.pth")
-    encoder, line = load(tmp_path / "c.pth")
-    assert said in line, line
-    assert_equal(encoder, one)
-    encoder, line = load(tmp_path / "c.pth", "encoder_k")
-    assert said in line, line
-    assert_equal(encoder, other if momentum != online else one)
-
-
-def test_an_encoder_compiled_within_a_wrapped_model(tmp_path):
-    one = nano()
-    torch.save({"model": below("module.encoder._orig_mod.", one.state_dict())}, tmp_path / "c.pth")
-    encoder, line = load(tmp_path / "c.pth")
-    assert "prefix 'module.encoder._orig_mod.'" in line
-    assert_equal(encoder, one)
-
-
-def test_every_row_of_the_table_is_tested():
-    tested = {online.removeprefix("module.") for _, _, online, _, _ in CHECKPOINTS.values()}
-    assert {f.online for f in FAMILIES} - tested == {"swin."}  # see below
+def small_swin():
+    return SwinTransformer(
+        16, embed_dim=8, depths=(1, 1), num_heads=(1, 2), patch_size=4, window_size=2
+    )
 
 
 IMAGES = torch.sin(0.1 * torch.arange(2 * 3 * 16 * 16, dtype=torch.float64))
@@ -142,7 +63,7 @@ def of_transformers(kind):
     path = REFERENCE / f"transformers_{kind}.safetensors"
     weights = load_file(path)
     with safe_open(path, "pt") as file:
-        assert f"transformers {file.metadata()['transformers']}" == HUGGING_FACE["version"]
+        assert f"transformers {file.metadata()['transformers']}" == TRANSFORMERS["version"]
     if kind == "vit":
         encoder = timm.models.VisionTransformer(
             img_size=16,
@@ -154,10 +75,187 @@ def of_transformers(kind):
             num_classes=0,
         )
     else:
-        encoder = SwinTransformer(
-            16, embed_dim=8, depths=(1, 1), num_heads=(1, 2), patch_size=4, window_size=2
-        )
+        encoder = small_swin()
     return weights, weights.pop("features"), encoder.eval()
+
+
+class Row(NamedTuple):
+    """A row of the documentation's table."""
+
+    containers: list[str | None]  # None: the file itself
+    online: str
+    momentum: str | None  # None: refused
+    names: str
+
+
+def documented():
+    """The rows of the table in docs/evaluation.md, by whose checkpoints they are of."""
+    text = (ROOT / "docs/evaluation.md").read_text()
+    table = text.split("## Weights that `--pretrained` reads")[1].strip().split("\n\n")[0]
+    rows, prefixes = {}, {"none": "", "refused": None}
+    for line in table.splitlines()[2:]:
+        whose, places, online, momentum, names = (c.strip() for c in line.strip("|").split("|"))
+        containers = re.findall(r"`(\w+)`", places) + [None] * ("the file itself" in places)
+        online, momentum = (prefixes.get(cell, cell.strip("`")) for cell in (online, momentum))
+        rows[whose] = Row(containers, online, momentum, names)
+    return rows
+
+
+ROWS = documented()
+DIALECTS = {
+    "timm's": TIMM,
+    "Microsoft's": TIMM,  # models/swin.py translates them
+    "numbers": SEQUENTIAL,
+    "Hugging Face's ViT": HUGGING_FACE,
+    "Hugging Face's Swin": HUGGING_FACE,
+}
+PATCH = "patch_embed.proj.weight"
+DOWN = "layers.0.downsample.norm.bias"
+PROJECTION = "embeddings.patch_embeddings.projection.weight"
+VIT = "encoder.layer.0.attention.attention.query.weight"
+SWIN = "encoder.layers.0.blocks.0.attention.self.query.weight"
+MOBY = ["queue1", "queue_ptr", "projector.linear_hidden.1.weight", "predictor.linear_out.bias"]
+# some names in a true file of each row: of the encoders, and of other parts
+TRUE = {
+    "this project, and SynCo-v2 and MoBY with a ViT": (
+        [f"encoder.{PATCH}", f"encoder_k.{PATCH}"],
+        MOBY,
+    ),
+    "SynCo-v2 and MoBY with a Swin": ([f"encoder.{DOWN}", f"encoder_k.{DOWN}"], MOBY),
+    "this project: a probe or a fine-tuned model": ([f"encoder.{PATCH}"], ["heads.0.weight"]),
+    "MoCo v3": (
+        [f"module.base_encoder.{PATCH}", f"module.momentum_encoder.{PATCH}"],
+        ["module.base_encoder.head.0.weight", "module.predictor.0.weight"],
+    ),
+    "DINO": ([f"backbone.{PATCH}"], ["head.mlp.0.weight", "head.last_layer.weight_g"]),
+    "iBOT": ([f"backbone.{PATCH}"], ["backbone.masked_embed", "head.mlp.0.weight"]),
+    "timm, DeiT, and DINO's backbone alone": ([PATCH], ["head.weight", "head.bias"]),
+    "MAE": ([PATCH], ["mask_token", "decoder_pos_embed", "decoder_embed.weight"]),
+    "Microsoft's Swin": (
+        [PATCH, DOWN],
+        ["head.weight", "layers.0.blocks.0.attn.relative_position_index"],
+    ),
+    "solo-learn": (  # after 1.0.2
+        [f"backbone.{PATCH}", f"momentum_backbone.{PATCH}"],
+        ["projector.0.weight", "classifier.weight", "queue"],
+    ),
+    "solo-learn 1.0.2": (
+        [f"encoder.{PATCH}", f"momentum_encoder.{PATCH}"],
+        ["projector.0.weight", "classifier.weight"],
+    ),
+    # lightly 1.6.0, as its examples name the parts
+    "lightly": (
+        [f"backbone.{PATCH}", f"backbone_momentum.{PATCH}"],
+        ["projection_head.layers.0.weight"],
+    ),
+    "lightly: a ResNet in `nn.Sequential`": (
+        ["backbone.0.weight", "backbone.4.0.conv1.weight", "backbone_momentum.1.running_mean"],
+        ["projection_head.0.weight"],
+    ),
+    "lightly: DINO": (
+        [f"student_backbone.{PATCH}", f"teacher_backbone.{PATCH}"],
+        ["student_head.layers.0.weight"],
+    ),
+    "lightly: DINOv2": (
+        [f"student_backbone.vit.{PATCH}", f"teacher_backbone.vit.{PATCH}"],
+        ["student_backbone.mask_token", "student_head.layers.0.weight"],
+    ),
+    "lightly: MAE": (
+        [f"backbone.vit.{PATCH}"],
+        ["backbone.mask_token", "decoder.decoder_embed.weight"],
+    ),
+    "lightly: a masked ViT": ([f"vit.{PATCH}"], ["mask_token"]),
+    "a Lightning module's model": ([f"model.{PATCH}"], ["loss.weight"]),
+    "Hugging Face's ViT": ([f"vit.{PROJECTION}", f"vit.{VIT}"], ["classifier.weight"]),
+    "Hugging Face's Swin": ([f"swin.{PROJECTION}", f"swin.{SWIN}"], ["classifier.weight"]),
+    "Hugging Face's ViT without a classifier": ([PROJECTION, VIT], ["pooler.dense.weight"]),
+    "Hugging Face's Swin without a classifier": ([PROJECTION, SWIN], []),
+}
+WRAPPED = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+
+
+def families(row):
+    """Those whose prefixes a row names: one, or one for each encoder."""
+    return [
+        family
+        for family in FAMILIES
+        if family.dialect is DIALECTS[row.names]
+        and (family.online == row.online or row.momentum in family.momentum)
+    ]
+
+
+def test_the_table_and_the_families_agree():
+    """No row without a family, nobody in a family without a row, true names for each."""
+    found = {whose: families(row) for whose, row in ROWS.items()}
+    owners = {family: re.split(", | or ", family.name) for family in FAMILIES}
+    for whose, of in found.items():
+        assert any(owner in whose for family in of for owner in owners[family]), whose
+    for family in FAMILIES:
+        rows = [whose for whose, of in found.items() if family in of]
+        assert [o for o in owners[family] if not any(o in whose for whose in rows)] == []
+    assert TRUE.keys() == ROWS.keys()
+
+
+def sample(names, seed):
+    """A blank encoder, weights of one like it under these names, images, and their features."""
+    if names.startswith("Hugging Face's "):
+        kind = names.split()[-1].lower()
+        weights, features, blank = of_transformers(kind)
+        weights = {n.removeprefix(f"{kind}."): v for n, v in weights.items() if n.startswith(kind)}
+        return blank, weights, IMAGES.float().view(2, 3, 16, 16), features
+    make = {
+        "timm's": partial(nano, seed),
+        "Microsoft's": small_swin,
+        "numbers": partial(create_encoder, "timm/resnet18", 32),
+    }[names]
+    torch.manual_seed(seed)
+    real = make().eval()
+    weights = real.state_dict()
+    if names == "Microsoft's":  # the downsampling ends the stage before
+        weights = {n.replace("layers.1.down", "layers.0.down"): v for n, v in weights.items()}
+    elif names == "numbers":  # of torchvision's children
+        children = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+        parts = {name: name.split(".", 1) for name in weights}
+        weights = {f"{children[a]}.{b}": weights[name] for name, (a, b) in parts.items()}
+    images = torch.sin(torch.arange(2 * 3 * 32 * 32)).view(2, 3, 32, 32)
+    with torch.no_grad():
+        features = real(images)
+    torch.manual_seed(9)
+    return (nano(9) if names == "timm's" else make()).eval(), weights, images, features
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("whose", ROWS)
+def test_both_encoders_of_each_family(tmp_path, whose, wrapper):
+    """Of each row of the documentation's table, in each place that it names."""
+    row, (own, others) = ROWS[whose], TRUE[whose]
+    blank, weights, images, features = sample(row.names, 0)
+    state, expected = below(row.online, weights), {"encoder": features, "encoder_k": features}
+    if row.momentum not in (row.online, None):
+        _, weights, _, expected["encoder_k"] = sample(row.names, 1)
+        state |= below(row.momentum, weights)
+    assert [name for name in own if WRAPPERS.sub("", name) not in state] == []
+    state |= {WRAPPERS.sub("", name): torch.zeros(2) for name in others}
+    state = below(wrapper, state)
+    for container in row.containers:
+        torch.save({container: state, "epoch": 3} if container else state, tmp_path / "c.pth")
+        for key, wanted in expected.items():
+            if key == "encoder_k" and row.momentum is None:
+                with pytest.raises(UserError, match="no encoder weights found"):
+                    load_encoder_weights(blank, str(tmp_path / "c.pth"), key)
+                continue
+            line = load_encoder_weights(blank, str(tmp_path / "c.pth"), key)
+            assert any(f"weights of {family.name} (in " in line for family in families(row)), line
+            with torch.no_grad():
+                torch.testing.assert_close(blank(images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_compiled_within_a_wrapped_model(tmp_path):
+    one = nano()
+    torch.save({"model": below("module.encoder._orig_mod.", one.state_dict())}, tmp_path / "c.pth")
+    encoder, line = load(tmp_path / "c.pth")
+    assert "prefix 'module.encoder._orig_mod.'" in line
+    assert_equal(encoder, one)
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])
@@ -169,7 +267,7 @@ def test_features_of_transformers(tmp_path, kind, names):
         weights = {n: v for n, v in inner.items() if not n.startswith("classifier")}
         weights["pooler.dense.bias"] = torch.zeros(16)
     elif names == "in memory":  # as torch.save writes a state_dict of version 5
-        weights = {own: weights[n] for n, own in HUGGING_FACE[kind].items()}
+        weights = {own: weights[n] for n, own in TRANSFORMERS[kind].items()}
     torch.save(weights, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
     said = load_encoder_weights(encoder, str(tmp_path / "pytorch_model.bin"))
@@ -177,24 +275,6 @@ def test_features_of_transformers(tmp_path, kind, names):
     with torch.no_grad():
         found = encoder(IMAGES.float().view(2, 3, 16, 16))
     torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-4)
-
-
-def test_a_resnet_as_lightly_wraps_it(tmp_path):
-    """nn.Sequential(*list(resnet.children())[:-1]), by torchvision's names of the children."""
-    torch.manual_seed(0)
-    real = create_encoder("timm/resnet18", 32).eval()
-    children = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
-    state = {
-        f"backbone.{children[name.split('.')[0]]}.{name.split('.', 1)[1]}": value
-        for name, value in real.state_dict().items()
-    }
-    torch.save(
-        {"state_dict": state | {"projection_head.0.weight": torch.ones(2)}}, tmp_path / "c.ckpt"
-    )
-    torch.manual_seed(1)
-    encoder = create_encoder("timm/resnet18", 32).eval()
-    assert "lightly" in load_encoder_weights(encoder, str(tmp_path / "c.ckpt"))
-    assert_equal(encoder, real)
 
 
 def shards(folder, state, suffix):
