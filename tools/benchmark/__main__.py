@@ -1,6 +1,6 @@
 """Measure speed as ratios in one run, against plain forms and against the machine's limits.
 
-    python -m tools.benchmark head step pipeline momentum knn listing scaling --json FILE --markdown FILE
+    python -m tools.benchmark step head listing --json FILE --markdown FILE
 
 What is compared runs in turn (A B A B), and medians are taken. A ratio is time over the plain
 form's time. A speedup is its inverse. A share is of the limit measured in the same run.
