@@ -10,6 +10,7 @@ import torch.distributed as dist
 from yacs.config import CfgNode
 
 from data.loader import add_dataset_arguments, build_labelled_sources
+from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import TRANSFER_SETS
 from evaluation.classification_metrics import MAP
 from evaluation.feature_files import add_feature_arguments, dump_features, load_features
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this script."""
     add_pretrained_arguments(parser)
     add_dataset_arguments(parser)
+    add_subset_argument(parser)
     parser.add_argument("--nb-knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K")
     parser.add_argument("--temperature", type=float, default=0.07)
     add_feature_arguments(parser)
@@ -41,7 +43,10 @@ def main() -> None:
     args, config = parse_arguments(__doc__, add_arguments)
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature must be positive and finite, got {args.temperature}")
-    run = start(config, os.path.join(run_folder(config), f"knn_{config.DATA.DATASET}"))
+    if args.subset and args.load_features:
+        raise UserError("--subset chooses among images: leave it out with --load-features")
+    name = f"knn_{config.DATA.DATASET}{subset_suffix(args.subset)}"
+    run = start(config, os.path.join(run_folder(config), name))
     if args.load_features:
         parts, about = load_features(args.load_features, FILES, run.logger)
     else:
@@ -71,7 +76,8 @@ def encode(
 
     The latter are the ``protocol`` and the ``provenance`` of a manifest.
     """
-    sources = build_labelled_sources(config, args.download)
+    train, test = build_labelled_sources(config, args.download)
+    sources = (take_subset(train, args.subset, config.SEED), test)
     if TRANSFER_SETS[config.DATA.DATASET].metric == MAP:
         raise UserError(
             f"k-NN needs one class an image, those of {config.DATA.DATASET} have several: "

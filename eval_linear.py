@@ -17,6 +17,7 @@ from data.loader import (
     build_labelled_sources,
 )
 from data.source import ImageSource
+from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
 from evaluation.judged import TEST, TRAIN, Judged, by_name, summary
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this script."""
     add_pretrained_arguments(parser)
     add_dataset_arguments(parser)
+    add_subset_argument(parser)
     parser.add_argument(
         "--lr",
         type=float,
@@ -94,10 +96,12 @@ def main() -> None:
                 "--probe lbfgs needs a frozen encoder: leave LINEAR_EVAL.WEIGHTS at freeze"
             )
         kind = "linprob" if frozen else "ft"
+        kind += subset_suffix(args.subset)
         folder = os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
         run = start(config, folder)
 
         train, test = build_labelled_sources(config, args.download)
+        train = take_subset(train, args.subset, config.SEED)
         metric = TRANSFER_SETS[config.DATA.DATASET].metric
         if config.EVAL_MODE:
             return evaluate_saved(config, test, metric, folder, run)
@@ -122,7 +126,7 @@ def main() -> None:
 
         # an interrupted run is continued only by one that agrees in these
         identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
-        identity["select"] = args.select
+        identity |= {"select": args.select, "subset": args.subset}
         model = LinearClassifiers(encoder, len(train.classes), len(rates), config.SEED, frozen)
         model = synchronize_batch_norm(model, run.device)
         ddp = data_parallel(model, run.device)

@@ -1,11 +1,11 @@
 """The forms in which a data path can hold ImageNet, or one's own images, and how they are found."""
 
 import csv
+import io
 import logging
 import os
 import re
 import tarfile
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -159,54 +159,54 @@ def _classes_of_val(root: str) -> dict[str, str]:
     if os.path.isfile(listed := os.path.join(root, "val.txt")):
         entries = [_entry(listed, number, line) for number, line in read_lines(listed)]
         return {os.path.basename(path): label for path, label in entries}
-    kit = os.path.join(root, DEVKIT)
-    if os.path.isdir(kit):
-        classes = read_classes(kit)
-    elif os.path.isfile(packed := f"{kit}.tar.gz"):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with tarfile.open(packed) as archive:
-                    archive.extractall(folder, filter="data")
-            except (OSError, EOFError, tarfile.TarError) as error:
-                raise UserError(f"{packed}: not a readable archive ({error})") from error
-            classes = read_classes(os.path.join(folder, DEVKIT))
-    else:
+    kits = [os.path.join(root, DEVKIT), os.path.join(root, f"{DEVKIT}.tar.gz")]
+    if not (found := list(filter(os.path.exists, kits))):
         raise UserError(
             f"{root}: ILSVRC2012_img_val.tar has no classes: put {DEVKIT}.tar.gz of "
             "https://image-net.org beside it, or val.txt with lines of a name and a class number"
         )
+    classes = read_classes(found[0])
     return {f"ILSVRC2012_val_{i:08d}.JPEG": name for i, name in enumerate(classes, 1)}
 
 
 def read_classes(devkit: str) -> list[str]:
     """The class, such as n01440764, of each validation image, in the order of their numbers.
 
+    Args:
+        devkit: the folder of ImageNet's development kit, or its archive.
+
     Raises:
         UserError: a file of the kit that is missing, damaged or does not fit the other.
     """
-    folder = os.path.join(devkit, "data")
-    meta = os.path.join(folder, "meta.mat")
-    truth = os.path.join(folder, "ILSVRC2012_validation_ground_truth.txt")
+    truth, meta = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
+    numbers, table = _kit_file(devkit, truth), _kit_file(devkit, meta)
     try:
-        lines = list(read_lines(truth))
-        os.stat(meta)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot read ({error.strerror}); it is in "
-            "ILSVRC2012_devkit_t12.tar.gz of https://image-net.org"
-        ) from error
-    try:
-        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        synsets = loadmat(io.BytesIO(table), squeeze_me=True)["synsets"]
         # superclasses have children and no images
         classes = {
             int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0
         }
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{meta}: not the classes of ImageNet ({error})") from error
+        raise UserError(f"{devkit}/{meta}: not the classes of ImageNet ({error})") from error
     try:
-        return [classes[int(line)] for _, line in lines]
+        return [classes[int(number)] for number in numbers.split()]
     except (KeyError, ValueError) as error:
-        raise UserError(f"{truth}: {error} is no class of meta.mat") from error
+        raise UserError(f"{devkit}/{truth}: {error} is no class of meta.mat") from error
+
+
+def _kit_file(devkit: str, name: str) -> bytes:
+    try:
+        if os.path.isfile(devkit):
+            with tarfile.open(devkit) as archive:
+                member = archive.extractfile(f"{DEVKIT}/{name}")
+                return member.read() if member else b""
+        with open(os.path.join(devkit, name), "rb") as file:
+            return file.read()
+    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+        raise UserError(
+            f"{devkit}/{name}: cannot read ({error}); it is in {DEVKIT}.tar.gz of "
+            "https://image-net.org"
+        ) from error
 
 
 def _fill_list(path: str, listing: Listing) -> None:

@@ -131,6 +131,7 @@ MISTAKES = {
     "k too large": (["--nb-knn", "701"], None, "k must be from 1 to the 700 training features"),
     "temperature": (["--temperature", "0"], None, "--temperature must be positive and finite"),
     "temperature of NaN": (["--temperature", "nan"], None, "--temperature must be positive"),
+    "a subset of features": (["--subset", "0.5"], None, "--subset chooses among images"),
     "endless temperature": (["--temperature", "inf"], None, "--temperature must be positive"),
     "labels": ([], ("testlabels", lambda t: t.float()), "labels must be dense whole numbers"),
     "kind": ([], ("trainfeat", lambda t: t.to(torch.float8_e4m3fn)), "must be dense real numbers"),

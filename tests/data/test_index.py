@@ -21,7 +21,7 @@ from utils.distributed import all_gather_objects, first_on_each_node
 from utils.errors import UserError
 from utils.provenance import names_digest
 
-NAME = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=9)
+NAME = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), min_size=1, max_size=9)
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +59,12 @@ def test_a_listing_keeps_what_is_added(entries):
     for name, number in entries:
         listing.add([name, f"{name}{name}"], number, place=[number, 7])
     found = listing.index("/top")
-    expected = [f"/top/{n}" for name, _ in entries for n in (name, f"{name}{name}")]
-    assert [name.replace("/top//", "/") for name in expected if name.startswith("/top//")] == [
-        name for name in found.names if not name.startswith("/top/")
-    ]  # os.path.join lets go of the folder before a name with a slash
-    assert [found.names.short(i) for i in range(len(found.names))] == [n[5:] for n in expected]
+    expected = [n for name, _ in entries for n in (name, f"{name}{name}")]
+    assert list(found.names) == [f"/top/{name}" for name in expected]
+    assert [found.names.short(i) for i in range(len(expected))] == expected
     assert found.labels.tolist() == [number for _, number in entries for _ in range(2)]
     assert found.columns["place"].tolist() == [n for _, number in entries for n in (number, 7)]
-    assert names_digest(found.names, "/top") == names_digest([n[5:] for n in expected], "")
+    assert names_digest(found.names, "/top") == names_digest(expected, "")
 
 
 def test_what_is_kept_is_what_is_listed(root, monkeypatch, logged):
@@ -123,6 +121,7 @@ def test_a_cut_list_is_made_anew(root, monkeypatch):
 
 def test_folders_that_have_just_changed_are_not_trusted(root, monkeypatch):
     monkeypatch.setattr(index, "SETTLED", 2.0)
+    os.utime(root / "train/class0")
     listed(root)
     assert not (root / FOLDER).exists()
     old = time.time() - 10
