@@ -9,10 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
+from yacs.config import CfgNode
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-RATIO = (3 / 4, 4 / 3)  # width over height of a crop
+INTERPOLATION = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,16 @@ class Augmentation:
 
     Attributes:
         crop: smallest and largest share of the image's area in a crop.
-        brightness, contrast, saturation: factors are drawn from 1 -+ these.
+        brightness, contrast, saturation: factors are drawn from 1 -+ these, not below 0.
         hue: shift drawn from -+ this, in turns of the colour circle.
-        jitter_prob, grey_prob, blur_prob, solarize_prob: probabilities.
+        jitter_prob, grey_prob, blur_prob, solarize_prob, flip_prob: probabilities.
         sigma: range of the blur's standard deviation in pixels.
+        ratio: range of a crop's width over its height.
+        solarize_from: values from this one up are inverted.
+        interpolation: of the resize, a name of ``INTERPOLATION``.
+
+    Raises:
+        ValueError: a range whose ends are the wrong way round.
     """
 
     crop: tuple[float, float]
@@ -37,6 +48,16 @@ class Augmentation:
     blur_prob: float = 1.0
     solarize_prob: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
+    flip_prob: float = 0.5
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    solarize_from: int = 128
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "sigma", "ratio"):
+            span = getattr(self, name)
+            if len(span) != 2 or span[0] > span[1]:
+                raise ValueError(f"the augmentation's {name} must be two numbers, the smaller first")
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,8 @@ class ViewParameters:
         jitter: (operation, amount) in the order in which they are applied.
         grey: reduce to luminance.
         sigma: standard deviation of the blur in pixels, 0 for none.
-        solarize: invert the values from 128 up.
+        solarize: invert the values from ``solarize_from`` up.
+        interpolation: of the resize of the crop.
     """
 
     box: tuple[int, int, int, int]
@@ -58,6 +80,38 @@ class ViewParameters:
     grey: bool
     sigma: float
     solarize: bool
+    solarize_from: int = 128
+    interpolation: str = "bilinear"
+
+
+def configured_views(aug: CfgNode) -> tuple[Augmentation, Augmentation]:
+    """The two views that the section AUG of a configuration says.
+
+    Raises:
+        ValueError: see ``view_augmentations`` and ``Augmentation``.
+    """
+    if aug.SSL_AUG_TYPE != "custom":
+        return view_augmentations(aug.SSL_AUG_TYPE, aug.SSL_AUG_CROP)
+    return _custom_view(aug.VIEW1), _custom_view(aug.VIEW2)
+
+
+def _custom_view(keys: CfgNode) -> Augmentation:
+    return Augmentation(
+        crop=tuple(keys.CROP),
+        brightness=keys.BRIGHTNESS,
+        contrast=keys.CONTRAST,
+        saturation=keys.SATURATION,
+        hue=keys.HUE,
+        jitter_prob=keys.JITTER,
+        grey_prob=keys.GREY,
+        blur_prob=keys.BLUR,
+        solarize_prob=keys.SOLARIZE,
+        sigma=tuple(keys.BLUR_SIGMA),
+        flip_prob=keys.FLIP,
+        ratio=tuple(keys.RATIO),
+        solarize_from=keys.SOLARIZE_FROM,
+        interpolation=keys.INTERPOLATION,
+    )
 
 
 def view_augmentations(kind: str, crop: float) -> tuple[Augmentation, Augmentation]:
@@ -78,27 +132,38 @@ def view_augmentations(kind: str, crop: float) -> tuple[Augmentation, Augmentati
     if kind == "simclr":
         view = Augmentation((0.2, 1.0), saturation=0.4, blur_prob=0.5)
         return view, view
-    raise ValueError(f"the augmentation must be byol or simclr, got {kind!r}")
+    raise ValueError(f"the augmentation must be byol, simclr or custom, got {kind!r}")
 
 
 def draw_box(
-    rng: np.random.Generator, width: int, height: int, area: tuple[float, float]
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    area: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """A random resized crop's left, top, width, height, distributed as torchvision's."""
-    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    """A random resized crop's left, top, width, height, distributed as torchvision's.
+
+    Args:
+        rng: draws from it.
+        width, height: of the image in pixels.
+        area: smallest and largest share of its area.
+        ratio: smallest and largest width over height.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     # one call for all tries: a call for each number would take as long as the resize
     for share, shape, x, y in rng.random((10, 4)).tolist():
         target = width * height * _between(*area, share)
-        ratio = math.exp(_between(low, high, shape))
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        drawn = math.exp(_between(low, high, shape))
+        w, h = round(math.sqrt(target * drawn)), round(math.sqrt(target / drawn))
         if 0 < w <= width and 0 < h <= height:
             return int(x * (width - w + 1)), int(y * (height - h + 1)), w, h
     # too long or too tall for its share: the largest middle part of an allowed shape
     w, h = width, height
-    if width < RATIO[0] * height:
-        h = round(width / RATIO[0])
-    elif width > RATIO[1] * height:
-        w = round(height * RATIO[1])
+    if width < ratio[0] * height:
+        h = round(width / ratio[0])
+    elif width > ratio[1] * height:
+        w = round(height * ratio[1])
     return (width - w) // 2, (height - h) // 2, w, h
 
 
@@ -107,14 +172,14 @@ def draw_view(
 ) -> ViewParameters:
     """Draw the parameters of one view of an image of the given size in pixels."""
     a = augmentation
-    box = draw_box(rng, width, height, a.crop)
+    box = draw_box(rng, width, height, a.crop, a.ratio)
     flip, jittered, grey, blurred, solarized, sigma, *more = rng.random(14).tolist()
     jitter: list[tuple[str, float]] = []
     if jittered < a.jitter_prob:
         ranges = {
-            "brightness": (1 - a.brightness, 1 + a.brightness),
-            "contrast": (1 - a.contrast, 1 + a.contrast),
-            "saturation": (1 - a.saturation, 1 + a.saturation),
+            "brightness": (max(0.0, 1 - a.brightness), 1 + a.brightness),
+            "contrast": (max(0.0, 1 - a.contrast), 1 + a.contrast),
+            "saturation": (max(0.0, 1 - a.saturation), 1 + a.saturation),
             "hue": (-a.hue, a.hue),
         }
         amounts = zip(more[:4], ranges.items(), more[4:], strict=True)
@@ -122,11 +187,13 @@ def draw_view(
         jitter = [(name, _between(*span, u)) for _, (name, span), u in sorted(amounts)]
     return ViewParameters(
         box,
-        flip < 0.5,
+        flip < a.flip_prob,
         tuple(jitter),
         grey < a.grey_prob,
         _between(*a.sigma, sigma) if blurred < a.blur_prob else 0.0,
         solarized < a.solarize_prob,
+        a.solarize_from,
+        a.interpolation,
     )
 
 
@@ -146,7 +213,9 @@ def apply_view(image: Image.Image, view: ViewParameters, size: int) -> np.ndarra
     """Apply what was drawn to an RGB image with PIL; returns size x size x 3 of uint8."""
     left, top, width, height = view.box
     image = image.resize(
-        (size, size), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
+        (size, size),
+        INTERPOLATION[view.interpolation],
+        (left, top, left + width, top + height),
     )
     if view.flip:
         image = TF.hflip(image)
@@ -157,5 +226,5 @@ def apply_view(image: Image.Image, view: ViewParameters, size: int) -> np.ndarra
     if view.sigma:
         image = image.filter(ImageFilter.GaussianBlur(view.sigma))
     if view.solarize:
-        image = TF.solarize(image, 128)
+        image = TF.solarize(image, view.solarize_from)
     return np.array(image)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
-from data.augmentation import MEAN, STD, view_augmentations
+from data.augmentation import MEAN, STD, configured_views
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
 from data.source import CostlySource, FileSource, ImageSource, open_source
 from utils.distributed import (
@@ -239,7 +239,7 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
     if isinstance(source, CostlySource):
         source.log_cost()
     try:
-        views = view_augmentations(config.AUG.SSL_AUG_TYPE, config.AUG.SSL_AUG_CROP)
+        views = configured_views(config.AUG)
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     data = config.DATA

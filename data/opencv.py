@@ -53,7 +53,7 @@ def _plain_jpeg(content: bytes) -> bool:
 
 def apply_view(image: np.ndarray, view: ViewParameters, size: int) -> np.ndarray:
     """Apply what was drawn to H x W x 3 of uint8; returns size x size x 3."""
-    image = resized_crop(image, view.box, size)
+    image = resized_crop(image, view.box, size, view.interpolation)
     if view.flip:
         image = cv2.flip(image, 1)
     for name, amount in view.jitter:
@@ -63,11 +63,13 @@ def apply_view(image: np.ndarray, view: ViewParameters, size: int) -> np.ndarray
     if view.sigma:
         image = blur(image, view.sigma)
     if view.solarize:
-        image = cv2.LUT(image, SOLARIZE)
+        image = solarize(image, view.solarize_from)
     return image
 
 
-def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+def resized_crop(
+    image: np.ndarray, box: tuple[int, int, int, int], size: int, mode: str = "bilinear"
+) -> np.ndarray:
     """Crop left, top, width, height, and resize to size x size, antialiased as PIL does it.
 
     torch does this: OpenCV has no such filter, and its mean over an area takes twice the time.
@@ -76,7 +78,9 @@ def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -
     crop = torch.from_numpy(image[top : top + height, left : left + width])
     # with the batch's dimension added first, torch sees channels last, its fastest case
     planes = crop[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    mode = {"nearest": "nearest-exact"}.get(mode, mode)  # whose pixels are PIL's
+    smooth = mode in ("bilinear", "bicubic")
+    resized = F.interpolate(planes, size=(size, size), mode=mode, antialias=smooth)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
@@ -111,5 +115,10 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.sepFilter2D(image, -1, kernel, kernel)
 
 
+def solarize(image: np.ndarray, start: int) -> np.ndarray:
+    """Invert the values from ``start`` up."""
+    return cv2.LUT(image, np.where(LEVELS < start, LEVELS, 255 - LEVELS))
+
+
 JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
-SOLARIZE = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
+LEVELS = np.arange(256, dtype=np.uint8)

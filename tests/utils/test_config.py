@@ -258,6 +258,15 @@ OWN = {  # what the published configuration does not have
         **{"ON_SAVE_ERROR": "continue", "MAX_SKIPPED_UPDATES": 20},
         **{"WAIT_FOR_LOCK": 60.0, "SAVE_PATIENCE": 10.0},
     },
+    "AUG": {
+        f"VIEW{view}": {
+            **{"CROP": [0.08, 1.0], "RATIO": [0.75, 1.3333], "FLIP": 0.5, "JITTER": 0.8},
+            **{"BRIGHTNESS": 0.4, "CONTRAST": 0.4, "SATURATION": 0.2, "HUE": 0.1, "GREY": 0.2},
+            **{"BLUR": blur, "BLUR_SIGMA": [0.1, 2.0], "SOLARIZE": solarize},
+            **{"SOLARIZE_FROM": 128, "INTERPOLATION": "bilinear"},
+        }
+        for view, blur, solarize in ((1, 1.0, 0.0), (2, 0.1, 0.2))
+    },
     **{"COMPILE": False, "TENSORBOARD": False, "WANDB": False, "DIST_TIMEOUT": 600.0},
 }
 
