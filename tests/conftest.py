@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from helpers import write_images
+from hypothesis import settings
+
+# a busy machine is no failure
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
