@@ -8,6 +8,21 @@ from models.momentum import MomentumMethod, Output
 from utils.distributed import all_gather_batch
 
 
+def contrastive_loss(
+    positive: torch.Tensor, negatives: list[torch.Tensor], temperature: float
+) -> torch.Tensor:
+    """InfoNCE: the cross entropy of the positive among all, a scalar.
+
+    Args:
+        positive: similarities of the queries and their keys, (B, 1).
+        negatives: similarities to others, (B, any number) each.
+        temperature: divides the similarities.
+    """
+    logits = torch.cat([positive, *negatives], dim=1) / temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, target)
+
+
 class MoBY(MomentumMethod):
     """Each query must find its key among the keys of earlier batches.
 
@@ -67,9 +82,7 @@ class MoBY(MomentumMethod):
             positive = (q * k).sum(1, keepdim=True)  # Bx1
             similarity = q @ queue  # BxK
             negatives = self.negatives(q, similarity, queue, epoch)
-            logits = torch.cat([positive, *negatives], dim=1) / self.temperature
-            target = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
-            loss = F.cross_entropy(logits, target)
+            loss = contrastive_loss(positive, negatives, self.temperature)
         with torch.no_grad():
             accuracy = (positive > similarity.amax(1, keepdim=True)).float().mean()
         return loss, accuracy, positive.detach().mean()

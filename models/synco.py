@@ -17,12 +17,14 @@ key, and type 4 the noise. Only the noise needs a vector for each negative.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.encoder import Backbone
-from models.moby import MoBY
+from models.moby import MoBY, contrastive_loss
 
 
 @dataclass
@@ -41,37 +43,22 @@ class Draws:
     normal: torch.Tensor
 
 
-class SynCo(MoBY):
-    """MoBY whose queries get N1 + ... + N6 more negatives in a window of epochs.
+class SyntheticNegatives:
+    """The six kinds; SynCo and SynCoLoss have them.
 
-    Args:
-        encoder, encoder_k, proj_num_layers, pred_num_layers, temperature, num_negatives: as in
-            MoBY.
+    Attributes:
         n_hard: how many of a query's most similar keys its negatives are made from.
         counts: negatives of the types 1 to 6 for each query.
-        warmup_epochs: first epoch, from 0, with synthetic negatives.
-        cooldown_epochs: last epoch with them.
         alpha, beta, gamma: ranges of the coefficients of types 1, 2 and 3.
         sigma: standard deviation of the noise of type 4.
         delta: step of type 5.
         eta: step of type 6.
-
-    Raises:
-        ValueError: not six counts, a negative one, or more hard keys than the queue holds.
     """
 
-    def __init__(
+    def set_synthetic(
         self,
-        encoder: Backbone,
-        encoder_k: Backbone,
-        proj_num_layers: int = 2,
-        pred_num_layers: int = 2,
-        temperature: float = 0.2,
-        num_negatives: int = 4096,
-        n_hard: int = 256,
-        counts: tuple[int, ...] = (128, 128, 128, 128, 128, 128),
-        warmup_epochs: int = 30,
-        cooldown_epochs: int = 100,
+        n_hard: int,
+        counts: tuple[int, ...],
         alpha: tuple[float, float] = (0.0, 0.5),
         beta: tuple[float, float] = (1.0, 1.5),
         gamma: tuple[float, float] = (0.0, 1.0),
@@ -79,34 +66,18 @@ class SynCo(MoBY):
         delta: float = 0.01,
         eta: float = 0.01,
     ) -> None:
+        """Set the attributes.
+
+        Raises:
+            ValueError: not six counts, a negative one, or no hard keys.
+        """
         if len(counts) != 6 or min(counts) < 0:
             raise ValueError(f"counts must be six numbers that are not negative, got {counts}")
-        if not 1 <= n_hard <= num_negatives:
-            raise ValueError(f"n_hard must be from 1 to the queue's {num_negatives}, got {n_hard}")
-        super().__init__(
-            encoder, encoder_k, proj_num_layers, pred_num_layers, temperature, num_negatives
-        )
-        self.n_hard = n_hard
-        self.counts = tuple(counts)
-        self.warmup_epochs = warmup_epochs
-        self.cooldown_epochs = cooldown_epochs
+        if n_hard < 1:
+            raise ValueError(f"n_hard must be at least 1, got {n_hard}")
+        self.n_hard, self.counts = n_hard, tuple(counts)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.sigma, self.delta, self.eta = sigma, delta, eta
-
-    def negatives(
-        self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, epoch: int
-    ) -> list[torch.Tensor]:
-        """The queue and, within the window of epochs, the synthetic negatives."""
-        if epoch not in self.epochs_with_synthetic(epoch + 1):
-            return [similarity]
-        draws = self.draw(similarity.detach(), queue.shape[0])
-        return [similarity, *self.synthetic(q, similarity, queue, draws)]
-
-    def epochs_with_synthetic(self, epochs: int) -> range:
-        """Which of the epochs 0 to ``epochs`` - 1 have synthetic negatives."""
-        if not sum(self.counts):
-            return range(0)
-        return range(max(0, self.warmup_epochs), min(epochs, self.cooldown_epochs + 1))
 
     @torch.no_grad()
     def draw(self, similarity: torch.Tensor, dim: int) -> Draws:
@@ -161,6 +132,115 @@ class SynCo(MoBY):
             (qn6 + self.eta * (q * sign).sum(1, keepdim=True))
             / (1 + 2 * self.eta * sign_n + self.eta**2 * sign.square().sum(1, keepdim=True)).sqrt(),
         ]
+
+
+class SynCo(SyntheticNegatives, MoBY):
+    """MoBY whose queries get N1 + ... + N6 more negatives in a window of epochs.
+
+    Args:
+        encoder, encoder_k, proj_num_layers, pred_num_layers, temperature, num_negatives: as in
+            MoBY.
+        n_hard, counts, alpha, beta, gamma, sigma, delta, eta: as in SyntheticNegatives.
+        warmup_epochs: first epoch, from 0, with synthetic negatives.
+        cooldown_epochs: last epoch with them.
+
+    Raises:
+        ValueError: see SyntheticNegatives; or more hard keys than the queue holds.
+    """
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        encoder_k: Backbone,
+        proj_num_layers: int = 2,
+        pred_num_layers: int = 2,
+        temperature: float = 0.2,
+        num_negatives: int = 4096,
+        n_hard: int = 256,
+        counts: tuple[int, ...] = (128, 128, 128, 128, 128, 128),
+        warmup_epochs: int = 30,
+        cooldown_epochs: int = 100,
+        alpha: tuple[float, float] = (0.0, 0.5),
+        beta: tuple[float, float] = (1.0, 1.5),
+        gamma: tuple[float, float] = (0.0, 1.0),
+        sigma: float = 0.1,
+        delta: float = 0.01,
+        eta: float = 0.01,
+    ) -> None:
+        if not 1 <= n_hard <= num_negatives:
+            raise ValueError(f"n_hard must be from 1 to the queue's {num_negatives}, got {n_hard}")
+        super().__init__(
+            encoder, encoder_k, proj_num_layers, pred_num_layers, temperature, num_negatives
+        )
+        self.set_synthetic(n_hard, counts, alpha, beta, gamma, sigma, delta, eta)
+        self.warmup_epochs = warmup_epochs
+        self.cooldown_epochs = cooldown_epochs
+
+    def negatives(
+        self, q: torch.Tensor, similarity: torch.Tensor, queue: torch.Tensor, epoch: int
+    ) -> list[torch.Tensor]:
+        """The queue and, within the window of epochs, the synthetic negatives."""
+        if epoch not in self.epochs_with_synthetic(epoch + 1):
+            return [similarity]
+        draws = self.draw(similarity.detach(), queue.shape[0])
+        return [similarity, *self.synthetic(q, similarity, queue, draws)]
+
+    def epochs_with_synthetic(self, epochs: int) -> range:
+        """Which of the epochs 0 to ``epochs`` - 1 have synthetic negatives."""
+        if not sum(self.counts):
+            return range(0)
+        return range(max(0, self.warmup_epochs), min(epochs, self.cooldown_epochs + 1))
+
+
+class SynCoLoss(SyntheticNegatives, nn.Module):
+    """The contrastive loss with synthetic hard negatives, for any method with queries and a queue.
+
+    >>> q, k = (F.normalize(torch.randn(8, 64), dim=1) for _ in range(2))
+    >>> queue = F.normalize(torch.randn(64, 512), dim=0)
+    >>> loss = SynCoLoss(temperature=0.2, n_hard=64, counts=(16, 16, 16, 16, 16, 16))
+    >>> loss(q.requires_grad_(), k, queue).backward()
+
+    Args:
+        temperature: divides the similarities.
+        n_hard, counts, options: as in SyntheticNegatives.
+
+    Raises:
+        ValueError: see SyntheticNegatives.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.2,
+        n_hard: int = 256,
+        counts: tuple[int, ...] = (128, 128, 128, 128, 128, 128),
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.set_synthetic(n_hard, counts, **options)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor) -> torch.Tensor:
+        """The loss, a scalar, in float32.
+
+        Args:
+            q: unit queries, (B, dim).
+            k: their unit keys, (B, dim), without gradient.
+            queue: unit keys of others, (dim, K), without gradient, K at least ``n_hard``.
+        """
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, queue = q.float(), k.float(), queue.float()
+            positive = (q * k).sum(1, keepdim=True)
+            similarity = q @ queue
+            draws = self.draw(similarity.detach(), queue.shape[0])
+            synthetic = self.synthetic(q, similarity, queue, draws)
+            return contrastive_loss(positive, [similarity, *synthetic], self.temperature)
+
+
+def synco_loss(
+    q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """``SynCoLoss(**options)(q, k, queue)``."""
+    return SynCoLoss(**options)(q, k, queue)
 
 
 def _products(vectors: torch.Tensor, keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
