@@ -147,7 +147,12 @@ def forward_views(
     SynCo makes synthetic negatives in a window of epochs, so the epoch is passed in.
     """
     # the third item says which images were replaced; the views stay channels last in memory
-    views = (v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in batch[:2])
+    views = [v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in batch[:2]]
+    if batch[3:]:  # the draws of DATA.BACKEND device
+        from data.device_views import finish
+
+        draws = (part.to(device, non_blocking=True) for part in batch[3:])
+        return model(*(finish(*pair) for pair in zip(views, draws, strict=True)), epoch)
     return model(*(normalize(view) for view in views), epoch)
 
 

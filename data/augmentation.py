@@ -4,7 +4,7 @@ Each view's draws follow from the seed, the epoch, the image and the view alone.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -195,6 +195,11 @@ def draw_view(
         a.solarize_from,
         a.interpolation,
     )
+
+
+def geometry(view: ViewParameters) -> ViewParameters:
+    """The crop and the flip of a view alone."""
+    return replace(view, jitter=(), grey=False, sigma=0.0, solarize=False)
 
 
 def _between(low: float, high: float, share: float) -> float:

@@ -12,7 +12,7 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from data import opencv
-from data.augmentation import MEAN, STD, Augmentation, apply_view, draw_view
+from data.augmentation import MEAN, STD, Augmentation, apply_view, draw_view, geometry
 from data.image import decode_rgb
 from data.source import FileSource, ImageSource
 from utils.errors import UserError
@@ -30,7 +30,8 @@ class TwoViews(Dataset):
         augmentations: distribution of the first and of the second view.
         size: side of a view in pixels.
         seed: the run's seed.
-        backend: ``opencv``, or the slower ``pil``, as in the published code.
+        backend: ``opencv``; or the slower ``pil``, as in the published code; or ``device``, which
+            leaves all but crop and flip to ``data.device_views``.
         replacements: how many images are tried in place of a bad one; with 0 it is an error.
     """
 
@@ -53,8 +54,10 @@ class TwoViews(Dataset):
     def __len__(self) -> int:
         return len(self.source.names)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor | int, ...]:
         """(epoch, index) -> two uint8 images of size x size x 3, and -1 or the bad image's index.
+
+        With the back end ``device`` the draws of both views follow, see ``data.device_views``.
 
         Raises:
             UserError: neither the image nor its replacements can be read.
@@ -62,16 +65,21 @@ class TwoViews(Dataset):
         epoch, index = key
         image, replaced = self._decode_or_replace(epoch, index)
         width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        views = []
+        views, draws = [], []
         for number, augmentation in enumerate(self.augmentations):
             rng = np.random.default_rng((self.seed, epoch, index, number))
             drawn = draw_view(rng, width, height, augmentation)
+            if self.backend == "device":
+                from data.device_views import pack  # which most runs do not need
+
+                draws.append(pack(drawn, augmentation.sigma[1] if augmentation.blur_prob else 0))
+                drawn = geometry(drawn)
             if isinstance(image, Image.Image):
                 view = apply_view(image, drawn, self.size)
             else:
                 view = opencv.apply_view(image, drawn, self.size)
             views.append(torch.from_numpy(np.ascontiguousarray(view)))
-        return views[0], views[1], replaced
+        return *views, replaced, *draws
 
     def _decode_or_replace(self, epoch: int, index: int) -> tuple[Image.Image | np.ndarray, int]:
         errors: list[UserError] = []

@@ -224,7 +224,8 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
     """Batches of ``TwoViews`` through an EpochBatches sampler.
 
     A batch has two uint8 views, (B, S, S, 3) each, and the indices of bad training images that
-    were replaced, (B,), -1 where none was. A bad image of another split is an error.
+    were replaced, (B,), -1 where none was. A bad image of another split is an error. With
+    DATA.BACKEND device the draws of both views follow.
 
     Raises:
         UserError: no data, images that are not files, an unknown augmentation, or a batch larger
@@ -355,7 +356,8 @@ class BadImages:
 
     def note(self, micro_batches: list[Any]) -> None:
         """Remember the replaced images: the third item of each batch of ``TwoViews``."""
-        for *_, replaced in micro_batches:
+        for batch in micro_batches:
+            replaced = batch[2]
             for index in replaced[replaced >= 0].tolist():
                 if index not in self.bad and index not in self._new:
                     self._new[index] = self._reason(index)

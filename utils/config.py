@@ -40,7 +40,8 @@ KEYS = {
     "DATA.DATASET": Key("imagenet", (), "a name of the table of data sets"),
     "DATA.IMG_SIZE": Key(224, (1, 16384), "side of an image in pixels, any"),
     "DATA.INTERPOLATION": Key("bicubic", ("bicubic", "bilinear", "nearest"), "of the test resize"),
-    "DATA.BACKEND": Key("opencv", ("opencv", "pil"), "of the views of pre-training"),
+    "DATA.BACKEND": Key("opencv", ("opencv", "pil", "device"), "of the views of pre-training; "
+        "`device`: their colours are changed there, for whole batches"),
     "DATA.ZIP_MODE": Key(False, (), "read `train.zip` and `val.zip`"),
     "DATA.CACHE_MODE": Key("part", ("no", "full", "part"), "zipped images kept in memory"),
     "DATA.MAX_BAD_FRACTION": Key(0.001, SHARE, "share of unreadable images at which pre-training "

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import opencv
-from data.augmentation import draw_view, view_augmentations
+from data.augmentation import draw_view, geometry, view_augmentations
+from data.device_views import pack
 from evaluation.knn import knn_classify
 from tools.benchmark.plain import pil_views
 from tools.benchmark.timing import compare
@@ -47,6 +48,16 @@ def pipeline(args: argparse.Namespace) -> dict:
                 view = draw_view(rng, width, height, kind)
                 opencv.apply_view(image, view, args.size)
 
+    def on_device() -> None:
+        """What is left to a worker when the device changes the colours."""
+        for i, content in enumerate(files):
+            image = opencv.decode_array(content, "image")
+            for number, kind in enumerate(kinds):
+                rng = np.random.default_rng((0, 0, i, number))
+                view = draw_view(rng, image.shape[1], image.shape[0], kind)
+                pack(view, kind.sigma[1])
+                opencv.apply_view(image, geometry(view), args.size)
+
     def plain() -> None:
         for i, content in enumerate(files):
             pil_views(content, kinds, args.size, np.random.default_rng((0, 0, i)))
@@ -55,7 +66,7 @@ def pipeline(args: argparse.Namespace) -> dict:
         for content in files:
             opencv.decode_array(content, "image")
 
-    times = compare(args.rounds, plain=plain, fast=fast, decode=decode)
+    times = compare(args.rounds, plain=plain, fast=fast, decode=decode, on_device=on_device)
     torch.set_num_threads(threads)
     rates = {name: len(files) / seconds for name, seconds in times.items()}
     return {
