@@ -10,7 +10,6 @@ one fails. A mutant that all of them pass has survived.
 import argparse
 import ast
 import copy
-import importlib.machinery
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+HOOK = Path(__file__).parent / "mutant"
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -158,12 +159,16 @@ def measure(folder: Path, jobs: int) -> tuple[dict[str, dict[str, list[str]]], d
 def tests_for(mutant: Mutant, reached: dict, seconds: dict[str, float]) -> list[str]:
     """The tests that execute the mutant's line, those of its own file first, then the quickest.
 
-    A line that runs when its module is imported, such as a default, is reached by no test alone:
-    for it, all tests that execute any line of the module.
+    A line that runs when its module is imported, such as a default, or in a process that a test
+    starts, is reached by no test: for it, all tests of its own file, and those that execute any
+    line of the module.
     """
     own = f"test_{Path(mutant.path).stem}.py"
     lines = reached.get(mutant.path, {})
-    tests = lines.get(str(mutant.line)) or {test for line in lines.values() for test in line}
+    tests = set(lines.get(str(mutant.line), ()))
+    if not tests:
+        tests = {test for line in lines.values() for test in line}
+        tests |= {test for test in seconds if own in test.split("::")[0]}
     order = sorted(tests, key=lambda t: (own not in t.split("::")[0], seconds.get(t, 0.0), t))
     chosen, total = [], 0.0
     for test in order:
@@ -200,17 +205,18 @@ def _run_tests(mutant: Mutant, tests: list[str]) -> None:
         with open(os.devnull, "w") as nothing:
             for stream in (1, 2):
                 os.dup2(nothing.fileno(), stream)
-        loader: Any = importlib.machinery.SourceFileLoader
-        load, path, source = loader.get_code, str(ROOT / mutant.path), mutant.source()
+        with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as changed:
+            changed.write(mutant.source())
+            changed.flush()
+            os.environ["MUTANT"] = os.pathsep.join([str(ROOT / mutant.path), changed.name])
+            os.environ["PYTHONPATH"] = str(HOOK)  # for processes that the tests start
+            sys.path.insert(0, str(HOOK))
+            import pytest
+            import sitecustomize  # noqa: F401
 
-        def get_code(self: Any, name: str) -> Any:
-            return compile(source, path, "exec") if self.path == path else load(self, name)
-
-        loader.get_code = get_code
-        os.chdir(ROOT)
-        import pytest
-
-        code = int(pytest.main([*tests, "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]))
+            os.chdir(ROOT)
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+            code = int(pytest.main([*tests, *options]))
     finally:
         os._exit(code)
 
