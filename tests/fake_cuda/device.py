@@ -238,7 +238,7 @@ class DeviceLog(TorchDispatchMode):
         if name == "convolution" and not _channels_last(arguments[0]):
             self.crooked[place()] += 1
         if not (function.is_view or name in NO_LAUNCH or name.startswith("prim::")):
-            self.launches[self.phase] += 1
+            self.launches[self.phase] += _kernels(name, arguments)
         return result
 
     def _copy(self, name: str, arguments: tuple, options: dict, result: Any) -> None:
@@ -278,6 +278,15 @@ def place() -> str:
 
 def _channels_last(images: torch.Tensor) -> bool:
     return images.ndim != 4 or images.is_contiguous(memory_format=torch.channels_last)
+
+
+def _kernels(name: str, arguments: tuple) -> int:
+    """One, but one a tensor where the lists of ``_foreach`` differ in shape."""
+    lists = [x for x in arguments if isinstance(x, (list, tuple)) and x and torch.is_tensor(x[0])]
+    if not name.startswith("_foreach") or len(lists) < 2:
+        return 1
+    alike = all(len({(t.shape, t.stride()) for t in row}) == 1 for row in zip(*lists, strict=True))
+    return 1 if alike else len(lists[0])
 
 
 def _same_device(name: str, arguments: tuple, options: dict) -> None:

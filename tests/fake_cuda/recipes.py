@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 4  # images of a process in a micro-batch; no count follows from it
+PINNED = True  # the memory of batches
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def count(recipe: Recipe, folder: str) -> Counts:
     make, record = (classifying if judged else pretraining)(recipe, config, run, mode, log)
     counts = Counts()
     with mode, log:
-        for number, micro_batches in enumerate(updates(recipe, config, mode, log)):
+        # the batches of a third update are copied while the second computes
+        for number, micro_batches in zip(range(2), updates(recipe, config, mode), strict=False):
             result = make(micro_batches, number)
             counts.waits, counts.copies = dict(log.waits), log.copies
             counts.launches, counts.kept = sum(log.launches.values()), log.launches["kept"]
@@ -264,7 +266,12 @@ def log_of(config, run, optimizers, model=None, **more):
 def write_line(training_log, update, result) -> None:
     """A line of the log, and what follows from it."""
     training_log.record(result, {"momentum": 0.9}, stopping=True)
-    update.check_skipped(1000, "", training_log.longest_rows)
+    update.check_skipped(1000, "", longest_rows(training_log))
+
+
+def longest_rows(training_log):
+    """What the line has read."""
+    return training_log.longest_rows
 
 
 def watch_kept(update, log: DeviceLog) -> None:
@@ -279,8 +286,8 @@ def watch_kept(update, log: DeviceLog) -> None:
         setattr(update, name, counted)
 
 
-def updates(recipe: Recipe, config, mode: FakeTensorMode, log: DeviceLog) -> Iterator[list]:
-    """The micro-batches of two updates, on the device as the training loader gives them."""
+def updates(recipe: Recipe, config, mode: FakeTensorMode) -> Iterator[list]:
+    """The micro-batches of three updates, on the device as the training loader gives them."""
     from data.prefetch import FlatBatch, flatten, prefetch
 
     size = config.DATA.IMG_SIZE
@@ -294,10 +301,10 @@ def updates(recipe: Recipe, config, mode: FakeTensorMode, log: DeviceLog) -> Ite
 
     def pinned() -> FlatBatch:
         memory = mode.from_tensor(flat.memory, static_shapes=True)
-        memory.pinned = True
+        memory.pinned = PINNED
         return flat._replace(memory=memory)
 
-    yield from prefetch([pinned() for _ in range(recipe.micro)] for _ in range(2))
+    yield from prefetch([pinned() for _ in range(recipe.micro)] for _ in range(3))
 
 
 def main() -> None:
