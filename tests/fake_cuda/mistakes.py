@@ -17,8 +17,8 @@ from fake_cuda.recipes import Recipe, count
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-SMALL = Recipe("moby", "vit_nano")
-IMAGES = Recipe("moby", "timm/resnet18", processes=1)
+SMALL = Recipe("moby", "vit_nano", 0)
+IMAGES = Recipe("moby", "timm/resnet18", 0, processes=1)
 
 
 def tensors(x: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -77,7 +77,7 @@ def planted() -> dict[str, tuple[Recipe, object]]:
             patch("models.batch_norm.SyncBatchNorm._forward_cuda", torchs_own),
         ),
         "timm's LARS": (
-            Recipe("moby", "vit_nano", optimizer="lars"),
+            Recipe("moby", "vit_nano", 0, optimizer="lars"),
             patch("optimizer.DeviceLars", timm.optim.Lars),
         ),
         "a loss that is looked at": (

@@ -43,7 +43,7 @@ class Recipe:
     Attributes:
         method: ``synco``, ``moby``, ``byol``, or ``probe``, ``finetune``.
         encoder: a name of MODEL.ENCODER.
-        launches: what an update is known to launch.
+        launches: operators of an update, with the versions that this was last run with.
         precision: ``float32``, ``bfloat16``, or ``float16`` as on a GPU without bfloat16.
         optimizer: a name of TRAIN.OPTIMIZER.NAME.
         processes: in the group.
@@ -53,7 +53,7 @@ class Recipe:
 
     method: str
     encoder: str
-    launches: int = 0
+    launches: int
     precision: str = "bfloat16"
     optimizer: str = "adamw"
     processes: int = 2
@@ -96,33 +96,33 @@ CHECKPOINT = ("TRAIN.USE_CHECKPOINT", "True")
 NORM = ("MODEL.REPLACE_LN_WITH_BN", "True")
 UNCLIPPED = ("TRAIN.CLIP_GRAD", "0.0")
 RECIPES = [
-    Recipe("synco", "vit_tiny"),
-    Recipe("synco", "vit_tiny", precision="float32"),
-    Recipe("synco", "vit_tiny", precision="float16"),
-    Recipe("synco", "vit_tiny", optimizer="lars"),
-    Recipe("synco", "vit_tiny", micro=2),
-    Recipe("synco", "vit_tiny", more=CHECKPOINT),
-    Recipe("synco", "vit_small", processes=1),
-    Recipe("synco", "swin_tiny"),
-    Recipe("synco", "swin_tiny", precision="float16", micro=2),
-    Recipe("synco", "timm/resnet18", optimizer="lars"),
-    Recipe("moby", "vit_tiny", precision="float16", optimizer="sgd"),
-    Recipe("moby", "vit_tiny", precision="float32", optimizer="lars", more=UNCLIPPED),
-    Recipe("moby", "vit_tiny", more=NORM),
-    Recipe("moby", "swin_tiny", precision="float32"),
-    Recipe("moby", "swin_tiny", more=CHECKPOINT),
-    Recipe("moby", "timm/resnet18", precision="float16", optimizer="lars", micro=2),
-    Recipe("moby", "timm/resnet18", processes=1),
-    Recipe("moby", "timm/resnet50"),
-    Recipe("byol", "vit_tiny", precision="float32", micro=2),
-    Recipe("byol", "vit_tiny", precision="float16", optimizer="lars"),
-    Recipe("byol", "swin_tiny", optimizer="lars"),
-    Recipe("byol", "swin_tiny", precision="float16", optimizer="sgd"),
-    Recipe("byol", "timm/resnet18", precision="float32", more=CHECKPOINT),
-    Recipe("byol", "timm/resnet18", optimizer="sgd", more=UNCLIPPED),
-    Recipe("probe", "vit_tiny", optimizer="sgd"),
-    Recipe("finetune", "vit_tiny"),
-    Recipe("finetune", "swin_tiny", precision="float16", micro=2),
+    Recipe("synco", "vit_tiny", 2055),
+    Recipe("synco", "vit_tiny", 1458, precision="float32"),
+    Recipe("synco", "vit_tiny", 2055, precision="float16"),
+    Recipe("synco", "vit_tiny", 2121, optimizer="lars"),
+    Recipe("synco", "vit_tiny", 4200, micro=2),
+    Recipe("synco", "vit_tiny", 2493, more=CHECKPOINT),
+    Recipe("synco", "vit_small", 1997, processes=1),
+    Recipe("synco", "swin_tiny", 2625),
+    Recipe("synco", "swin_tiny", 5362, precision="float16", micro=2),
+    Recipe("synco", "timm/resnet18", 2139, optimizer="lars"),
+    Recipe("moby", "vit_tiny", 1795, precision="float16", optimizer="sgd"),
+    Recipe("moby", "vit_tiny", 1268, precision="float32", optimizer="lars", more=UNCLIPPED),
+    Recipe("moby", "vit_tiny", 3624, more=NORM),
+    Recipe("moby", "swin_tiny", 1655, precision="float32"),
+    Recipe("moby", "swin_tiny", 3007, more=CHECKPOINT),
+    Recipe("moby", "timm/resnet18", 3691, precision="float16", optimizer="lars", micro=2),
+    Recipe("moby", "timm/resnet18", 1019, processes=1),
+    Recipe("moby", "timm/resnet50", 4154),
+    Recipe("byol", "vit_tiny", 2464, precision="float32", micro=2),
+    Recipe("byol", "vit_tiny", 1854, precision="float16", optimizer="lars"),
+    Recipe("byol", "swin_tiny", 2427, optimizer="lars"),
+    Recipe("byol", "swin_tiny", 2354, precision="float16", optimizer="sgd"),
+    Recipe("byol", "timm/resnet18", 2164, precision="float32", more=CHECKPOINT),
+    Recipe("byol", "timm/resnet18", 1808, optimizer="sgd", more=UNCLIPPED),
+    Recipe("probe", "vit_tiny", 491, optimizer="sgd"),
+    Recipe("finetune", "vit_tiny", 1088),
+    Recipe("finetune", "swin_tiny", 2649, precision="float16", micro=2),
 ]
 
 
