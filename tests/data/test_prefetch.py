@@ -113,3 +113,14 @@ def test_a_resumed_epoch_goes_on_where_updates_were_made(imagenet, asked, monkey
     for ours, theirs in zip(made, expected, strict=True):
         for batch, same in zip(ours, theirs, strict=True):
             assert all(a.equal(b) for a, b in zip(batch, same, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_arrive_on_a_gpu():
+    flat = [flatten(samples(number)) for number in range(20)]
+    pinned = [[batch._replace(memory=batch.memory.pin_memory())] for batch in flat]
+    for number, (batch,) in enumerate(prefetch(pinned)):
+        assert all(view.is_cuda for view in batch[:2]) and not batch[2].is_cuda
+        expected = default_collate(samples(number))
+        assert all(a.cpu().equal(b) for a, b in zip(batch, expected, strict=True))

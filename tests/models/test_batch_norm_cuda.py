@@ -172,3 +172,29 @@ def test_two_processes_give_the_values_of_one(found, form, case):
         ours = torch.cat([p[name] for p in parts]) if split else parts[0][name]
         torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
         assert split or parts[1][name].equal(parts[0][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_the_stand_ins_say_what_the_kernels_compute(form):
+    torch.manual_seed(5)
+    x, gradient = (t.to(memory_format=form) for t in torch.randn(2, 4, 5, 3, 2) + 0.5)
+    weight, bias, mean, var = torch.rand(4, 5) + 0.5
+    counts = torch.full((2,), 24.0)
+    gathered = torch.rand(2, 5), torch.rand(2, 5) + 0.5
+
+    def both(name: str, *given):
+        on_gpu = [t.cuda() if torch.is_tensor(t) else t for t in given]
+        ours, kernels = STAND_INS[name](*given), getattr(torch, name)(*on_gpu)
+        found = [t if torch.is_tensor(t) else list(t) for t in (ours, kernels)]
+        torch.testing.assert_close(*found, check_device=False, rtol=1e-4, atol=1e-5)
+        for own, other in zip(given, on_gpu, strict=True):  # what changes in place
+            torch.testing.assert_close(own, other, check_device=False, rtol=1e-4, atol=1e-5)
+
+    both("batch_norm_stats", x, 1e-5)
+    both("batch_norm_gather_stats_with_counts", x, *gathered, mean, var, 0.1, 1e-5, counts)
+    both("batch_norm_elemt", x, weight, bias, mean, var, 1e-5)
+    both("batch_norm_backward_reduce", gradient, x, mean, var, weight, True, True, True)
+    sums = torch.randn(2, 5)
+    both("batch_norm_backward_elemt", gradient, x, mean, var, weight, *sums, counts.int())
