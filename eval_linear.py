@@ -190,7 +190,8 @@ def main() -> None:
                     stop, save_now = signals.agree(checkpoints.time_is_up())
                     if log.record(result, {}, stop):
                         most = config.TRAIN.MAX_SKIPPED_UPDATES
-                        judged.leave_out(update.check_skipped(most, advice))
+                        rows = log.longest_rows
+                        judged.leave_out(update.check_skipped(most, advice, rows))
                     # at its end an epoch is saved with its figures, but a signal leaves no time
                     if stop or (not progress.epoch_ended and (save_now or checkpoints.due())):
                         checkpoints.save(signals)

@@ -116,9 +116,9 @@ def main() -> None:
                     # a signal on any process, and SAVE_MINUTES by the clock of the first
                     stop, save_now = signals.agree(checkpoints.time_is_up())
                     if log.record(result, {"momentum": momentum}, stop):  # reads the device
-                        bad_images.check()
+                        bad_images.check(signals.group)
                         most = config.TRAIN.MAX_SKIPPED_UPDATES
-                        update.check_skipped(most, checkpoints.advice())
+                        update.check_skipped(most, checkpoints.advice(), log.longest_rows)
                     if stop or save_now or checkpoints.due():
                         checkpoints.save(signals)
                     if stop:

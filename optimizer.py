@@ -48,5 +48,59 @@ def build_optimizer(
                     sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     if options.NAME == "lars":
-        return Lars(groups, lr=base_lr, momentum=options.MOMENTUM)
+        on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+        return (DeviceLars if on_gpu else Lars)(groups, lr=base_lr, momentum=options.MOMENTUM)
     raise UserError(f"TRAIN.OPTIMIZER.NAME must be adamw, sgd or lars, got {options.NAME!r}")
+
+
+class DeviceLars(Lars):
+    """timm's LARS for GPUs: whether a step is skipped is read there, and the host does not wait.
+
+    A GradScaler gives ``grad_scale`` and ``found_inf`` to an optimizer that says it takes them.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, **options)
+        self._step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; none if ``found_inf`` is 1."""
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            gradients = [cast(torch.Tensor, p.grad) for p in weights]
+            if not weights:
+                continue
+            if scale is not None:
+                torch._foreach_div_(gradients, scale)
+            decay = group["weight_decay"]
+            if decay:
+                weight_norms = torch.stack(torch._foreach_norm(weights))
+                norms = torch.stack(torch._foreach_norm(gradients))
+                ratios = group["trust_coeff"] * weight_norms
+                ratios /= norms + decay * weight_norms + group["eps"]
+                ratios = torch.where((weight_norms > 0) & (norms > 0), ratios, 1.0)
+                torch._foreach_add_(gradients, weights, alpha=decay)
+                torch._foreach_mul_(gradients, list(ratios.unbind()))
+            buffers = [self._buffer(p) for p in weights] if group["momentum"] else []
+            # what is behind SGD(fused=True): the only step here that can be skipped on the device
+            torch._fused_sgd_(
+                weights,
+                gradients,
+                buffers,
+                weight_decay=0.0,
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=False,
+                is_first_step=False,
+                found_inf=found_inf,
+            )
+
+    def _buffer(self, weight: torch.Tensor) -> torch.Tensor:
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        return state["momentum_buffer"]

@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD, configured_views
@@ -95,7 +96,8 @@ class EpochBatches(Sampler):
 class TrainingLoader(DataLoader):
     """The micro-batches of each update, lists of batches, in the order of an epoch.
 
-    Its length is the number of updates in a whole epoch.
+    Its length is the number of updates in a whole epoch. With pinned memory, the first two tensors
+    of a batch are on the GPU.
 
     Attributes:
         size: how the images of an epoch divide into updates.
@@ -116,6 +118,13 @@ class TrainingLoader(DataLoader):
         return self.size.updates
 
     def __iter__(self) -> Iterator[list[Any]]:  # type: ignore[override]
+        if not self.pin_memory:
+            return self._updates()
+        from data.prefetch import prefetch  # only a GPU needs it
+
+        return prefetch(self._updates())
+
+    def _updates(self) -> Iterator[list[Any]]:
         batches = super().__iter__()
         let_workers_die_quietly()
         while micro_batches := list(itertools.islice(batches, self.batch_sampler.multiple)):
@@ -284,6 +293,9 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
     except ValueError as error:
         raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     workers = num_workers(config)
+    pinned, collate = config.DATA.PIN_MEMORY and torch.cuda.is_available(), default_collate
+    if pinned:
+        from data.prefetch import flatten as collate  # type: ignore[assignment]
     # A worker shares the memory of what exists now until Python's first full garbage collection
     # in it, which marks each object and so copies it. What is frozen is not marked.
     gc.collect()
@@ -295,7 +307,8 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        pin_memory=pinned,
+        collate_fn=collate,
         worker_init_fn=quiet_worker,
     )
     shield_workers(loader)
@@ -319,9 +332,16 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
     The memory layout does not change.
     """
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
+    mean, std = _statistics(images.device)
     return (images.float() - mean) / std
+
+
+@cache  # a copy to a GPU would wait for it each time
+def _statistics(device: torch.device) -> tuple[torch.Tensor, ...]:
+    with torch.inference_mode(False):  # else they would serve inference alone
+        return tuple(
+            (255 * torch.tensor(values)).view(3, 1, 1).to(device) for values in (MEAN, STD)
+        )
 
 
 def num_workers(config: CfgNode) -> int:
@@ -362,8 +382,11 @@ class BadImages:
                 if index not in self.bad and index not in self._new:
                     self._new[index] = self._reason(index)
 
-    def check(self) -> None:
+    def check(self, group: dist.ProcessGroup | None = None) -> None:
         """Exchange and log what was noted; every process has to call it.
+
+        Args:
+            group: of gloo, because one of nccl would wait for the GPUs; by default that of all.
 
         Raises:
             UserError: on every process, if more than ``max_fraction`` of the images are bad.
@@ -371,7 +394,7 @@ class BadImages:
         noted = [self._new]
         if world_size() > 1:
             noted = [{}] * world_size()
-            dist.all_gather_object(noted, self._new)
+            dist.all_gather_object(noted, self._new, group)
         self._new = {}
         for process, new in enumerate(noted):
             for index in sorted(new.keys() - self.bad.keys()):

@@ -206,6 +206,8 @@ def forward_images(
 ) -> Forward:
     """The losses of the heads for a batch of images and targets."""
     images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    if images.is_cuda:  # where convolutions are faster so
+        images = images.contiguous(memory_format=torch.channels_last)
     several = targets.ndim == 2
     if images.dtype == torch.uint8:
         images = normalize(images)

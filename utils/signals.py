@@ -95,6 +95,11 @@ class StopSignals:
         stop, save = pending[1].tolist()
         return bool(stop), bool(save)
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group of gloo in which the processes agree, None before ``training`` and alone."""
+        return self._group
+
     def close(self) -> None:
         """Restore the handlers that were there before."""
         self._training = False

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from utils.trackers import Tracker
 
 METRICS = "metrics.jsonl"
+ROW = "longest_row"  # what Averages calls it while it reads
 # of 1 / sqrt(dim), the standard deviation of features that are spread evenly over the sphere
 COLLAPSED = 0.1
 THROUGHPUT_STEPS = 30  # updates that are read, and updates that are made
@@ -46,6 +47,10 @@ class TrainingLog:
         names: of the optimizers, if there are several.
         dim: dimensions of the features.
         queues: of the method, (dim, K) each, if it has any.
+
+    Attributes:
+        longest_rows: of each optimizer, the most updates that it has skipped in a row up to the
+            last line.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class TrainingLog:
 
             self.trackers = open_trackers(config, run, progress.step)
         self.averages = Averages(names)
+        self.longest_rows = [0] * len(names)
         self._collapsed = False
         self._epoch_started = self._line_started = time.monotonic()
         self._epoch_seconds = 0.0
@@ -104,10 +110,12 @@ class TrainingLog:
         now = time.monotonic()
         # some virtual machines' clocks stand still
         seconds = max(1e-6, now - self._line_started) / self.averages.updates
-        means = self._rates() | self.averages.read() | also
+        now_on_device = {ROW: result.longest_row}
         if self.queues:
-            means["queue_spread"] = queue_spread(self.queues)
-        self._line(means, seconds)
+            now_on_device["queue_spread"] = queue_spread(self.queues)
+        read = self.averages.read(now_on_device)  # the only wait for the device between two lines
+        self.longest_rows = [round(read.pop(_named(ROW, name))) for name in self.names]
+        self._line(self._rates() | read | also, seconds)
         self._line_started, self._epoch_seconds = now, now - self._epoch_started
         return True
 
@@ -196,17 +204,25 @@ class Averages:
         self._sums = self._sums + values if self.updates else values
         self.updates += 1
 
-    def read(self) -> dict[str, float]:
+    def read(self, also: Mapping[str, torch.Tensor] | None = None) -> dict[str, float]:
         """The means, and ``skipped``, the number of skipped updates; then counting starts anew.
 
         Every process has to call it. The means are NaN if all updates were skipped.
+
+        Args:
+            also: values to read with them as they are, a scalar each or one for each optimizer.
         """
-        sums = mean_over_processes(self._sums.clone()).view(-1, len(self.names)).T.tolist()
+        also = also or {}
+        sums = mean_over_processes(self._sums.clone()).view(-1, len(self.names))
+        rows = [value.expand(len(self.names)).to(sums) for value in also.values()]
+        columns = torch.cat([sums, torch.stack(rows)]) if rows else sums
         read: dict[str, float] = {}
-        for name, (made, *totals) in zip(self.names, sums, strict=True):
-            means = [total / made if made else math.nan for total in totals]
+        for name, (made, *totals) in zip(self.names, columns.T.tolist(), strict=True):
+            as_they_are = totals[len(self._figures) :]
+            means = [total / made if made else math.nan for total in totals[: len(self._figures)]]
             read |= {_named(f, name): mean for f, mean in zip(self._figures, means, strict=True)}
             read[_named("skipped", name)] = self.updates - round(made)
+            read |= {_named(f, name): v for f, v in zip(also, as_they_are, strict=True)}
         self.updates = 0
         return read
 
@@ -296,9 +312,9 @@ def _named(figure: str, name: str) -> str:
 
 
 @torch.no_grad()
-def queue_spread(queues: Sequence[torch.Tensor]) -> float:
+def queue_spread(queues: Sequence[torch.Tensor]) -> torch.Tensor:
     """The standard deviation over the keys of a queue, (dim, K) each, averaged over dimensions."""
-    return float(torch.stack([queue.std(1).mean() for queue in queues]).mean())
+    return torch.stack([queue.std(1).mean() for queue in queues]).mean()
 
 
 def collapsed(feature_std: float, dim: int) -> bool:

@@ -76,11 +76,13 @@ class Result(Generic[F]):
         finite: for each optimizer whether its loss and gradient were finite; if not, it made no
             step. Of the shape of ``loss``.
         outputs: what each forward pass returned.
+        longest_row: of each optimizer, how many updates in a row it has skipped at most so far.
     """
 
     figures: dict[str, torch.Tensor]
     finite: torch.Tensor
     outputs: list[F]
+    longest_row: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
 
 
 class Update:
@@ -156,15 +158,23 @@ class Update:
 
         reported = [{"loss": output.loss} | output.figures for output in outputs]
         means = {name: torch.stack([r[name] for r in reported]).mean(0) for name in reported[0]}
-        return Result(means | norms, finite, outputs)
+        return Result(means | norms, finite, outputs, self._longest_row)
 
-    def check_skipped(self, most: int, advice: str) -> list[bool]:
-        """Whether each optimizer skipped ``most`` updates in a row; waits for the device.
+    def check_skipped(
+        self, most: int, advice: str, rows: Sequence[int] | None = None
+    ) -> list[bool]:
+        """Whether each optimizer skipped ``most`` updates in a row.
+
+        Args:
+            most: of TRAIN.MAX_SKIPPED_UPDATES.
+            advice: the end of the error's message.
+            rows: the longest rows, if they were read from the device; else it waits for them.
 
         Raises:
-            Diverged: all did; its message ends with ``advice``.
+            Diverged: all did.
         """
-        rows = self._longest_row.expand(len(self.optimizers)).tolist()
+        if rows is None:
+            rows = self._longest_row.expand(len(self.optimizers)).tolist()
         if min(rows) >= most:
             raise Diverged(
                 f"{min(rows)} updates in a row had a loss or gradient that is not finite (at most "
@@ -220,20 +230,26 @@ class Update:
         norms = [_norm(weights, like.device) / scale for weights in self.weights]
         return {"grad_norm": torch.stack(norms).view_as(like)}
 
-    def _copy_statistics(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The running statistics of all BatchNorms that train, each with a copy."""
+    def _copy_statistics(self) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """The running statistics of all BatchNorms that train, by type, each type with a copy."""
         layers = [m for m in self.ddp.modules() if isinstance(m, _BatchNorm) and m.training]
-        return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in (buffer for layer in layers for buffer in layer.buffers()):
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        return [(buffers, _joined(buffers)) for buffers in by_type.values()]
 
     @torch.no_grad()
     def _restore_statistics(
-        self, copies: list[tuple[torch.Tensor, torch.Tensor]], finite: torch.Tensor
+        self, copies: list[tuple[list[torch.Tensor], torch.Tensor]], finite: torch.Tensor
     ) -> None:
         finite = finite.all()
         if finite.device.type == "cpu" and finite:
             return  # on the CPU there is nothing to wait for
-        for buffer, copy in copies:
-            buffer.copy_(torch.where(finite, buffer, copy))
+        for buffers, copy in copies:  # in one piece: an operator for each would be many launches
+            kept = torch.where(finite, _joined(buffers), copy).split([b.numel() for b in buffers])
+            torch._foreach_copy_(
+                buffers, [k.view_as(b) for k, b in zip(kept, buffers, strict=True)]
+            )
 
     def _count_skipped(self, finite: torch.Tensor) -> None:
         self._row = torch.where(finite, 0, self._row.to(finite.device) + 1)
@@ -246,6 +262,10 @@ def poisoned_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
     Averaging the gradients then tells every process; the loss is known to one alone.
     """
     return loss * (1 + 0 * loss.detach())
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _norm(parameters: Any, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import resource
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -249,3 +250,34 @@ def test_the_log_goes_on_when_its_folder_comes_back(tmp_path, capsys):
     assert "first" in text and "third" in text and "second" not in text
     told = capsys.readouterr()
     assert "second" in told.out and not told.err  # no traceback of the logging
+
+
+def test_what_a_line_reads_besides_its_means_is_as_it_is_now(process_group):
+    averages = Averages(("a", "b"))
+    for loss in ([1.0, 2.0], [3.0, 6.0]):
+        averages.add({"loss": torch.tensor(loss)}, torch.tensor([True, True]))
+    now = {"row": torch.tensor([4, 5]), "spread": torch.tensor(0.5)}
+    read = averages.read(now)
+    assert read == {
+        **{"loss@a": 2.0, "skipped@a": 0, "row@a": 4.0, "spread@a": 0.5},
+        **{"loss@b": 4.0, "skipped@b": 0, "row@b": 5.0, "spread@b": 0.5},
+    }
+
+
+def test_a_line_tells_the_longest_rows_and_reads_once(tmp_path, process_group, monkeypatch):
+    reads = []
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
+        real = getattr(torch.Tensor, name)
+        counted = lambda self, real=real, name=name: reads.append(name) or real(self)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    queues = (torch.randn(4, 6), torch.randn(4, 6))
+    progress, log = log_of(tmp_path, print_freq=2, queues=queues)
+    for row in (3, 7):
+        progress.advance()
+        log.record(replace(result_of(1.0), longest_row=torch.tensor(row)), {})
+        assert log.longest_rows == [0 if row == 3 else 7]
+    assert reads == ["tolist"]
+    (line,) = lines(tmp_path)
+    assert "longest_row" not in line
+    expected = torch.stack([q.std(1).mean() for q in queues]).mean()
+    assert line["queue_spread"] == expected.item()

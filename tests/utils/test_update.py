@@ -214,3 +214,26 @@ def test_poison_reaches_the_gradient_of_its_own_loss_alone():
     assert poisoned[0] == 1 and poisoned[1].isnan() and poisoned[2] == 2
     poisoned.sum().backward()
     assert x.grad[0] == 1 and x.grad[1].isnan() and x.grad[2] == 2
+
+
+def test_statistics_of_every_type_and_shape_are_put_back(process_group):
+    """Also those that the skipped update has made NaN; layers that do not train are left alone."""
+    model = Heads(1)
+    model.more = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(2), nn.BatchNorm1d(4).eval()])
+    ddp = data_parallel(model, CPU)
+    update = Update(ddp, [torch.optim.SGD(model.heads.parameters(), 0.1)], Precision("O0", CPU))
+    before = {name: b.clone() for name, b in model.named_buffers()}
+
+    def spoil(bad: float):
+        copies = update._copy_statistics()
+        assert {flat.dtype for _, flat in copies} == {torch.float32, torch.int64}
+        with torch.no_grad():
+            for number, buffer in enumerate(model.buffers()):
+                buffer.fill_(bad if buffer.is_floating_point() else number)
+        update._restore_statistics(copies, torch.tensor([bad == 7.0]))
+
+    spoil(math.nan)
+    for name, buffer in model.named_buffers():
+        assert buffer.equal(before[name]) != name.startswith("more.2"), name
+    spoil(7.0)
+    assert all((b == 7).all() for b in model.buffers() if b.is_floating_point())

@@ -1,0 +1,76 @@
+"""Batches on their way to a GPU: each one copy from pinned memory, and one ahead of its use."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import default_collate
+
+ALIGNMENT = 16  # bytes: where a tensor of any type may begin
+
+
+class FlatBatch(NamedTuple):
+    """A batch whose first two tensors, which the device needs, lie behind one another.
+
+    Attributes:
+        memory: their bytes, uint8 of one dimension.
+        layout: of each its first byte, type and shape.
+        rest: the other tensors, which the host reads.
+    """
+
+    memory: torch.Tensor
+    layout: list[tuple[int, torch.dtype, list[int]]]
+    rest: list[torch.Tensor]
+
+
+def flatten(samples: list[tuple[Any, ...]]) -> FlatBatch:
+    """The collate function of a loader: what ``default_collate`` gives, with one memory."""
+    batch = default_collate(samples)
+    parts, layout, end = [], [], 0
+    for tensor in batch[:2]:
+        layout.append((end, tensor.dtype, list(tensor.shape)))
+        own = tensor.contiguous().view(-1).view(torch.uint8)
+        gap = -len(own) % ALIGNMENT
+        parts += [own, own.new_zeros(gap)]
+        end += len(own) + gap
+    return FlatBatch(torch.cat(parts), layout, batch[2:])
+
+
+def unflatten(memory: torch.Tensor, batch: FlatBatch) -> list[torch.Tensor]:
+    """The tensors of ``batch``, the first two as views of ``memory``, which has its bytes."""
+    tensors = []
+    for start, dtype, shape in batch.layout:
+        size = math.prod(shape) * dtype.itemsize
+        tensors.append(memory[start : start + size].view(dtype).view(shape))
+    return [*tensors, *batch.rest]
+
+
+def prefetch(updates: Iterable[Iterable[FlatBatch]]) -> Iterator[list[list[torch.Tensor]]]:
+    """The micro-batches of each update, with their first two tensors on the current GPU.
+
+    While one update computes, those of the next are copied, by a stream of their own; the host
+    waits for neither. Two updates' batches are on the device at a time.
+    """
+    stream = torch.cuda.Stream()
+
+    def copy(micro_batches: Iterable[FlatBatch]) -> tuple[list, Any]:
+        with torch.cuda.stream(stream):
+            copied = [(b.memory.to("cuda", non_blocking=True), b) for b in micro_batches]
+        return copied, stream.record_event()
+
+    def hand_out(copied: list, ready: Any) -> list[list[torch.Tensor]]:
+        current = torch.cuda.current_stream()
+        current.wait_event(ready)
+        for memory, _ in copied:
+            memory.record_stream(current)  # it must not be given away before it was used
+        return [unflatten(*pair) for pair in copied]
+
+    ahead = None
+    for micro_batches in updates:
+        following = copy(micro_batches)
+        if ahead:
+            yield hand_out(*ahead)
+        ahead = following
+    if ahead:
+        yield hand_out(*ahead)

@@ -1,0 +1,331 @@
+"""The recipes that run on the pretended GPU, and what one update of each does there.
+
+    PYTHONPATH=tests python -m fake_cuda.recipes [NAME ...]    # a Markdown table
+
+It runs what ``main_pretrain.py`` and ``eval_linear.py`` run: the model, optimizer, update, line of
+the log, and the copies of batches to the device. For each recipe it makes two updates and a line
+of the log, and counts the second.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from fake_cuda.device import (
+    CUDA,
+    DeviceLog,
+    Parallel,
+    build_guard,
+    made_fake,
+    pretend,
+    reason_not_to_run,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = 4  # images of a process in a micro-batch; no count follows from it
+PINNED = True  # the memory of batches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained.
+
+    Attributes:
+        method: ``synco``, ``moby``, ``byol``, or ``probe``, ``finetune``.
+        encoder: a name of MODEL.ENCODER.
+        launches: operators of an update, with the versions that this was last run with.
+        precision: ``float32``, ``bfloat16``, or ``float16`` as on a GPU without bfloat16.
+        optimizer: a name of TRAIN.OPTIMIZER.NAME.
+        processes: in the group.
+        micro: micro-batches of an update.
+        more: further keys and values of the configuration.
+    """
+
+    method: str
+    encoder: str
+    launches: int
+    precision: str = "bfloat16"
+    optimizer: str = "adamw"
+    processes: int = 2
+    micro: int = 1
+    more: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What differs from other recipes."""
+        parts = [self.method, self.encoder.removeprefix("timm/"), self.precision, self.optimizer]
+        parts += [f"{self.processes}p"] + [f"{self.micro}micro"] * (self.micro > 1)
+        keys = [k.split(".")[-1].lower() for k in self.more[::2]]
+        return "-".join([*parts, *keys])
+
+
+@dataclass
+class Counts:
+    """What the second update of a recipe does.
+
+    Attributes:
+        waits: places where the host waits for the device, with how often.
+        copies: from pinned memory to the device.
+        launches: operators that the device gets.
+        kept: those that keep what a skipped update must not change.
+        crooked: convolutions whose input is not channels last, by place.
+        read: waits of a line of the log.
+        seconds: that it took here.
+    """
+
+    waits: dict[str, int] = field(default_factory=dict)
+    copies: int = 0
+    launches: int = 0
+    kept: int = 0
+    crooked: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+CHECKPOINT = ("TRAIN.USE_CHECKPOINT", "True")
+NORM = ("MODEL.REPLACE_LN_WITH_BN", "True")
+UNCLIPPED = ("TRAIN.CLIP_GRAD", "0.0")
+RECIPES = [
+    Recipe("synco", "vit_tiny", 2055),
+    Recipe("synco", "vit_tiny", 2121, optimizer="lars"),
+    Recipe("synco", "vit_tiny", 4200, micro=2),
+    Recipe("synco", "vit_nano", 961, precision="float32"),
+    Recipe("synco", "vit_nano", 1236, precision="float16"),
+    Recipe("synco", "vit_nano", 1415, more=CHECKPOINT),
+    Recipe("synco", "vit_nano", 1178, processes=1),
+    Recipe("synco", "swin_tiny", 2625),
+    Recipe("synco", "timm/resnet18", 2139, optimizer="lars"),
+    Recipe("moby", "vit_nano", 976, precision="float16", optimizer="sgd"),
+    Recipe("moby", "vit_nano", 743, precision="float32", optimizer="lars", more=UNCLIPPED),
+    Recipe("moby", "vit_tiny", 3624, more=NORM),
+    Recipe("moby", "swin_tiny", 1655, precision="float32"),
+    Recipe("moby", "timm/resnet18", 3691, precision="float16", optimizer="lars", micro=2),
+    Recipe("moby", "timm/resnet18", 1019, processes=1),
+    Recipe("moby", "timm/resnet50", 4154),
+    Recipe("byol", "vit_nano", 1386, precision="float32", micro=2),
+    Recipe("byol", "vit_nano", 1007, precision="float16", optimizer="lars"),
+    Recipe("byol", "vit_nano", 1144, optimizer="sgd", more=CHECKPOINT),
+    Recipe("byol", "swin_tiny", 3065, optimizer="lars", more=CHECKPOINT),
+    Recipe("byol", "timm/resnet18", 2164, precision="float32", more=CHECKPOINT),
+    Recipe("byol", "timm/resnet18", 1808, optimizer="sgd", more=UNCLIPPED),
+    Recipe("probe", "vit_nano", 261, optimizer="sgd"),
+    Recipe("finetune", "vit_nano", 515),
+    Recipe("finetune", "vit_nano", 1017, precision="float16", micro=2),
+    Recipe("finetune", "timm/resnet18", 363, processes=1),
+]
+
+
+def count(recipe: Recipe, folder: str) -> Counts:
+    """Make two updates and a line of the log; the process has to ``pretend``."""
+    import data.loader
+    from logger import create_logger
+    from utils.run import Run
+    from utils.update import Precision
+
+    started = time.monotonic()
+    torch.cuda.is_bf16_supported = lambda including_emulation=True: recipe.precision != "float16"
+    level = "O0" if recipe.precision == "float32" else "O1"
+    join_group(recipe.processes)
+    torch.manual_seed(0)
+    run = Run(folder, CUDA, Precision(level, CUDA), create_logger(folder, 0), None)
+    judged = recipe.method in ("probe", "finetune")
+    getattr(data.loader, "_statistics", SimpleNamespace(cache_clear=int)).cache_clear()
+    mode, log = FakeTensorMode(), DeviceLog()
+    config = configured(recipe)
+    make, record = (classifying if judged else pretraining)(recipe, config, run, mode, log)
+    counts = Counts()
+    with mode, log:
+        # the batches of a third update are copied while the second computes
+        for number, micro_batches in zip(range(2), updates(recipe, config, mode), strict=False):
+            result = make(micro_batches, number)
+            counts.waits, counts.copies = dict(log.waits), log.copies
+            counts.launches, counts.kept = sum(log.launches.values()), log.launches["kept"]
+            counts.crooked = dict(log.crooked)
+            log.clear()
+        record(result)
+    counts.read, counts.seconds = dict(log.waits), time.monotonic() - started
+    return counts
+
+
+def join_group(processes: int) -> None:
+    """A group in which nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+
+
+def configured(recipe: Recipe):
+    """The configuration."""
+    from evaluation.protocols import apply_protocol
+    from utils.config import load_config
+
+    method = recipe.method if recipe.method in ("synco", "byol") else "moby"
+    kind = "swin" if recipe.encoder.startswith("swin") else "vit"
+    opts = ["MODEL.ENCODER", recipe.encoder, "DATA.BATCH_SIZE", str(BATCH)]
+    opts += ["TRAIN.OPTIMIZER.NAME", recipe.optimizer, *recipe.more]
+    opts += ["TRAIN.ACCUMULATION_STEPS", str(recipe.micro), "PRINT_FREQ", "1000"]
+    weights = {"probe": "freeze", "finetune": "finetune"}.get(recipe.method)
+    opts += ["LINEAR_EVAL.WEIGHTS", weights] if weights else []
+    config = load_config(str(ROOT / f"configs/{method}_{kind}_tiny.yaml"), opts)
+    return apply_protocol(config, opts, None)[0] if weights else config
+
+
+def pretraining(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLog):
+    """What makes one update as ``main_pretrain.py`` does, and what writes a line of the log."""
+    import main_pretrain
+    from models import build_method
+    from optimizer import build_optimizer
+    from utils.seed import seed_step
+    from utils.update import Update
+
+    method = made_fake(build_method(config), mode)
+    main_pretrain.build_method = lambda config: method
+    with mode:
+        model = main_pretrain.build_model(config, run)
+        optimizer = build_optimizer(config, model, 0.1)
+        ddp = Parallel(model).train()
+        parts = {name: getattr(model, name) for name in main_pretrain.PARTS}
+        update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
+    watch_kept(update, log)
+    training_log = log_of(config, run, [optimizer], model)
+    forward = partial(main_pretrain.forward_views, ddp, CUDA, config.MODEL.WARMUP_EPOCHS)
+
+    def make(micro_batches, step):
+        seed_step(config.SEED, 0, step)
+        model.update_key_encoder(0.99)
+        result = update(micro_batches, forward)
+        for output in result.outputs:
+            model.enqueue(*output.keys, result.finite)
+        training_log.progress.advance()
+        training_log.averages.add(result.figures, result.finite)
+        return result
+
+    return make, partial(write_line, training_log, update)
+
+
+def classifying(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLog):
+    """The same as ``eval_linear.py``."""
+    from eval_linear import weight_groups
+    from evaluation.linear import LinearClassifiers, build_mixup, forward_images
+    from models import build_encoder
+    from models.batch_norm import synchronize_batch_norm
+    from optimizer import build_optimizer
+    from utils.seed import seed_libraries
+    from utils.update import Update
+
+    frozen = recipe.method == "probe"
+    rates = [0.1, 1.0] if frozen else [1.0]
+    model = LinearClassifiers(build_encoder(config, 0.0), 10, len(rates), 0, frozen)
+    made_fake(model, mode)
+    with mode:
+        model = synchronize_batch_norm(model, CUDA)
+        groups = weight_groups(config, model, rates, 0.75)
+        optimizers = [build_optimizer(config, model, 0.1, group) for group in groups]
+        ddp = Parallel(model).train()
+        clip = config.TRAIN.CLIP_GRAD
+        update = Update(ddp, optimizers, run.precision, clip, scale=not frozen)
+    watch_kept(update, log)
+    names = [f"{rate:g}" for rate in rates] if frozen else [""]
+    training_log = log_of(config, run, optimizers, names=names)
+    mixup = None if frozen else build_mixup(config, 10)
+    forward = partial(forward_images, ddp, CUDA, 0.0 if frozen else 0.1, mixup)
+
+    def make(micro_batches, step):
+        seed_libraries(config.SEED, 0, step)
+        result = update(micro_batches, forward)
+        training_log.progress.advance()
+        training_log.averages.add(result.figures, result.finite)
+        return result
+
+    return make, partial(write_line, training_log, update)
+
+
+def log_of(config, run, optimizers, model=None, **more):
+    """The log of a run in its second epoch, so that no epoch ends here."""
+    from utils.progress import EpochSize, Progress
+    from utils.training_log import TrainingLog
+
+    queues = model.queues() if model else ()
+    progress = Progress(EpochSize(100 * BATCH, BATCH))
+    return TrainingLog(config, run, progress, optimizers, queues=queues, **more)
+
+
+def write_line(training_log, update, result) -> None:
+    """A line of the log, and what follows from it."""
+    training_log.record(result, {"momentum": 0.9}, stopping=True)
+    update.check_skipped(1000, "", longest_rows(training_log))
+
+
+def longest_rows(training_log):
+    """What the line has read."""
+    return training_log.longest_rows
+
+
+def watch_kept(update, log: DeviceLog) -> None:
+    """Count apart what keeps the statistics that a skipped update must not change."""
+    for name in ("_copy_statistics", "_restore_statistics"):
+        function = getattr(update, name)
+
+        def counted(*arguments, function=function):
+            with log.of("kept"):
+                return function(*arguments)
+
+        setattr(update, name, counted)
+
+
+def updates(recipe: Recipe, config, mode: FakeTensorMode) -> Iterator[list]:
+    """The micro-batches of three updates, on the device as the training loader gives them."""
+    from data.prefetch import FlatBatch, flatten, prefetch
+
+    size = config.DATA.IMG_SIZE
+    with torch.utils._python_dispatch._disable_current_modes():
+        view = torch.zeros(size, size, 3, dtype=torch.uint8)
+        sample = {
+            "probe": (view.permute(2, 0, 1).contiguous(), 1),
+            "finetune": (torch.zeros(3, size, size), 1),
+        }.get(recipe.method, (view, view, -1))
+        flat = flatten([sample] * BATCH)
+
+    def pinned() -> FlatBatch:
+        memory = mode.from_tensor(flat.memory, static_shapes=True)
+        memory.pinned = PINNED
+        return flat._replace(memory=memory)
+
+    yield from prefetch([pinned() for _ in range(recipe.micro)] for _ in range(3))
+
+
+def main() -> None:
+    """Print a table, or with ``--json`` the counts of a recipe a line."""
+    if reason := reason_not_to_run():
+        sys.exit(reason)
+    known = {recipe.name: recipe for recipe in RECIPES}
+    names = [name for name in sys.argv[1:] if name != "--json"] or list(known)
+    logging.disable()
+    if "--json" not in sys.argv:
+        print("| recipe | waits | copies | launches | for statistics | waits of a line |")
+        print("| --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        pretend(build_guard(Path(folder)))
+        for name in names:
+            c = count(known[name], folder)
+            waits, read = sum(c.waits.values()), sum(c.read.values())
+            if "--json" in sys.argv:
+                print(json.dumps({"name": name} | asdict(c)), flush=True)
+            else:
+                print(f"| {name} | {waits} | {c.copies} | {c.launches} | {c.kept} | {read} |")
+
+
+if __name__ == "__main__":
+    main()
