@@ -46,7 +46,8 @@ KEYS = {
     "DATA.MAX_BAD_FRACTION": Key(0.001, SHARE, "share of unreadable images at which pre-training "
         "stops; below it they are replaced"),
     "DATA.PIN_MEMORY": Key(True, (), "on a GPU: batches in memory that it copies faster"),
-    "DATA.NUM_WORKERS": Key(8, WORKERS, "per process, at most its share of the cores"),
+    "DATA.NUM_WORKERS": Key(8, WORKERS, "per process, at most its share of the processors that it "
+        "may use"),
     "DATA.TRAINING_IMAGES": Key(0, COUNT, "`config.json` has the number that was found"),
     "MODEL.TYPE": Key("moby", (), "`moby`, `byol` or `synco`"),
     "MODEL.ENCODER": Key("swin_tiny", (), "`vit_{nano,tiny,small,base,large,huge}`, "
