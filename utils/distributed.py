@@ -76,28 +76,50 @@ def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
         timeout: seconds until waiting for another process is an error.
 
     Raises:
-        UserError: the group cannot form, or there is no such GPU.
+        UserError: the group cannot form, or there is no such GPU, or it cannot be used.
     """
     global _peers, _sharing
-    # nccl: end the process when a peer is gone, rather than wait for ever
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(f"LOCAL_RANK is {local_rank}, but this process sees {gpus} GPUs")
-        torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    device = torch.device("cpu")
+    options: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        device = _claim_gpu(local_rank)
+        options = {"device_id": device}  # else nccl guesses the GPU from the rank
+    backend = "nccl" if options else "gloo"
     if launched():
         from utils.group import Peers, read_place
 
         place = read_place()
         _peers = Peers(place, timeout)
-        _peers.init_collectives(backend)
+        _peers.init_collectives(backend, **options)
         _sharing = _count_sharing()
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **options)
+    return device
+
+
+def _claim_gpu(number: int) -> torch.device:
+    """The GPU, after a first use, which fails here if another process holds or fills it.
+
+    Raises:
+        UserError: there is no such GPU, or it cannot be used.
+    """
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"LOCAL_RANK is {number}, but this process sees {gpus} GPUs: start at most one process "
+            "for each (--nproc_per_node), or show it more by CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", number)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros((), device=device)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"GPU {number} cannot be used, as when another process holds it or fills its memory: "
+            f"end that one, or choose another GPU by CUDA_VISIBLE_DEVICES ({reason})"
+        ) from error
     return device
 
 

@@ -142,6 +142,10 @@ def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any])
     run.logger.info("%s written", path)
 
 
+# what a full memory is called: by torch, the processor's allocator, nccl, cuBLAS and cuDNN
+FULL = ("out of memory", "allocate memory", "STATUS_ALLOC_FAILED")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run ``main``; a user's mistake ends it with one line on standard error and exit code 1.
 
@@ -168,12 +172,12 @@ def fault(error: Exception) -> str | None:
     if isinstance(error, UserError):
         # the error of a data worker comes wrapped in its traceback
         return str(error).rsplit("UserError: ", 1)[-1].strip()
+    if isinstance(error, MemoryError) or any(words in text for words in FULL):
+        return f"out of memory, lower --batch-size ({text[:200]})"
     if lost_peer(error):
         return f"another process of the group died, or did not answer in time ({text[:200]})"
     if isinstance(error, OSError):
         return text
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return f"out of memory, lower --batch-size ({text[:200]})"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a data worker died, as when memory runs out: lower DATA.NUM_WORKERS ({text[:200]})"
     return None

@@ -23,6 +23,11 @@ from utils.run import fault, run_script, start, write_config
         (OSError(5, "Input/output error", "/data/a.jpg"), 1, "[Errno 5] Input/output error"),
         (MemoryError(), 1, "out of memory, lower --batch-size"),
         (RuntimeError("CUDA out of memory. Tried"), 1, "out of memory, lower --batch-size (CUDA"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory, lower --batch"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), 1, "out of memory, lower"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 1, "out of memory, lower --batch"),
+        # it is no peer that has died
+        (dist.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (RuntimeError("DataLoader worker (pid 3) exited unexpectedly"), 1, "a data worker died"),
         (RuntimeError("Connection closed by peer [1]"), 2, "another process of the group died"),
