@@ -28,11 +28,11 @@ from utils.distributed import data_parallel, mean_over_processes, rank, world_si
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, images_per_update, locate, warn_of_changes
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, run_script, start, write_config
+from utils.run import Run, keep_precision, run_script, start, write_config
 from utils.seed import seed_step
 from utils.signals import StopSignals, end_stopped
 from utils.training_log import TrainingLog, duration, measure_throughput
-from utils.update import Update
+from utils.update import Update, allow_tf32
 
 if TYPE_CHECKING:
     from models.pretrained import EncoderFile
@@ -46,13 +46,16 @@ def main() -> None:
         args, config = parse_arguments(__doc__, add_arguments)
         if not config.AUG.SSL_AUG:
             raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
-        run = start(config)
+        run = start(config, trains=True)
         config, weights = read_starting_weights(config, args.pretrained, run)
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
         source = loader.dataset.source
         bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
 
+        saved = find_checkpoint(config, run)
+        if saved:
+            run = keep_precision(run, config, *saved)
         model = build_model(config, run)
         check_batch(config, model)
         data = data_facts(config.DATA.DATA_PATH, train=(source.names, source.labels))
@@ -61,16 +64,16 @@ def main() -> None:
 
         # ``effective`` is ``config`` with what follows from it and the run, such as scaled rates
         rates = scaled_rates(config, loader.size.images_per_update)
-        effective = write_config(
-            config, run.folder, {"DATA.TRAINING_IMAGES": loader.size.images} | rates.by_key()
-        )
+        derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
+        effective = write_config(config, run.folder, derived | rates.by_key())
         optimizer = build_optimizer(config, model, rates.base)
         scheduler = build_scheduler(config, optimizer, rates, loader.size.updates)
         parts = {name: getattr(model, name) for name in PARTS}
         update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
         describe(effective, model, loader, run)
 
-        progress, resumed_from = resume(effective, model, update, loader, run)
+        progress, resumed_from = resume(saved, effective, model, update, loader, run)
+        saved = None  # its tensors take memory
         if weights and not resumed_from:
             start_from(weights, model, run)
         if config.THROUGHPUT_MODE:
@@ -175,6 +178,8 @@ def build_model(config: CfgNode, run: Run) -> MomentumMethod:
     """The method with its encoders, on the device."""
     model = synchronize_batch_norm(build_method(config), run.device)
     choose_attention(model, run.precision)
+    for encoder in (model.encoder, model.encoder_k):
+        allow_tf32(encoder, run.precision)
     if config.COMPILE:
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()
@@ -229,18 +234,28 @@ def describe_run(
     return gather_provenance(effective, run.device, origin, data)
 
 
+def find_checkpoint(config: CfgNode, run: Run) -> tuple[str, dict[str, Any]] | None:
+    """Path and content of the checkpoint to continue from, if there is one."""
+    path = checkpoint_to_resume(config, run.config.OUTPUT, run.logger)
+    return (path, read_checkpoint(path, run.device)) if path else None
+
+
 def resume(
-    effective: CfgNode, model: MomentumMethod, update: Update, loader: TrainingLoader, run: Run
+    saved: tuple[str, dict[str, Any]] | None,
+    effective: CfgNode,
+    model: MomentumMethod,
+    update: Update,
+    loader: TrainingLoader,
+    run: Run,
 ) -> tuple[Progress, str | None]:
-    """Load the checkpoint to continue from; returns the place and the path, None if there is none.
+    """Continue from the checkpoint that was saved; returns the place, and the path if there is one.
 
     Without one the run starts at TRAIN.START_EPOCH.
     """
-    path = checkpoint_to_resume(effective, effective.OUTPUT, run.logger)
-    if not path:
+    if not saved:
         epoch = effective.TRAIN.START_EPOCH
         return Progress(loader.size, epoch, epoch * loader.size.updates), None
-    state = read_checkpoint(path, run.device)
+    path, state = saved
     restore_training(state, path, model, update, ("epoch", "step", "rng_state"))
     below = "encoder."  # whose heads the shapes do not tell
     encoder = {n.removeprefix(below): v for n, v in state["model"].items() if n.startswith(below)}

@@ -1,8 +1,6 @@
 """How a script starts and ends."""
 
 import json
-import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,19 +110,6 @@ def test_a_start_makes_its_folder_and_seeds(tmp_path, monkeypatch, key, below):
     assert run.folder == f"{tmp_path}/{config.MODEL.NAME}/default{below}"
     assert (tmp_path / config.MODEL.NAME / f"default{below}" / "config.json").exists()
     assert run.device.type == "cpu" or torch.cuda.is_available()
-
-
-@pytest.mark.parametrize("emulated", [False, True])
-def test_slow_bfloat16_is_said(tmp_path, monkeypatch, caplog, emulated):
-    precision = SimpleNamespace(emulated=emulated)
-    monkeypatch.setattr(run_module, "Precision", lambda *given: precision)
-    logger = logging.getLogger("start")
-    monkeypatch.setattr(run_module, "create_logger", lambda *given: logger)
-    try:
-        start(tiny("OUTPUT", tmp_path))
-    finally:
-        dist.destroy_process_group()
-    assert ("has no bfloat16" in caplog.text) == emulated
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
