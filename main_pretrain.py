@@ -1,6 +1,7 @@
 """Pre-train an encoder with MoBY, BYOL or SynCo."""
 
 import argparse
+import math
 import os
 import time
 from functools import partial
@@ -22,7 +23,7 @@ from models.network import check_network, network_changes, network_of, network_s
 from models.synco import SynCo
 from optimizer import build_optimizer
 from utils.agreement import check_agreement
-from utils.arguments import add_tracker_arguments, parse_arguments
+from utils.arguments import add_tracker_arguments, number_in, parse_arguments
 from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
@@ -46,6 +47,8 @@ def main() -> None:
         args, config = parse_arguments(__doc__, add_arguments)
         if not config.AUG.SSL_AUG:
             raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
+        if args.profile and (config.EVAL_MODE or config.THROUGHPUT_MODE):
+            raise UserError("--profile needs updates: leave out --eval and --throughput")
         run = start(config, trains=True)
         config, weights = read_starting_weights(config, args.pretrained, run)
 
@@ -96,6 +99,11 @@ def main() -> None:
         signals.training(config.DIST_TIMEOUT)
         base_momentum = config.MODEL.CONTRAST_MOMENTUM
         total_steps = config.TRAIN.EPOCHS * loader.size.updates
+        watch = log.watch
+        if args.profile:
+            from utils.profiling import Profile  # only here: few runs need it
+
+            watch = Profile(args.profile, total_steps - progress.step, run).around(log.watch)
         started = time.monotonic()
 
         # Whatever changes over time follows from ``progress``, so that a resumed run is the same.
@@ -104,7 +112,7 @@ def main() -> None:
                 ddp.train()
                 loader.start_at(progress.epoch, progress.images_seen)
                 forward = partial(forward_views, ddp, run.device, progress.epoch)
-                for micro_batches in log.watch(loader):
+                for micro_batches in watch(loader):
                     bad_images.note(micro_batches)
                     with checkpoints.update_under_way():
                         scheduler.step_update(progress.step)
@@ -139,6 +147,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         metavar="PATH",
         help="weights that the encoder starts from, of any family that the evaluations read",
+    )
+    parser.add_argument(
+        "--profile",
+        type=number_in(1, math.inf),
+        metavar="N",
+        help="write a trace of N updates, and the operations that took longest into the log",
     )
 
 
