@@ -311,14 +311,14 @@ def test_a_checkpoint_goes_on_under_another_precision(
 @pytest.mark.slow
 def test_float16_skips_what_overflows(run_main, imagenet, tmp_path, first_scale):
     """The scale halves until it fits; the updates until then are counted and leave no trace."""
-    first_scale(2.0**40)
-    opts = ("TRAIN.EPOCHS", 5, "TRAIN.MAX_SKIPPED_UPDATES", 40)
-    run_main(main_pretrain, *half(imagenet, tmp_path, *opts))
+    first_scale(2.0**26)
+    run_main(main_pretrain, *half(imagenet, tmp_path, "TRAIN.MAX_SKIPPED_UPDATES", 40))
     lines = (tmp_path / "run/default/metrics.jsonl").read_text().splitlines()
     skipped = [line["skipped"] for line in map(json.loads, lines) if line["kind"] == "train"]
-    halvings = 40 - torch.tensor(weights(tmp_path)["scaler"]["scale"]).log2().item()
-    assert sum(skipped) == halvings > 5 and skipped[-1] == 0
-    assert all(v.isfinite().all() for v in weights(tmp_path)["model"].values())
+    state = weights(tmp_path)
+    assert state["scaler"]["scale"] == 2.0 ** (26 - sum(skipped))
+    assert 0 < sum(skipped) < len(skipped) == 12 and skipped[-1] == 0
+    assert all(v.isfinite().all() for v in state["model"].values())
 
 
 # --- TF32
