@@ -50,11 +50,11 @@ from utils.distributed import data_parallel, rank
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, locate, warn_of_changes
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, run_script, start, write_config, write_results
+from utils.run import Run, keep_precision, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.signals import StopSignals, end_stopped
 from utils.training_log import TrainingLog, duration, measure_throughput
-from utils.update import Update
+from utils.update import Update, allow_tf32
 
 BEST = "best.pth"
 
@@ -98,7 +98,7 @@ def main() -> None:
         kind = "linprob" if frozen else "ft"
         kind += subset_suffix(args.subset)
         folder = os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
-        run = start(config, folder)
+        run = start(config, folder, trains=not (frozen or config.EVAL_MODE))
 
         train, test = build_labelled_sources(config, args.download)
         train = take_subset(train, args.subset, config.SEED)
@@ -127,14 +127,17 @@ def main() -> None:
         # an interrupted run is continued only by one that agrees in these
         identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
         identity |= {"select": args.select, "subset": args.subset}
+        saved = find_checkpoint(config, identity, run)
+        if saved and not frozen:
+            run = keep_precision(run, config, *saved)
         model = LinearClassifiers(encoder, len(train.classes), len(rates), config.SEED, frozen)
         model = synchronize_batch_norm(model, run.device)
+        allow_tf32(model.encoder, run.precision)
         ddp = data_parallel(model, run.device)
 
         scaled = scaled_rates(config, loader.size.images_per_update)
-        effective = write_config(
-            config, run.folder, {"DATA.TRAINING_IMAGES": loader.size.images} | scaled.by_key()
-        )
+        derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
+        effective = write_config(config, run.folder, derived | scaled.by_key())
         groups = weight_groups(config, model, rates, args.layer_decay)
         optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
         schedulers = [build_scheduler(config, o, scaled, loader.size.updates) for o in optimizers]
@@ -149,7 +152,8 @@ def main() -> None:
         )
 
         provenance = gather_provenance(effective, run.device, origin, data)
-        progress, judged, resumed_from = resume(effective, model, update, loader, identity, run)
+        progress, judged, resumed_from = resume(saved, effective, model, update, loader, run, rates)
+        saved = None  # its tensors take memory
         if config.THROUGHPUT_MODE:
             ddp.train()
             step = partial(update, forward=forward)
@@ -225,35 +229,45 @@ def weight_groups(
     return [[group] for group in model.head_groups(rates, config.TRAIN.WEIGHT_DECAY)]
 
 
-def resume(
-    effective: CfgNode,
-    model: LinearClassifiers,
-    update: Update,
-    loader: TrainingLoader,
-    identity: dict[str, Any],
-    run: Run,
-) -> tuple[Progress, Judged, str | None]:
-    """Load the checkpoint to continue from, if there is one.
+def find_checkpoint(
+    config: CfgNode, identity: dict[str, Any], run: Run
+) -> tuple[str, dict[str, Any]] | None:
+    """Path and content of the checkpoint to continue from, if there is one.
 
     One that is found, not named, is left aside if it belongs to other weights, rates or classes.
-
-    Returns:
-        the place, what was achieved so far, and the checkpoint's path.
     """
-    progress, judged = Progress(loader.size), Judged(identity["lr"])
-    named = effective.MODEL.RESUME
-    found = checkpoint_to_resume(effective, run.folder, run.logger)
+    named = config.MODEL.RESUME
+    found = checkpoint_to_resume(config, run.folder, run.logger)
     for path in dict.fromkeys(filter(None, (found, named))):
         state = read_checkpoint(path, run.device)
         other = [name for name, value in identity.items() if state.get(name) != value]
         if not other:
-            break
+            return path, state
         if path == named:
             raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
         begin = f"from {named}" if named else "anew"
         run.logger.warning("%s is of another %s: starting %s", path, ", ".join(other), begin)
-    else:
+    return None
+
+
+def resume(
+    saved: tuple[str, dict[str, Any]] | None,
+    effective: CfgNode,
+    model: LinearClassifiers,
+    update: Update,
+    loader: TrainingLoader,
+    run: Run,
+    rates: list[float],
+) -> tuple[Progress, Judged, str | None]:
+    """Continue from the checkpoint that was saved, if there is one.
+
+    Returns:
+        the place, what was achieved so far, and the checkpoint's path.
+    """
+    progress, judged = Progress(loader.size), Judged(rates)
+    if not saved:
         return progress, judged, None
+    path, state = saved
     restore_training(state, path, model, update, ("epoch", "best", "figures"))
     judged.load_state_dict(state)
     best, beside = (os.path.join(f, BEST) for f in (run.folder, os.path.dirname(path)))

@@ -1,6 +1,7 @@
 """Pre-train an encoder with MoBY, BYOL or SynCo."""
 
 import argparse
+import math
 import os
 import time
 from functools import partial
@@ -22,17 +23,17 @@ from models.network import check_network, network_changes, network_of, network_s
 from models.synco import SynCo
 from optimizer import build_optimizer
 from utils.agreement import check_agreement
-from utils.arguments import add_tracker_arguments, parse_arguments
+from utils.arguments import add_tracker_arguments, number_in, parse_arguments
 from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, images_per_update, locate, warn_of_changes
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, run_script, start, write_config
+from utils.run import Run, keep_precision, run_script, start, write_config
 from utils.seed import seed_step
 from utils.signals import StopSignals, end_stopped
 from utils.training_log import TrainingLog, duration, measure_throughput
-from utils.update import Update
+from utils.update import Update, allow_tf32
 
 if TYPE_CHECKING:
     from models.pretrained import EncoderFile
@@ -46,13 +47,18 @@ def main() -> None:
         args, config = parse_arguments(__doc__, add_arguments)
         if not config.AUG.SSL_AUG:
             raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
-        run = start(config)
+        if args.profile and (config.EVAL_MODE or config.THROUGHPUT_MODE):
+            raise UserError("--profile needs updates: leave out --eval and --throughput")
+        run = start(config, trains=True)
         config, weights = read_starting_weights(config, args.pretrained, run)
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
         source = loader.dataset.source
         bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
 
+        saved = find_checkpoint(config, run)
+        if saved:
+            run = keep_precision(run, config, *saved)
         model = build_model(config, run)
         check_batch(config, model)
         data = data_facts(config.DATA.DATA_PATH, train=(source.names, source.labels))
@@ -61,16 +67,16 @@ def main() -> None:
 
         # ``effective`` is ``config`` with what follows from it and the run, such as scaled rates
         rates = scaled_rates(config, loader.size.images_per_update)
-        effective = write_config(
-            config, run.folder, {"DATA.TRAINING_IMAGES": loader.size.images} | rates.by_key()
-        )
+        derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
+        effective = write_config(config, run.folder, derived | rates.by_key())
         optimizer = build_optimizer(config, model, rates.base)
         scheduler = build_scheduler(config, optimizer, rates, loader.size.updates)
         parts = {name: getattr(model, name) for name in PARTS}
         update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
         describe(effective, model, loader, run)
 
-        progress, resumed_from = resume(effective, model, update, loader, run)
+        progress, resumed_from = resume(saved, effective, model, update, loader, run)
+        saved = None  # its tensors take memory
         if weights and not resumed_from:
             start_from(weights, model, run)
         if config.THROUGHPUT_MODE:
@@ -93,6 +99,11 @@ def main() -> None:
         signals.training(config.DIST_TIMEOUT)
         base_momentum = config.MODEL.CONTRAST_MOMENTUM
         total_steps = config.TRAIN.EPOCHS * loader.size.updates
+        watch = log.watch
+        if args.profile:
+            from utils.profiling import Profile  # only here: few runs need it
+
+            watch = Profile(args.profile, total_steps - progress.step, run).around(log.watch)
         started = time.monotonic()
 
         # Whatever changes over time follows from ``progress``, so that a resumed run is the same.
@@ -101,7 +112,7 @@ def main() -> None:
                 ddp.train()
                 loader.start_at(progress.epoch, progress.images_seen)
                 forward = partial(forward_views, ddp, run.device, progress.epoch)
-                for micro_batches in log.watch(loader):
+                for micro_batches in watch(loader):
                     bad_images.note(micro_batches)
                     with checkpoints.update_under_way():
                         scheduler.step_update(progress.step)
@@ -136,6 +147,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         metavar="PATH",
         help="weights that the encoder starts from, of any family that the evaluations read",
+    )
+    parser.add_argument(
+        "--profile",
+        type=number_in(1, math.inf),
+        metavar="N",
+        help="write a trace of N updates, and the operations that took longest into the log",
     )
 
 
@@ -180,6 +197,8 @@ def build_model(config: CfgNode, run: Run) -> MomentumMethod:
     """The method with its encoders, on the device."""
     model = synchronize_batch_norm(build_method(config), run.device)
     choose_attention(model, run.precision)
+    for encoder in (model.encoder, model.encoder_k):
+        allow_tf32(encoder, run.precision)
     if config.COMPILE:
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()
@@ -234,18 +253,28 @@ def describe_run(
     return gather_provenance(effective, run.device, origin, data)
 
 
+def find_checkpoint(config: CfgNode, run: Run) -> tuple[str, dict[str, Any]] | None:
+    """Path and content of the checkpoint to continue from, if there is one."""
+    path = checkpoint_to_resume(config, run.config.OUTPUT, run.logger)
+    return (path, read_checkpoint(path, run.device)) if path else None
+
+
 def resume(
-    effective: CfgNode, model: MomentumMethod, update: Update, loader: TrainingLoader, run: Run
+    saved: tuple[str, dict[str, Any]] | None,
+    effective: CfgNode,
+    model: MomentumMethod,
+    update: Update,
+    loader: TrainingLoader,
+    run: Run,
 ) -> tuple[Progress, str | None]:
-    """Load the checkpoint to continue from; returns the place and the path, None if there is none.
+    """Continue from the checkpoint that was saved; returns the place, and the path if there is one.
 
     Without one the run starts at TRAIN.START_EPOCH.
     """
-    path = checkpoint_to_resume(effective, effective.OUTPUT, run.logger)
-    if not path:
+    if not saved:
         epoch = effective.TRAIN.START_EPOCH
         return Progress(loader.size, epoch, epoch * loader.size.updates), None
-    state = read_checkpoint(path, run.device)
+    path, state = saved
     restore_training(state, path, model, update, ("epoch", "step", "rng_state"))
     below = "encoder."  # whose heads the shapes do not tell
     encoder = {n.removeprefix(below): v for n, v in state["model"].items() if n.startswith(below)}

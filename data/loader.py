@@ -21,8 +21,8 @@ from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, Tw
 from data.source import CostlySource, FileSource, ImageSource, open_source
 from utils.distributed import (
     first_on_each_node,
-    local_world_size,
     on_first_process,
+    processors,
     rank,
     wait_for_all,
     world_size,
@@ -345,9 +345,8 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, ...]:
 
 
 def num_workers(config: CfgNode) -> int:
-    """DATA.NUM_WORKERS, but no more than this process's share of the cores."""
-    share = max(1, (os.cpu_count() or 1) // local_world_size())
-    return min(config.DATA.NUM_WORKERS, share)
+    """DATA.NUM_WORKERS, but no more than the processors that this process may keep busy."""
+    return min(config.DATA.NUM_WORKERS, processors())
 
 
 NAMED = 3  # bad images in the error

@@ -11,43 +11,43 @@ ALIGNMENT = 16  # bytes: where a tensor of any type may begin
 
 
 class FlatBatch(NamedTuple):
-    """A batch whose first two tensors, which the device needs, lie behind one another.
+    """A batch whose tensors lie behind one another, but for the third, which the host reads.
 
     Attributes:
         memory: their bytes, uint8 of one dimension.
         layout: of each its first byte, type and shape.
-        rest: the other tensors, which the host reads.
+        third: the third tensor, if there is one.
     """
 
     memory: torch.Tensor
     layout: list[tuple[int, torch.dtype, list[int]]]
-    rest: list[torch.Tensor]
+    third: list[torch.Tensor]
 
 
 def flatten(samples: list[tuple[Any, ...]]) -> FlatBatch:
     """The collate function of a loader: what ``default_collate`` gives, with one memory."""
     batch = default_collate(samples)
     parts, layout, end = [], [], 0
-    for tensor in batch[:2]:
+    for tensor in [*batch[:2], *batch[3:]]:
         layout.append((end, tensor.dtype, list(tensor.shape)))
         own = tensor.contiguous().view(-1).view(torch.uint8)
         gap = -len(own) % ALIGNMENT
         parts += [own, own.new_zeros(gap)]
         end += len(own) + gap
-    return FlatBatch(torch.cat(parts), layout, batch[2:])
+    return FlatBatch(torch.cat(parts), layout, batch[2:3])
 
 
 def unflatten(memory: torch.Tensor, batch: FlatBatch) -> list[torch.Tensor]:
-    """The tensors of ``batch``, the first two as views of ``memory``, which has its bytes."""
+    """The tensors of ``batch``, all but the third as views of ``memory``, which has its bytes."""
     tensors = []
     for start, dtype, shape in batch.layout:
         size = math.prod(shape) * dtype.itemsize
         tensors.append(memory[start : start + size].view(dtype).view(shape))
-    return [*tensors, *batch.rest]
+    return [*tensors[:2], *batch.third, *tensors[2:]]
 
 
 def prefetch(updates: Iterable[Iterable[FlatBatch]]) -> Iterator[list[list[torch.Tensor]]]:
-    """The micro-batches of each update, with their first two tensors on the current GPU.
+    """The micro-batches of each update, with all but their third tensor on the current GPU.
 
     While one update computes, those of the next are copied, by a stream of their own; the host
     waits for neither. Two updates' batches are on the device at a time.

@@ -16,7 +16,7 @@ from evaluation.classification_metrics import MAP, METRICS, top_k_accuracy
 from models.encoder import Backbone
 from utils.checkpoint import load_model, read_checkpoint
 from utils.errors import UserError
-from utils.update import Forward
+from utils.update import Forward, encode
 
 
 class LinearClassifiers(nn.Module):
@@ -58,7 +58,7 @@ class LinearClassifiers(nn.Module):
         """(B, 3, H, W) -> scores of each head (heads, B, classes) in float32."""
         # without a gradient the encoder keeps no activations
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.encoder(images)  # BxF
+            features = encode(self.encoder, images)  # BxF
         with torch.autocast(images.device.type, enabled=False):
             return torch.stack([head(features.float()) for head in self.heads])
 

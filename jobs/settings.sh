@@ -16,7 +16,7 @@ fi
 : "${PROCESSES:=4}"     # a node, one for each GPU
 : "${MASTER_PORT:=29500}"
 : "${MAX_RESTARTS:=3}"  # after a process has died
-: "${FLAGS:=--amp-opt-level O1}"
+: "${FLAGS:=}"          # more flags of main_pretrain.py
 export CFG DATA OUTPUT TAG LOCAL_DISK PROCESSES MASTER_PORT MAX_RESTARTS FLAGS
 # a restart must come before the scheduler's patience ends
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

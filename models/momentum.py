@@ -10,7 +10,7 @@ from torch import nn
 
 from models.batch_norm import SyncBatchNorm, has_batch_norm
 from models.encoder import Backbone
-from utils.update import Forward
+from utils.update import Forward, encode
 
 
 class MLPHead(nn.Module):
@@ -150,8 +150,9 @@ class MomentumMethod(nn.Module):
         self, encoder: nn.Module, view1: torch.Tensor, view2: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.views_apart:
-            return encoder(view1), encoder(view2)
-        return encoder(torch.cat([view1, view2])).chunk(2)
+            return encode(encoder, view1), encode(encoder, view2)
+        first, second = encode(encoder, torch.cat([view1, view2])).chunk(2)
+        return first, second
 
     @staticmethod
     def _normalize(x: torch.Tensor) -> torch.Tensor:

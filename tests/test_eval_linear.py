@@ -27,6 +27,7 @@ from utils.update import Update
 
 TINY = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", "0"]
 TINY += ["MODEL.ENCODER", "vit_nano", "MODEL.NAME", "run", "PRINT_FREQ", "1"]
+TINY += ["AMP_OPT_LEVEL", "O0"]  # on any machine
 EPOCHS = ["TRAIN.EPOCHS", "3", "TRAIN.WARMUP_EPOCHS", "1"]
 FINETUNE = ["LINEAR_EVAL.WEIGHTS", "finetune"]
 
@@ -354,6 +355,38 @@ def test_accumulation_equals_a_large_batch(run_main, tinted, tmp_path):
         heads(checkpoint(tmp_path / "a"))[0], heads(checkpoint(tmp_path / "b"))[0], strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_fine_tuning_computes_in_what_the_device_has_and_a_probe_does_not(
+    run_main, tinted, tmp_path, monkeypatch
+):
+    """And a fine-tuning goes on as it was begun, but not as that of other weights."""
+    flags = {"amx_bf16"}
+    monkeypatch.setattr("utils.update.processor_flags", lambda: flags)
+
+    def run(kind, *opts, random=True):
+        run_main(
+            eval_linear,
+            *arguments(tinted, tmp_path, opts=[*opts, "AMP_OPT_LEVEL", "auto"], random=random),
+        )
+        state = checkpoint(tmp_path, kind)
+        (level,) = re.findall(r"^AMP_OPT_LEVEL: (\w+)$", state["config"], re.MULTILINE)
+        found = json.loads((folder(tmp_path, kind) / "results.json").read_text())
+        assert found["provenance"]["precision"] == state["provenance"]["precision"] == level
+        return level
+
+    short = ["TRAIN.WARMUP_EPOCHS", "0", "TRAIN.EPOCHS"]
+    assert run("linprob", *short, "1") == "O0"
+    assert run("ft", *FINETUNE, "TRAIN.TF32", "True", *short, "1") == "bfloat16"
+    log = folder(tmp_path, "ft") / "log_rank0.txt"
+    assert "computes in it); this processor has no TF32\n" in log.read_text()
+    flags.clear()
+    assert run("ft", *FINETUNE, *short, "2") == "O0"
+    flags.add("amx_bf16")
+    assert run("ft", *FINETUNE, *short, "3") == "O0"
+    assert log.read_text().count("it goes on with O0: from here on products are in float32") == 1
+    assert run("ft", *FINETUNE, *short, "1", "SEED", "5") == "bfloat16"
 
 
 def test_swin_is_fine_tuned(run_main, tinted, tmp_path):

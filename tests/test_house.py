@@ -113,6 +113,7 @@ main_pretrain.main()
     assert {"main_pretrain.py", "models/synco.py", "utils/update.py"} <= set(lines["EXECUTED"])
     assert len(lines["EXECUTED"]) <= 14, lines["EXECUTED"]
     assert len(lines["IMPORTED"]) <= 40, lines["IMPORTED"]
+    assert "utils/profiling.py" not in lines["IMPORTED"]  # without --profile
 
 
 def test_data_sets_beside_the_code_are_not_seen(tmp_path):

@@ -300,6 +300,20 @@ def test_mistakes_on_the_command_line_end_in_one_line(flag):
     assert done.stdout.startswith("main_pretrain.py: error: ") and done.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--profile", "3", "--eval"], "--profile needs updates: leave out --eval and"),
+        (["--profile", "3", "--throughput"], "--profile needs updates"),
+        (["--profile", "0"], "--profile: invalid number value: '0'"),
+    ],
+)
+def test_what_cannot_be_profiled(run_main, imagenet, tmp_path, flags, said):
+    with pytest.raises(UserError, match=said):
+        run_main(main_pretrain, *flags, *arguments("moby", imagenet, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_float16_scales_the_loss(process_group):
     """What a GPU without bfloat16 does: a finite update, then one that overflows is skipped."""
     config, run = tiny("configs/demo.yaml")

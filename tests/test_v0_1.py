@@ -1,5 +1,6 @@
 """A checkpoint of v0.1 goes on where it was written, see tests/v0_1/README.md."""
 
+import json
 import shutil
 from functools import partial
 
@@ -88,6 +89,8 @@ def test_a_run_of_v0_1_goes_on(run_main, micro, images, tmp_path, monkeypatch):
         *("--output", tmp_path / "out", "--opts", *OPTS),
     )
     assert "at update 7\n" in (folder / "log_rank0.txt").read_text()
+    # whatever this machine computes in
+    assert json.loads((folder / "config.json").read_text())["AMP_OPT_LEVEL"] == "O0"
     assert keys[0] == [tuple(key) for key in expected["next_batch"].tolist()]
     for view, name in zip(seen[0], ("view1", "view2"), strict=False):
         # other processors round a few values of the augmentations the other way

@@ -6,7 +6,6 @@ from the root of the repository.
 """
 
 import argparse
-import os
 import sys
 
 import numpy as np
@@ -20,6 +19,7 @@ from data.loader import quiet_worker
 from data.source import FileSource, ImageSource, open_source
 from data.transfer import TRANSFER_SETS, open_transfer_set
 from data.transfer_readers import ImageFiles
+from utils.distributed import processors
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("dataset", choices=list(OFFICIAL), metavar="dataset", help=str([*OFFICIAL]))
     parser.add_argument("data_path", help="what --data-path of the scripts will be")
     parser.add_argument("--zip", action="store_true", help="of imagenet: read train.zip, val.zip")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="0 for none")
+    parser.add_argument("--workers", type=int, default=processors(), help="0 for none")
     parser.add_argument(
         "--fast", action="store_true", help="decode heads alone, which misses truncated images"
     )

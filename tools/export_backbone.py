@@ -70,7 +70,8 @@ def main() -> None:
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
     config = with_values(config, {"DATA.IMG_SIZE": args.size or config.DATA.IMG_SIZE})
     encoder, origin = build_pretrained_encoder(args, config, print)
-    config = with_values(config, Network(**origin["network"]).by_key())
+    computed = {"AMP_OPT_LEVEL": "O0"}  # whatever the machine has
+    config = with_values(config, Network(**origin["network"]).by_key() | computed)
     suffix = {"timm": ".safetensors", "pth": ".pth", "onnx": ".onnx"}[args.format]
     if not args.out.endswith(suffix):
         raise UserError(f"--out {args.out}: the name of a file of {args.format} ends in {suffix}")

@@ -16,11 +16,15 @@ ROOMS = ("models", "data", "evaluation", "utils")
 LOCAL_KEYS = ("LOCAL_RANK", "DATA.DATA_PATH", "DATA.NUM_WORKERS")
 
 
-def check_agreement(facts: dict[str, object]) -> None:
+def check_agreement(
+    facts: dict[str, object],
+    advice: str = "start all processes with the same arguments, code and data",
+) -> None:
     """Compare what each process holds of ``facts``; every process has to call it.
 
     Args:
         facts: short values, by names that a user knows.
+        advice: what to do if they differ.
 
     Raises:
         UserError: on every process: which one differs from the first, and in what.
@@ -32,7 +36,7 @@ def check_agreement(facts: dict[str, object]) -> None:
             if one != other:
                 raise UserError(
                     f"process {number} differs from process 0: {name} is {other}, not {one}: "
-                    "start all processes with the same arguments, code and data"
+                    f"{advice}"
                 )
 
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config import check_ranges, load_config, with_values
+from utils.config import KEYS, check_ranges, load_config, with_values
 from utils.distributed import local_rank
 from utils.errors import UserError
 
@@ -49,8 +49,11 @@ def parse_arguments(
         help="micro-batches for one update")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_true",
         help="activation checkpointing to save memory")
-    add("--amp-opt-level", dest="AMP_OPT_LEVEL", choices=["O0", "O1", "O2"],
-        help="O0: float32; O1 and O2: autocast to bfloat16, or float16 with loss scaling")
+    add("--amp-opt-level", dest="AMP_OPT_LEVEL",
+        choices=KEYS["AMP_OPT_LEVEL"].allowed,
+        help="O0: float32; bfloat16, float16 (with loss scaling): autocast; O1, O2: autocast to "
+        "bfloat16, or float16 on older GPUs; auto, the default: what the device computes in for "
+        "pre-training and fine-tuning, else O0")
     add("--compile", dest="COMPILE", action="store_true",
         help="compile the encoders of pre-training: slow start")
     add("--zip", dest="DATA.ZIP_MODE", action="store_true", help="read train.zip and val.zip")

@@ -47,7 +47,8 @@ KEYS = {
     "DATA.MAX_BAD_FRACTION": Key(0.001, SHARE, "share of unreadable images at which pre-training "
         "stops; below it they are replaced"),
     "DATA.PIN_MEMORY": Key(True, (), "on a GPU: batches in memory that it copies faster"),
-    "DATA.NUM_WORKERS": Key(8, WORKERS, "per process, at most its share of the cores"),
+    "DATA.NUM_WORKERS": Key(8, WORKERS, "per process, at most its share of the processors that it "
+        "may use"),
     "DATA.TRAINING_IMAGES": Key(0, COUNT, "`config.json` has the number that was found"),
     "MODEL.TYPE": Key("moby", (), "`moby`, `byol` or `synco`"),
     "MODEL.ENCODER": Key("swin_tiny", (), "`vit_{nano,tiny,small,base,large,huge}`, "
@@ -111,6 +112,8 @@ KEYS = {
         " is not finite, after which the run stops"),
     "TRAIN.ACCUMULATION_STEPS": Key(0, COUNT, "micro-batches in an update; 0 and 1: no more"),
     "TRAIN.USE_CHECKPOINT": Key(False, (), "activation checkpointing: less memory, more time"),
+    "TRAIN.TF32": Key(False, (), "allow TF32 products of float32 in the encoder, never in logits "
+        "and loss; only newer GPUs have them"),
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", (), "`cosine`, `linear` or `step`"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, (1, 10**9), "of `step`: epochs between drops"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, SHARE, "of `step`: factor of a drop"),
@@ -154,7 +157,8 @@ KEYS = {
         }.items()},
     "AUG.SSL_LINEAR_AUG": Key(False, (), "no effect: a probe always crops and flips"),
     "TEST.CROP": Key(True, (), "crop the middle, else resize to a square"),
-    "AMP_OPT_LEVEL": Key("O0", ("O0", "O1", "O2"), "float32, or autocast, see the flag"),
+    "AMP_OPT_LEVEL": Key("auto", ("auto", "O0", "O1", "O2", "bfloat16", "float16"), "float32 (O0) "
+        "or autocast, see the flag; `config.json` has what `auto` became"),
     "COMPILE": Key(False, (), "the encoders by torch.compile"),
     "OUTPUT": Key("output", (), "root of the run folders"),
     "TAG": Key("default", (), "second folder of a run"),

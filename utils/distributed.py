@@ -1,9 +1,11 @@
 """The process group: nccl on GPUs, gloo on the CPU, one process without a launcher."""
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -27,7 +29,10 @@ T = TypeVar("T")
 # how many tasks srun or mpirun has started
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+
 _peers: "Peers | None" = None  # the launcher's processes
+_sharing: int | None = None  # processes of this machine that use the same processors
 
 
 class LostPeer(RuntimeError):
@@ -71,36 +76,59 @@ def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
         timeout: seconds until waiting for another process is an error.
 
     Raises:
-        UserError: the group cannot form, or there is no such GPU.
+        UserError: the group cannot form, or there is no such GPU, or it cannot be used.
     """
-    global _peers
-    # nccl: end the process when a peer is gone, rather than wait for ever
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(f"LOCAL_RANK is {local_rank}, but this process sees {gpus} GPUs")
-        torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    global _peers, _sharing
+    device = torch.device("cpu")
+    options: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        device = _claim_gpu(local_rank)
+        options = {"device_id": device}  # else nccl guesses the GPU from the rank
+    backend = "nccl" if options else "gloo"
     if launched():
         from utils.group import Peers, read_place
 
         place = read_place()
         _peers = Peers(place, timeout)
-        _peers.init_collectives(backend)
+        _peers.init_collectives(backend, **options)
+        _sharing = _count_sharing()
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **options)
+    return device
+
+
+def _claim_gpu(number: int) -> torch.device:
+    """The GPU, after a first use, which fails here if another process holds or fills it.
+
+    Raises:
+        UserError: there is no such GPU, or it cannot be used.
+    """
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"LOCAL_RANK is {number}, but this process sees {gpus} GPUs: start at most one process "
+            "for each (--nproc_per_node), or show it more by CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", number)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros((), device=device)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"GPU {number} cannot be used, as when another process holds it or fills its memory: "
+            f"end that one, or choose another GPU by CUDA_VISIBLE_DEVICES ({reason})"
+        ) from error
     return device
 
 
 def leave_group() -> None:
     """End this process's part of the group; the first waits for the others."""
-    global _peers
+    global _peers, _sharing
     if _peers:
         _peers.leave()
-        _peers = None
+        _peers = _sharing = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -136,6 +164,60 @@ def local_world_size() -> int:
     if "LOCAL_WORLD_SIZE" in os.environ:
         return environment_number("LOCAL_WORLD_SIZE", 1)
     return world_size()
+
+
+def processors() -> int:
+    """How many processors this process may keep busy, at least 1.
+
+    Those that it may run on are divided among the processes of the group that may run there too,
+    and the quota of its cgroups among all processes of the machine.
+    """
+    own = len(os.sched_getaffinity(0)) // (_sharing or local_world_size())
+    return max(1, int(min(own, cgroup_quota() / local_world_size())))
+
+
+def cgroup_quota(root: str = "/") -> float:
+    """The processors that a container or job may keep busy at a time, infinite without a limit.
+
+    Args:
+        root: where ``proc`` and ``sys`` lie.
+    """
+    quotas = [math.inf]
+    try:
+        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # of version 1 by the names of the controllers; version 2 has none, and may lie beside it
+        tops = (controllers, "cpu") if controllers else ("", "unified")
+        for top in (Path(root, "sys/fs/cgroup", name) for name in tops):
+            inner = Path(path.lstrip("/"))  # may not be seen in a container, where top is its own
+            quotas += [_quota(top / folder) for folder in (inner, *inner.parents)]
+    return min(quotas)
+
+
+def _quota(cgroup: Path) -> float:
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((cgroup / name).read_text() for name in files)
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return math.inf
+
+
+def _count_sharing() -> int:
+    """Processes of this machine that may run on one of this process's processors, at most."""
+    own = set(os.sched_getaffinity(0))
+    machine = BOOT.read_text() if BOOT.exists() else ""
+    everyone = all_gather_objects([machine, sorted(own)])
+    there = [n for place, usable in everyone if place == machine for n in usable if n in own]
+    return max(there.count(number) for number in own)
 
 
 def all_gather_objects(value: T) -> list[T]:

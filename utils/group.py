@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import queue
 import socket
+import struct
 import threading
 import time
 import uuid
@@ -20,6 +22,8 @@ from utils.errors import UserError
 
 BEAT = 0.5  # seconds between two signs of life
 QUIET = 60.0  # seconds without one after which a process counts as dead, or DIST_TIMEOUT if less
+
+SIOCGIFADDR = 0x8915  # of <linux/sockios.h>: the address of an interface
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,24 @@ def read_place() -> Place:
     except (OSError, UnicodeError) as error:
         raise UserError(f"MASTER_ADDR is {address}: no such host ({error})") from error
     return Place(rank, processes, address, port)
+
+
+def interface_to(address: str, port: int) -> str | None:
+    """The network interface by which this machine reaches ``address``, None if that is unknown.
+
+    It is unknown for IPv6, and where a machine resolves its own name to its loopback.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port))  # chooses a way, and sends nothing
+        own = probe.getsockname()[0]
+        if own.startswith("127.") and not (address == "localhost" or address.startswith("127.")):
+            return None
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None
 
 
 class Peers:
@@ -84,12 +106,20 @@ class Peers:
         except RuntimeError as error:
             raise _cannot_form(place, error) from error
 
-    def init_collectives(self, backend: str) -> None:
+    def init_collectives(self, backend: str, **options: Any) -> None:
         """Make torch's default group of these processes.
+
+        Args:
+            backend: nccl or gloo.
+            options: for torch's ``init_process_group``.
 
         Raises:
             UserError: it cannot form.
         """
+        # gloo, which also agrees on stopping, takes the way that leads to the store: the first
+        # interface that it finds may reach no other machine
+        if name := interface_to(self.place.address, self.place.port):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         try:
             dist.init_process_group(
                 backend,
@@ -97,6 +127,7 @@ class Peers:
                 rank=self.place.rank,
                 world_size=self.place.processes,
                 timeout=datetime.timedelta(seconds=self.timeout),
+                **options,
             )
         except RuntimeError as error:
             raise _cannot_form(self.place, error) from error

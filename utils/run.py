@@ -4,11 +4,12 @@ import ctypes
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from utils.distributed import (
 from utils.errors import UserError
 from utils.lock import lock_folder
 from utils.provenance import moment
-from utils.update import Precision
+from utils.update import LEVELS, Precision
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,27 @@ class Run:
     started: float = field(default_factory=time.monotonic)
 
 
-def start(config: CfgNode, folder: str | None = None) -> Run:
+def start(config: CfgNode, folder: str | None = None, trains: bool = False) -> Run:
     """Join the process group, seed, make and lock ``folder``, write the log's head and config.json.
 
     Args:
         config: the configuration.
         folder: where this script writes, by default the run folder; --eval and --throughput write
             into a folder below it.
+        trains: whether an encoder learns: AMP_OPT_LEVEL auto is what the device computes in, else
+            O0, so that figures do not depend on the machine.
 
     Raises:
         UserError: the folder cannot be written, another start writes it, or the processes differ
-            in configuration or code.
+            in configuration, code or precision.
     """
     keep_freed_memory()
     device = init_process_group(config.LOCAL_RANK, config.DIST_TIMEOUT)
     check_agreement(configuration_facts(config) | code_facts())
+    level = config.AMP_OPT_LEVEL
+    level = "O0" if level == "auto" and not trains else level
+    precision = Precision(level, device, trains and config.TRAIN.TF32)
+    check_same_precision(precision)
     folder = folder or run_folder(config)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:  # the run itself may be training
         folder = os.path.join(folder, "eval" if config.EVAL_MODE else "throughput")
@@ -76,16 +83,61 @@ def start(config: CfgNode, folder: str | None = None) -> Run:
         os.makedirs(folder, exist_ok=True)
         on_first_process(lambda: lock_folder(folder, config.TRAIN.WAIT_FOR_LOCK))
         logger = create_logger(folder, rank())
-        effective = write_config(config, folder)
+        effective = write_config(config, folder, {"AMP_OPT_LEVEL": precision.level})
     except OSError as error:
         raise UserError(f"{folder}: cannot write the run folder ({error.strerror})") from error
     torch.manual_seed(config.SEED)  # the same weights and queues on every process
     said = f"{world_size()} processes, torch {torch.__version__}, {device}, configuration:"
     logger.info("%s\n%s", said, to_json(effective).rstrip())
-    precision = Precision(config.AMP_OPT_LEVEL, device)
-    if precision.emulated:
-        logger.warning("this processor has no bfloat16: O1 is slower here than O0")
+    log_precision(precision, logger)
     return Run(folder, device, precision, logger, effective)
+
+
+def keep_precision(run: Run, config: CfgNode, path: str, state: dict[str, Any]) -> Run:
+    """``run`` with the precision of the checkpoint that it goes on from, if the device has it.
+
+    An AMP_OPT_LEVEL that was asked for stays. Every process has to call it.
+
+    Args:
+        run: as it would begin anew.
+        config: the configuration as it was read.
+        path, state: the checkpoint; one that says no precision has O0.
+
+    Raises:
+        UserError: the processes differ.
+    """
+    said = re.search(r"^AMP_OPT_LEVEL: (\w+)$", str(state.get("config")), re.MULTILINE)
+    before = said[1] if said and said[1] in LEVELS[1:] else "O0"
+    now = run.precision
+    if config.AMP_OPT_LEVEL == "auto":
+        kept = Precision(before, run.device, config.TRAIN.TF32)
+        if kept.native or before in ("O1", "O2"):  # these are what the device makes of them
+            now = kept
+    check_same_precision(now)
+    if now.level != before:
+        run.logger.warning(
+            f"{path} was written with AMP_OPT_LEVEL {before}, it goes on with {now.level}: from "
+            f"here on products are in {now.about}"
+        )
+    elif now.level != run.precision.level:
+        run.logger.info("as the checkpoint that the run goes on from:")
+        log_precision(now, run.logger)
+    effective = with_values(run.config, {"AMP_OPT_LEVEL": now.level})
+    return replace(run, precision=now, config=effective)
+
+
+def check_same_precision(precision: Precision) -> None:
+    """Refuse processes that compute in other types; every process has to call it."""
+    advice = "give all one that each has, such as --amp-opt-level O0"
+    check_agreement({"the precision": precision.about}, advice)
+
+
+def log_precision(precision: Precision, logger: logging.Logger) -> None:
+    """Log in which type the products are, and why."""
+    logger.info("precision: %s", precision.about)
+    if precision.emulated:
+        kind = str(precision.dtype).removeprefix("torch.")
+        logger.warning(f"this processor has no {kind}: {precision.level} is slower here than O0")
 
 
 def write_config(config: CfgNode, folder: str, derived: dict[str, Any] | None = None) -> CfgNode:
@@ -142,6 +194,10 @@ def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any])
     run.logger.info("%s written", path)
 
 
+# what a full memory is called: by torch, the processor's allocator, nccl, cuBLAS and cuDNN
+FULL = ("out of memory", "allocate memory", "STATUS_ALLOC_FAILED")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run ``main``; a user's mistake ends it with one line on standard error and exit code 1.
 
@@ -168,12 +224,12 @@ def fault(error: Exception) -> str | None:
     if isinstance(error, UserError):
         # the error of a data worker comes wrapped in its traceback
         return str(error).rsplit("UserError: ", 1)[-1].strip()
+    if isinstance(error, MemoryError) or any(words in text for words in FULL):
+        return f"out of memory, lower --batch-size ({text[:200]})"
     if lost_peer(error):
         return f"another process of the group died, or did not answer in time ({text[:200]})"
     if isinstance(error, OSError):
         return text
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return f"out of memory, lower --batch-size ({text[:200]})"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a data worker died, as when memory runs out: lower DATA.NUM_WORKERS ({text[:200]})"
     return None

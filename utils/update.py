@@ -16,38 +16,119 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import Diverged
 
+LEVELS = ("auto", "O0", "O1", "O2", "bfloat16", "float16")
+# the flags of a processor that has products of a type
+FLAGS = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
+
 
 class Precision:
     """Autocast and, for float16 only, loss scaling.
 
-    O0 is float32. O1 and O2 are autocast to bfloat16 where the device computes in it, else to
-    float16 with a GradScaler.
+    Args:
+        level: O0 is float32, bfloat16 and float16 are autocast. O1 and O2 are autocast to
+            bfloat16, but to float16 on a GPU that does not compute in bfloat16. auto becomes
+            bfloat16 where the device computes in it, else float16 on a GPU, else O0.
+        device: where it computes.
+        tf32: allow TF32 products in the encoder, see ``allow_tf32``.
 
     Attributes:
+        level: what auto became, else the level that was asked for.
+        about: the type, and why, for the log.
         scaler: a GradScaler, disabled unless the type is float16.
-        emulated: whether this processor emulates bfloat16, which is slower than float32.
+        native: whether the device computes in the type, as it always does in float32.
+        emulated: whether this processor emulates the type, which is slower than float32.
+        tf32: whether the encoder's products may be TF32, which only newer GPUs have.
+
+    Raises:
+        ValueError: an unknown level.
     """
 
-    def __init__(self, level: str, device: torch.device) -> None:
-        if level not in ("O0", "O1", "O2"):
-            raise ValueError(f"level must be O0, O1 or O2, got {level!r}")
+    def __init__(self, level: str, device: torch.device, tf32: bool = False) -> None:
+        if level not in LEVELS:
+            raise ValueError(f"level must be {', '.join(LEVELS)}, got {level!r}")
+        cuda, bfloat16 = device.type == "cuda", computes_in(torch.bfloat16, device)
+        best = "bfloat16" if bfloat16 else "float16" if cuda else "O0"
+        self.level = best if level == "auto" else level
         self.device_type = device.type
-        self.enabled = level != "O0"
-        bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float16
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=self.enabled and self.dtype == torch.float16
-        )
+        self.enabled = self.level != "O0"
+        half = self.level == "float16" or (self.level in ("O1", "O2") and cuda and not bfloat16)
+        self.dtype = torch.float16 if half else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+        self.native = not self.enabled or computes_in(self.dtype, device)
+        self.emulated = not cuda and not self.native and processor_flags() is not None
+        self.tf32 = tf32 and cuda and bfloat16  # GPUs got both together
 
-        known: dict[str, bool] = (
-            getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        )
-        kinds = [known[name] for name in ("avx512_bf16", "amx_bf16") if name in known]
-        self.emulated = self.enabled and bool(kinds) and not any(kinds)
+        name = "this GPU" if cuda else "this processor"
+        why = f"{name} computes in {'it' if bfloat16 else 'no bfloat16'}"
+        why = f"auto, as {why}" if level == "auto" else f"AMP_OPT_LEVEL {level}"
+        kind = str(self.dtype).removeprefix("torch.") if self.enabled else "float32"
+        scaled = " with loss scaling" if half else ""
+        self.about = f"{kind}{scaled} ({why})"
+        if tf32:
+            here = "TF32 products in the encoder alone" if self.tf32 else f"{name} has no TF32"
+            self.about += f"; {here}"
 
     def autocast(self) -> torch.autocast:
         """The context for a forward pass."""
         return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the current GPU or the processor has products of bfloat16 or float16."""
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return not FLAGS[dtype].isdisjoint(processor_flags() or ())
+
+
+def processor_flags(path: str = "/proc/cpuinfo") -> set[str] | None:
+    """What Linux says that a processor can do, None for one that is not of the x86 kind."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith("flags")), None)
+    except OSError:
+        return None
+    return set(flags.split()) if flags else None
+
+
+def allow_tf32(encoder: nn.Module, precision: Precision) -> None:
+    """Let ``encode`` use TF32 products for an encoder, if the precision has them."""
+    marked: Any = encoder  # torch's types allow no attributes of other types
+    marked.tf32 = precision.tf32
+
+
+def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Features of images, (B, 3, H, W) -> (B, F).
+
+    After ``allow_tf32`` the products of the encoder may be TF32, forward and backward. What is
+    computed of the features, such as logits and loss, stays in float32, if all images of a
+    backward pass are encoded before.
+    """
+    if not getattr(encoder, "tf32", False):
+        return encoder(images)
+    torch.set_float32_matmul_precision("high")
+    try:
+        return _Tf32Below.apply(encoder(images))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+class _Tf32Below(torch.autograd.Function):
+    """The identity. The backward pass of what gave its input may use TF32 products.
+
+    Autograd goes back in the reverse order of the forward pass. So what came after the encoder is
+    done when this is reached.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        torch.set_float32_matmul_precision("high")
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: torch.set_float32_matmul_precision("highest"))
+        return gradient
 
 
 @dataclass
@@ -217,7 +298,7 @@ class Update:
             raise ValueError(f"it has {len(groups)} groups of weights too many")
         if not isinstance(state["scaler"], dict):
             raise ValueError(f"its scaler is {state['scaler']!r}")
-        if self._scales:
+        if self._scales and state["scaler"]:  # one of another precision has none
             self.scaler.load_state_dict(state["scaler"])
 
     def _gradient_norms(self, like: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -170,7 +170,7 @@ def config_for(root, workers: int, zipped: bool = False):
 
 
 def test_workers_and_a_resume_replace_alike(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("data.loader.processors", lambda: 4)
     for index in (2, BAD):
         damage("truncated", Path(source.names[index]))
     epochs = []

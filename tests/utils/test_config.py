@@ -256,7 +256,7 @@ OWN = {  # what the published configuration does not have
     "TRAIN": {
         **{"KEEP_CHECKPOINTS": 0, "SAVE_MINUTES": 30.0, "SAVE_STEPS": 0, "KNN_FREQ": 0},
         **{"ON_SAVE_ERROR": "continue", "MAX_SKIPPED_UPDATES": 20},
-        **{"WAIT_FOR_LOCK": 60.0, "SAVE_PATIENCE": 10.0},
+        **{"WAIT_FOR_LOCK": 60.0, "SAVE_PATIENCE": 10.0, "TF32": False},
     },
     "AUG": {
         f"VIEW{view}": {
@@ -267,6 +267,7 @@ OWN = {  # what the published configuration does not have
         }
         for view, blur, solarize in ((1, 1.0, 0.0), (2, 0.1, 0.2))
     },
+    "AMP_OPT_LEVEL": "auto",  # published: O0
     **{"COMPILE": False, "TENSORBOARD": False, "WANDB": False, "DIST_TIMEOUT": 600.0},
 }
 

@@ -10,9 +10,15 @@ import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
-from helpers import ROOT, arguments, free_port, spawn
+from helpers import ROOT, arguments, free_port, spawn, zip_folder
 
+import data.loader
+import data.transfer
+from data.archives import ZipSource
+from tools.make_tiny_transfer import write_tiny
+from utils.config import load_config
 from utils.distributed import all_gather_objects, on_first_process, rank, wait_for_all
 from utils.errors import UserError
 from utils.group import Peers, Place, read_place
@@ -145,6 +151,45 @@ def late(_, folder: str) -> None:
 @pytest.mark.slow
 def test_a_slow_process_is_waited_for_longer_than_the_timeout(tmp_path):
     spawn(late, 3, str(tmp_path), timeout=3)
+
+
+def reads_slowly(number: int, folder: str, step: str) -> None:
+    """Opens a data set of which one process downloads, lists or caches longer than the timeout."""
+    os.environ["LOCAL_RANK"] = str(number)
+    opts = ["DATA.DATA_PATH", folder, "DATA.CACHE_MODE", "full"]
+    opts += ["DATA.ZIP_MODE", str(step == "cache"), "DATA.DATASET"]
+    opts.append("cifar10" if step == "download" else "imagenet")
+    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
+    module, name = {
+        "download": (data.transfer, "open_transfer_set"),
+        "list": (data.loader, "open_source"),
+        "cache": (ZipSource, "fill_cache"),
+    }[step]
+    real = getattr(module, name)
+
+    def slow(*given, **more):
+        if number == (step == "cache"):
+            time.sleep(5)
+        return real(*given, **{k: v for k, v in more.items() if k != "download"})
+
+    setattr(module, name, slow)
+    assert len(data.loader.build_source(config, "train", download=True).names) > 4
+    all_reduced = torch.ones(1)
+    dist.all_reduce(all_reduced)  # the first collective, which has the timeout
+    assert all_reduced == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["download", "list", "cache"])
+def test_a_data_set_may_take_longer_than_the_timeout(imagenet, tmp_path, step):
+    folder = imagenet
+    if step == "download":
+        write_tiny("cifar10", str(tmp_path))
+        folder = tmp_path
+    elif step == "cache":
+        zip_folder(imagenet, "train", tmp_path / "zips")
+        folder = tmp_path / "zips"
+    spawn(reads_slowly, 2, str(folder), step, timeout=3)
 
 
 PROGRAM = """

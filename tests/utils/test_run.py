@@ -1,8 +1,6 @@
 """How a script starts and ends."""
 
 import json
-import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +21,11 @@ from utils.run import fault, run_script, start, write_config
         (OSError(5, "Input/output error", "/data/a.jpg"), 1, "[Errno 5] Input/output error"),
         (MemoryError(), 1, "out of memory, lower --batch-size"),
         (RuntimeError("CUDA out of memory. Tried"), 1, "out of memory, lower --batch-size (CUDA"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory, lower --batch"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), 1, "out of memory, lower"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 1, "out of memory, lower --batch"),
+        # it is no peer that has died
+        (dist.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (RuntimeError("DataLoader worker (pid 3) exited unexpectedly"), 1, "a data worker died"),
         (RuntimeError("Connection closed by peer [1]"), 2, "another process of the group died"),
@@ -107,19 +110,6 @@ def test_a_start_makes_its_folder_and_seeds(tmp_path, monkeypatch, key, below):
     assert run.folder == f"{tmp_path}/{config.MODEL.NAME}/default{below}"
     assert (tmp_path / config.MODEL.NAME / f"default{below}" / "config.json").exists()
     assert run.device.type == "cpu" or torch.cuda.is_available()
-
-
-@pytest.mark.parametrize("emulated", [False, True])
-def test_slow_bfloat16_is_said(tmp_path, monkeypatch, caplog, emulated):
-    precision = SimpleNamespace(emulated=emulated)
-    monkeypatch.setattr(run_module, "Precision", lambda *given: precision)
-    logger = logging.getLogger("start")
-    monkeypatch.setattr(run_module, "create_logger", lambda *given: logger)
-    try:
-        start(tiny("OUTPUT", tmp_path))
-    finally:
-        dist.destroy_process_group()
-    assert ("has no bfloat16" in caplog.text) == emulated
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
