@@ -157,18 +157,16 @@ def measure(folder: Path, jobs: int) -> tuple[dict[str, dict[str, list[str]]], d
 
 
 def tests_for(mutant: Mutant, reached: dict, seconds: dict[str, float]) -> list[str]:
-    """The tests that execute the mutant's line, those of its own file first, then the quickest.
+    """The tests of the mutant's own file, then others that execute its line; the quickest first.
 
-    A line that runs when its module is imported, such as a default, or in a process that a test
-    starts, is reached by no test: for it, all tests of its own file, and those that execute any
-    line of the module.
+    A line that runs when its module is imported, such as a default, is reached by no test alone:
+    for it, all tests that execute any line of the module. Those of its own file may reach it in a
+    process that they start, which is not measured.
     """
     own = f"test_{Path(mutant.path).stem}.py"
     lines = reached.get(mutant.path, {})
-    tests = set(lines.get(str(mutant.line), ()))
-    if not tests:
-        tests = {test for line in lines.values() for test in line}
-        tests |= {test for test in seconds if own in test.split("::")[0]}
+    tests = set(lines.get(str(mutant.line)) or [test for line in lines.values() for test in line])
+    tests |= {test for test in seconds if own in test.split("::")[0]}
     order = sorted(tests, key=lambda t: (own not in t.split("::")[0], seconds.get(t, 0.0), t))
     chosen, total = [], 0.0
     for test in order:

@@ -281,3 +281,20 @@ def test_a_line_tells_the_longest_rows_and_reads_once(tmp_path, process_group, m
     assert "longest_row" not in line
     expected = torch.stack([q.std(1).mean() for q in queues]).mean()
     assert line["queue_spread"] == expected.item()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "number", "shown"), [(True, 0, True), (True, 1, False), (False, 0, False)]
+)
+def test_the_bar_is_for_the_first_process_on_a_terminal(
+    tmp_path, monkeypatch, terminal, number, shown
+):
+    seen = {}
+    monkeypatch.setattr("utils.training_log.rank", lambda: number)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("utils.training_log.tqdm", lambda updates, **o: seen.update(o) or updates)
+    progress, log = log_of(tmp_path)
+    progress.advance()
+    assert list(log.watch(iter("abc"))) == ["a", "b", "c"]
+    assert seen["disable"] is not shown
+    assert (seen["total"], seen["initial"], seen["desc"]) == (5, 1, "epoch 0")
