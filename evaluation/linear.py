@@ -211,8 +211,9 @@ def forward_images(
     several = targets.ndim == 2
     if images.dtype == torch.uint8:
         images = normalize(images)
-    if mixup:
+    if mixup:  # which smooths the labels that it makes
         images, targets = mixup(images, targets)
+        smoothing = 0.0
     return Forward(head_losses(ddp(images), targets, smoothing, several))
 
 

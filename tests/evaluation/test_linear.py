@@ -1,5 +1,6 @@
 """What the heads of a probe have achieved, their losses, and mixup."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,3 +162,24 @@ def test_a_frozen_encoder_stays_in_eval_mode(model):
     assert free == {"pos_embed"}  # fixed positions stay
     assert not tuned.eval().encoder.training
     assert model.eval() is model
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_labels_are_smoothed_once(mixed):
+    """By mixup, where it is on: timm's target has 0.1 off the class, and no more."""
+    config = DEFAULTS.clone()
+    config.DATA.BATCH_SIZE = 4
+    mixup = build_mixup(config, 5) if mixed else None
+    scores = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 1, 2, 3])
+    np.random.seed(0)
+    found = forward_images(
+        lambda images: scores, torch.device("cpu"), 0.1, mixup, [torch.zeros(4, 3, 8, 8), targets]
+    )
+    np.random.seed(0)
+    soft = (
+        mixup(torch.zeros(4, 3, 8, 8), targets)[1] if mixed else F.one_hot(targets, 5) * 0.9 + 0.02
+    )
+    assert soft.sum(1).allclose(torch.ones(4))
+    expected = -(soft * scores[0].log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(found.loss, expected[None])
