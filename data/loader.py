@@ -225,8 +225,9 @@ def _name_numbered(train: ImageSource, val: ImageSource) -> None:
     numbered = [s for s in (train, val) if all(map(str.isdecimal, s.classes))]
     if len(numbered) == 1:
         named = val if numbered[0] is train else train
-        if len(numbered[0].classes) <= len(named.classes):
-            numbered[0].classes = named.classes[: len(numbered[0].classes)]
+        numbers = list(map(int, numbered[0].classes))
+        if max(numbers) < len(named.classes):
+            numbered[0].classes = [named.classes[number] for number in numbers]
 
 
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingLoader:

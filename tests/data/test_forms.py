@@ -334,6 +334,24 @@ def test_a_list_beside_imagenets_archive_gives_its_classes(imagenet, in_form, tm
         open_source(str(tmp_path), "val")
 
 
+def test_numbers_of_classes_are_numbers_and_no_text(tmp_path):
+    """Of twelve classes: as text, 10 comes before 2."""
+    for number in range(12):
+        folder = tmp_path / f"train/n{number:02}"
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(image(20 * number))
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as archive:
+        for number in range(12):
+            add(archive, f"ILSVRC2012_val_{number + 1:08}.JPEG", image(20 * number))
+    lines = [f"ILSVRC2012_val_{number + 1:08}.JPEG {number}\n" for number in range(12)]
+    (tmp_path / "val.txt").write_text("".join(lines))
+    train, val = build_labelled_sources(configured(tmp_path))
+    assert train.classes == val.classes == [f"n{number:02}" for number in range(12)]
+    for source in (train, val):
+        for index, label in enumerate(source.labels.tolist()):
+            assert source.read_image(index).getpixel((0, 0))[0] == 20 * label
+
+
 def test_pretraining_from_parquet_says_what_an_image_costs(in_form, logged):
     build_pretraining_loader(configured(in_form("parquet")))
     (line,) = logged
