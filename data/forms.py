@@ -136,10 +136,10 @@ def _flat_folder(root: str, split: str) -> str | None:
 
 
 def _matching(folder: str, pattern: str) -> list[str]:
-    """Paths of the files in a folder whose whole name matches, by name; none if it is missing."""
+    """Paths of the files in a folder whose whole name matches, by name; none without a folder."""
     try:
         names = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return []
     return [os.path.join(folder, name) for name in names if re.fullmatch(pattern, name)]
 
@@ -236,7 +236,10 @@ def _fill_list(path: str, listing: Listing) -> None:
 def _entry(path: str, number: int, line: str) -> tuple[str, str]:
     """The path and the label of a line: after the last comma, tab or space, or in CSV's quotes."""
     if path.endswith(".csv"):
-        cells = next(csv.reader([line]))
+        try:
+            cells = next(csv.reader([line]))
+        except csv.Error as error:
+            raise UserError(f"{path}:{number}: not a line of CSV ({error})") from error
     else:
         cells = line.strip().replace("\t", " ").rsplit(None, 1)
     if len(cells) != 2 or not all(cell.strip() for cell in cells):

@@ -146,7 +146,10 @@ def open_source(root: str, split: str, zipped: bool = False, labelled: bool = Tr
         UserError: no images in any form, or a form that cannot be read.
     """
     check_root(root)
-    beside = {name for name in os.listdir(root) if not name.startswith(".")} - set(SPLITS)
+    try:
+        beside = {name for name in os.listdir(root) if not name.startswith(".")} - set(SPLITS)
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror}") from error
     if not zipped and not beside and has_classes(os.path.join(root, split)):
         return FolderSource(root, split)
     from data.forms import open_form  # the other forms, which most data paths do not have

@@ -19,6 +19,7 @@ from fuzzing import CASES, IMAGES, damage, fuzz, outcome
 from helpers import ROOT, zip_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from image_forms import WRITERS
 
 from data import opencv
 from data.archives import ZipSource
@@ -26,7 +27,7 @@ from data.augmentation import view_augmentations
 from data.dataset import TwoViews
 from data.image import decode_rgb
 from data.retrieval import read_ground_truth
-from data.source import FolderSource
+from data.source import FolderSource, open_source
 from data.transfer import open_transfer_set
 from evaluation.features import check_features
 from tools.make_tiny_retrieval import write_retrieval
@@ -160,6 +161,62 @@ def test_damaged_zips(zips, imagenet, data):
         for index in range(0, 24, 5):
             read = outcome("members of zips", source.read, index)
             assert read is None or read == originals.read(index)
+
+
+@pytest.fixture(scope="module")
+def forms(imagenet, tmp_path_factory):
+    """A file of each form, as the damage starts from it."""
+    root = tmp_path_factory.mktemp("forms")
+    for name in ("packed", "tar", "shards", "parquet"):
+        (root / name).mkdir()
+        WRITERS[name][0](imagenet, root / name)
+    return root
+
+
+FORM_FILES = {
+    "packed": "train.tar",
+    "tar": "train.tar",
+    "shards": "train-000001.tar",
+    "parquet": "data/train-00000-of-00002-0a1b2c3d4e5f6071.parquet",
+}
+
+
+@pytest.mark.parametrize("form", FORM_FILES)
+@fuzz(120)
+@given(data=st.data())
+def test_damaged_archives(forms, form, data):
+    path = forms / form / FORM_FILES[form]
+    whole = forms / f"{form}.whole"
+    if not whole.exists():
+        whole.write_bytes(path.read_bytes())
+    path.write_bytes(data.draw(damage(whole.read_bytes())))
+    source = outcome("archives", open_source, str(forms / form), "train")
+    if source is not None:
+        assert len(source.names) == len(source.labels) > 0
+        assert source.labels.max() < len(source.classes)
+        for index in range(0, len(source.names), 7):
+            outcome("members of archives", source.read, index)
+
+
+CSV = b"path,label\r\n" + b"".join(b'"all/a, %d.jpg",cat%d\r\n' % (i, i % 3) for i in range(9))
+TXT = b"".join(b"/all/a %d.jpg %d\n" % (i, i % 3) for i in range(9))
+
+
+@pytest.mark.parametrize(("name", "text"), [("train.csv", CSV), ("train.txt", TXT)])
+@fuzz(200)
+@given(data=st.data())
+def test_damaged_lists_of_images(tmp_path_factory, name, text, data):
+    folder = tmp_path_factory.getbasetemp() / "lists"
+    folder.mkdir(exist_ok=True)
+    content = data.draw(
+        damage(text) | st.binary(max_size=60) | st.text(max_size=60).map(str.encode)
+    )
+    (folder / name).write_bytes(content)
+    source = outcome("lists of images", open_source, str(folder), "train")
+    (folder / name).unlink()
+    if source is not None:
+        assert len(source.names) == len(source.labels) > 0
+        assert source.labels.max() < len(source.classes) <= 100_000
 
 
 # ---- pickles

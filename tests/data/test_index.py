@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, run_script, spawn
 from hypothesis import given
 from hypothesis import strategies as st
+from image_forms import WRITERS
 
 from data import index
 from data.index import FOLDER, Listing
@@ -158,8 +159,6 @@ def test_the_list_moves_with_the_data(root, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["packed", "shards", "zip", "text list"])
 def test_archives_are_read_again_when_they_change(imagenet, tmp_path, monkeypatch, form):
-    from test_forms import WRITERS
-
     WRITERS[form][0](imagenet, tmp_path)
     truth = list(open_source(str(tmp_path), "train").names)
     kept = next((tmp_path / FOLDER).glob("train*.index"))
