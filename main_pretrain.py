@@ -165,7 +165,7 @@ def forward_views(
     """
     # the third item says which images were replaced; the views stay channels last in memory
     views = [v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in batch[:2]]
-    if batch[3:]:  # the draws of DATA.BACKEND device
+    if len(batch) > 3:  # the draws of DATA.BACKEND device
         from data.device_views import finish
 
         draws = (part.to(device, non_blocking=True) for part in batch[3:])

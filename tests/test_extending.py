@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs" / "extending.md").read_text()
 @pytest.fixture
 def registered(monkeypatch):
     """The class of the page's code block, under the name of its line in METHODS."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (name, label) = re.search(r'`"(\w+)": (\w+)`', PAGE).groups()
     scope = {"__name__": f"models.{name}"}
     exec(compile(code, "docs/extending.md", "exec"), scope)

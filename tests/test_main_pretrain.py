@@ -237,7 +237,7 @@ MISTAKES = {
     "batch larger than the queue": (["DATA.BATCH_SIZE", "12", "MODEL.CONTRAST_NUM_NEGATIVE", "8"],
                                     "an update of 12 images does not fit into"),
     "batch of one": (["DATA.BATCH_SIZE", "1"], "at least 2 images"),
-    "augmentation": (["AUG.SSL_AUG_TYPE", "x"], "the augmentation must be byol or simclr"),
+    "augmentation": (["AUG.SSL_AUG_TYPE", "x"], "the augmentation must be byol, simclr or custom"),
     "single view": (["AUG.SSL_AUG", "False"], "set AUG.SSL_AUG True"),
     "checkpoint missing": (["MODEL.RESUME", "gone.pth"], "gone.pth: no such file"),
 }  # fmt: skip

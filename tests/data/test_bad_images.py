@@ -234,6 +234,11 @@ def test_a_list_cannot_leave_its_zip(tmp_path, name):
         ZipSource(str(tmp_path), "train")
 
 
+def batch(replaced: torch.Tensor) -> list[torch.Tensor]:
+    """A batch whose views do not matter."""
+    return [torch.empty(0), torch.empty(0), replaced]
+
+
 class Log(logging.Logger):
     """Keeps what is logged."""
 
@@ -250,11 +255,11 @@ def test_each_bad_image_is_logged_once(source):
     log = Log()
     bad = BadImages(source, 0.1, log)
     for _ in range(3):
-        bad.note([[torch.tensor([-1, 2, -1, 2])]])
+        bad.note([batch(torch.tensor([-1, 2, -1, 2]))])
         bad.check()
     assert len(log.lines) == 1
     assert f"process 0 replaced a bad image: {source.names[2]}: not a readable" in log.lines[0]
-    bad.note([[torch.tensor([5])]])
+    bad.note([batch(torch.tensor([5]))])
     bad.check()
     assert log.lines[1].endswith(f"{source.names[5]}: could be read only at a second try")
 
@@ -265,7 +270,7 @@ def test_a_larger_share_of_bad_images_stops_the_run(source, fraction, stops):
     bad = BadImages(source, fraction, log)
     for number, index in enumerate((3, 8, 8), 1):
         damage("text", Path(source.names[index]))
-        bad.note([[torch.tensor([index])]])
+        bad.note([batch(torch.tensor([index]))])
         if number == stops:
             with pytest.raises(UserError, match=rf"{number} of 24 images are bad.*check_data"):
                 bad.check()
@@ -286,11 +291,11 @@ def count_in_a_group(rank: int, folder: str) -> None:
     log = Log()
     bad = BadImages(source, 3 / 24, log)
     for seen in ([2, 3], [3, -1], [4, 4], [2, -1]):
-        bad.note([[torch.tensor(seen[rank])]])
+        bad.note([batch(torch.tensor(seen[rank]))])
         bad.check()
     assert len(log.lines) == len(bad.bad) == 3, log.lines
     assert [line.split()[1] for line in log.lines] == ["0", "1", "0"]
-    bad.note([[torch.tensor([9] if rank else [-1])]])
+    bad.note([batch(torch.tensor([9] if rank else [-1]))])
     with pytest.raises(UserError, match="4 of 24"):
         bad.check()
 
