@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ import data.loader
 import data.transfer
 from data.archives import ZipSource
 from tools.make_tiny_transfer import write_tiny
+from utils import group
 from utils.config import load_config
-from utils.distributed import all_gather_objects, on_first_process, rank, wait_for_all
+from utils.distributed import LostPeer, all_gather_objects, on_first_process, rank, wait_for_all
 from utils.errors import UserError
 from utils.group import Peers, Place, read_place
 
@@ -259,3 +261,119 @@ def test_the_others_end_in_one_line_when_the_busy_one_dies(tmp_path, busy, launc
     if launcher:  # torch prints when a store of its own ends or hangs
         assert error.count("\n") == 1 and f"process {victim} showed no sign of life" in error
         del store
+
+
+# ---- Peers, played by threads with a store's clients each
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """``peers(processes, timeout)``: the Peers of a group, made at the same time."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+    def client() -> dist.TCPStore:
+        return dist.TCPStore("localhost", server.port, wait_for_workers=False)
+
+    monkeypatch.setattr(group, "BEAT", 0.05)
+    monkeypatch.setattr(group, "_connect", lambda place, timeout: (client(), client()))
+    made: list[Peers] = []
+
+    def make(processes: int, timeout: float = 20.0) -> list[Peers]:
+        def join(rank: int) -> Peers:
+            return Peers(Place(rank, processes, "localhost", server.port), timeout)
+
+        made.extend(at_once(join, range(processes)))
+        return made
+
+    yield make
+    at_once(Peers.leave, made)
+
+
+def at_once(function, items) -> list:
+    """``function`` of each item, in threads; an error of one comes in its place."""
+
+    def guarded(item):
+        try:
+            return function(item)
+        except (UserError, LostPeer) as error:
+            return error
+
+    items = list(items)
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(guarded, items))
+
+
+def test_the_first_alone_calls_and_all_get_the_result(peers):
+    members, calls = peers(3), []
+
+    def call() -> list:
+        calls.append(threading.get_ident())
+        return ["a", 1]
+
+    for number in range(1, 4):
+        assert at_once(lambda peer: peer.call_on_first(call), members) == [["a", 1]] * 3
+        assert len(calls) == number
+    store = members[0].store
+    left = [f"call/{n}{end}" for n in range(1, 4) for end in ("", "/1", "/2")]
+    assert not any(store.check([key]) for key in left)
+
+
+def test_a_mistake_on_the_first_is_one_on_all(peers):
+    def wrong() -> None:
+        raise UserError("no such folder")
+
+    errors = at_once(lambda peer: peer.call_on_first(wrong), peers(2))
+    assert [(type(e), str(e)) for e in errors] == [(UserError, "no such folder")] * 2
+
+
+def test_values_are_gathered_by_rank(peers):
+    members = peers(3)
+    for offset in (0, 10):
+        found = at_once(lambda peer, o=offset: peer.gather(peer.place.rank + o), members)
+        assert found == [[offset, offset + 1, offset + 2]] * 3
+    assert not any(members[0].store.check([f"call/{n}/{r}"]) for n in (1, 2) for r in (1, 2))
+
+
+def test_who_is_slow_is_waited_for_longer_than_the_timeout(peers):
+    """As long as it gives signs of life."""
+    members = peers(2, timeout=0.5)
+
+    def slow() -> int:
+        time.sleep(1.5)
+        return 7
+
+    assert at_once(lambda peer: peer.call_on_first(slow), members) == [7, 7]
+
+
+def test_who_has_said_goodbye_is_not_waited_for(peers):
+    members = peers(2)
+    members[1].say_goodbye()
+    started = time.monotonic()
+    with pytest.raises(LostPeer, match="process 1 has ended"):
+        members[0].gather(0)
+    assert time.monotonic() - started < 10
+
+
+def test_what_was_answered_before_the_goodbye_counts(peers):
+    first, second = peers(2)
+    first._put("key", "value")
+    first.say_goodbye()
+    second._wait("key", 0)
+    with pytest.raises(LostPeer, match="process 0 has ended"):
+        second._wait("another key", 0)
+
+
+def test_who_gives_no_sign_of_life_is_lost(peers):
+    members = peers(2, timeout=0.5)
+    members[1]._stop.set()  # as if it were killed
+    members[1]._thread.join()
+    started = time.monotonic()
+    with pytest.raises(LostPeer, match=r"process 1 showed no sign of life for 0\.5"):
+        members[0].gather(0)
+    assert 0.4 < time.monotonic() - started < 10
+
+
+def test_a_first_process_that_never_comes_is_named(peers, monkeypatch):
+    peers(1)[0].leave()  # an earlier group, whose name is still there
+    with pytest.raises(UserError, match=r"the first process did not come in 0\.5 s"):
+        Peers(Place(1, 2, "localhost", 1), 0.5)
