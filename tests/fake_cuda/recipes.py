@@ -94,6 +94,7 @@ class Counts:
 
 CHECKPOINT = ("TRAIN.USE_CHECKPOINT", "True")
 NORM = ("MODEL.REPLACE_LN_WITH_BN", "True")
+DEVICE = ("DATA.BACKEND", "device")
 UNCLIPPED = ("TRAIN.CLIP_GRAD", "0.0")
 RECIPES = [
     Recipe("synco", "vit_tiny", 2055),
@@ -103,6 +104,7 @@ RECIPES = [
     Recipe("synco", "vit_nano", 1236, precision="float16"),
     Recipe("synco", "vit_nano", 1415, more=CHECKPOINT),
     Recipe("synco", "vit_nano", 1178, processes=1),
+    Recipe("synco", "vit_nano", 1479, more=DEVICE),
     Recipe("synco", "swin_tiny", 2625),
     Recipe("synco", "timm/resnet18", 2139, optimizer="lars"),
     Recipe("moby", "vit_nano", 976, precision="float16", optimizer="sgd"),
@@ -287,6 +289,8 @@ def watch_kept(update, log: DeviceLog) -> None:
 
 def updates(recipe: Recipe, config, mode: FakeTensorMode) -> Iterator[list]:
     """The micro-batches of three updates, on the device as the training loader gives them."""
+    from data.augmentation import ViewParameters
+    from data.device_views import pack
     from data.prefetch import FlatBatch, flatten, prefetch
 
     size = config.DATA.IMG_SIZE
@@ -296,6 +300,9 @@ def updates(recipe: Recipe, config, mode: FakeTensorMode) -> Iterator[list]:
             "probe": (view.permute(2, 0, 1).contiguous(), 1),
             "finetune": (torch.zeros(3, size, size), 1),
         }.get(recipe.method, (view, view, -1))
+        if config.DATA.BACKEND == "device":
+            drawn = ViewParameters((0, 0, size, size), False, (), False, 0.0, False)
+            sample = (*sample, pack(drawn, 2.0), pack(drawn, 2.0))
         flat = flatten([sample] * BATCH)
 
     def pinned() -> FlatBatch:

@@ -67,7 +67,8 @@ def test_the_table_has_what_there_is():
         assert {r.optimizer for r in own} >= {"adamw", "lars"}
         assert {r.micro for r in own} == {1, 2}
     keys = {key for r in RECIPES for key in r.more[::2]}
-    assert keys == {"TRAIN.USE_CHECKPOINT", "TRAIN.CLIP_GRAD", "MODEL.REPLACE_LN_WITH_BN"}
+    others = {"TRAIN.USE_CHECKPOINT", "TRAIN.CLIP_GRAD", "MODEL.REPLACE_LN_WITH_BN"}
+    assert keys == others | {"DATA.BACKEND"}
 
 
 # what must be seen of each mistake
