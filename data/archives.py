@@ -48,7 +48,7 @@ class ArchiveSource(IndexedSource):
     ) -> None:
         self.archives = archives
         try:
-            index = open_index(root, form, "", fill)
+            index = open_index(root, form, "", fill, archives)
         except UserError:
             raise
         except Exception as error:  # a damaged archive can raise anything

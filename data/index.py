@@ -153,7 +153,13 @@ class Listing:
         return _parse(b"".join(self.parts()), folder)
 
 
-def open_index(root: str, name: str, folder: str, fill: Callable[[Listing], None]) -> Index:
+def open_index(
+    root: str,
+    name: str,
+    folder: str,
+    fill: Callable[[Listing], None],
+    files: Sequence[str] = (),
+) -> Index:
     """The list of a split, from the file that keeps it, or made and kept.
 
     It is kept in ``<root>/.synco``, or in a cache folder of the user where that cannot be written.
@@ -163,12 +169,15 @@ def open_index(root: str, name: str, folder: str, fill: Callable[[Listing], None
         name: of the split and of the form of its data.
         folder: what stands before the names of the images.
         fill: adds the images, and watches what they are read from.
+        files: the archives that there are, by path: a list of others does not hold.
     """
+    given = [os.path.relpath(path, root) for path in files]
     places = [os.path.join(place, f"{name}.index") for place in _places(root)]
     for place in places:
-        if index := _load(place, root, folder):
+        if (index := _load(place, root, folder)) and index.notes.get("files", []) == given:
             return index
     listing = Listing(root)
+    listing.notes["files"] = given
     fill(listing)
     if len(listing) >= WORTH_KEEPING and listing.settled():
         parts, reason = listing.parts(), None

@@ -39,7 +39,7 @@ class ParquetSource(IndexedSource):
             raise UserError(f"{files[0]}: reading Parquet needs pyarrow: pip install pyarrow")
         self.files = files
         try:
-            index = open_index(root, f"{split}-parquet", "", partial(_fill, files))
+            index = open_index(root, f"{split}-parquet", "", partial(_fill, files), files)
         except (OSError, ArrowException) as error:
             raise UserError(f"{files[0]}: not readable Parquet ({_line(error)})") from error
         super().__init__(index)

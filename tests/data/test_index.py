@@ -171,6 +171,15 @@ def test_archives_are_read_again_when_they_change(imagenet, tmp_path, monkeypatc
     assert kept.stat().st_mtime_ns > before
 
 
+def test_a_new_shard_is_noticed(imagenet, tmp_path):
+    WRITERS["shards"][0](imagenet, tmp_path)
+    assert len(open_source(str(tmp_path), "train").names) == 24
+    shutil.copy(tmp_path / "train-000000.tar", tmp_path / "train-000003.tar")
+    assert len(open_source(str(tmp_path), "train").names) == 32
+    (tmp_path / "train-000003.tar").unlink()
+    assert len(open_source(str(tmp_path), "train").names) == 24
+
+
 def turns(rank: int, log: str) -> None:
     def call() -> int:
         with open(log, "a") as file:
