@@ -70,7 +70,8 @@ def gpu(args: argparse.Namespace) -> dict:
     groups = [n for n in (2, 4, 8) if n <= devices]
     updates: dict[str, dict] = {}
     for encoder in args.encoders:
-        flops = step_flops(encoder, args)
+        # on the CPU: a GPU in exclusive mode is for the processes that measure
+        flops = step_flops(encoder, argparse.Namespace(**vars(args) | {"device": "cpu"}))
         forms = [(p, compiled, 1) for p in precisions for compiled in (False, True)]
         forms += [(precisions[-1], False, processes) for processes in groups]
         for precision, compiled, processes in forms:
