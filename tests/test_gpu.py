@@ -4,6 +4,7 @@ Tolerances hold with TF32 (10 bits of mantissa), which convolutions use by defau
 """
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -223,6 +224,7 @@ def test_memory_stays_and_activation_checkpoints_lower_it(run_main, imagenet, tm
     peaks = {}
     opts = ("MODEL.ENCODER", "vit_tiny", "DATA.IMG_SIZE", 224, "DATA.BATCH_SIZE", 12)
     for flags in ([], ["--use-checkpoint"]):
+        gc.collect()  # what other tests hold
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         output = tmp_path / f"run{len(flags)}"
