@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: lint
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
 	$(PYTEST) -m slow
+
+# on a node with GPUs: tests and benchmark, and one page to send back
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m tools.gpu_page gpu.md
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis

@@ -200,6 +200,9 @@ def build_model(config: CfgNode, run: Run) -> MomentumMethod:
     for encoder in (model.encoder, model.encoder_k):
         allow_tf32(encoder, run.precision)
     if config.COMPILE:
+        # beside the checkpoint, so that a requeued job finds what was compiled before
+        cache = os.path.join(run.config.OUTPUT, "compiled")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()
     return model

@@ -1,15 +1,27 @@
-"""--compile: the compiled encoders give the losses and gradients of the others."""
+"""--compile: the encoders give the losses and gradients of the others, and each compiles once."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, arguments, tiny
+from torch._dynamo.utils import counters
 
 import main_pretrain
 from models.encoder import choose_attention, create_encoder
 from models.moby import MoBY
+from utils.config import with_values
 from utils.update import Precision
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@pytest.fixture(autouse=True)
+def no_cache_folder(monkeypatch):
+    """None is set, before a test and after it."""
+    monkeypatch.setenv(CACHE, "")
+    monkeypatch.delenv(CACHE)
 
 
 @pytest.mark.slow
@@ -35,6 +47,45 @@ def test_loss_and_gradient_stay():
             # as a whole: BatchNorm of 4 images magnifies what rounding does to single values
             difference = (p_compiled.grad - p.grad).norm()
             assert difference < 2e-4 * p.grad.norm() + 1e-4, name
+
+
+@pytest.mark.slow
+def test_each_branch_compiles_once(run_main, imagenet, tmp_path, monkeypatch):
+    """Over epochs, k-NN after each of them, and a resumed run."""
+    # what is compiled, and how often, does not depend on what makes code of it, which takes longer
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_(m, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    given = [*arguments("synco", imagenet, tmp_path, "TRAIN.KNN_FREQ", 1), "TRAIN.EPOCHS"]
+    for epochs in (2, 3):
+        run_main(main_pretrain, "--compile", *given, epochs)
+        assert counters["stats"]["unique_graphs"] == 2, epochs  # encoder and key encoder
+        assert not counters["graph_break"]
+    assert "at update 12\n" in (tmp_path / "run/default/log_rank0.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["", "elsewhere"])
+def test_a_requeued_job_finds_what_was_compiled(tmp_path, monkeypatch, given):
+    """In the run folder, or where the variable of torch says."""
+    if given:
+        monkeypatch.setenv(CACHE, str(tmp_path / given))
+    config, run = tiny("configs/moby_vit_tiny.yaml", "COMPILE", "True")
+    run.config = with_values(config, {"OUTPUT": str(tmp_path / "run")})
+    encoders = {"encoder": torch.nn.Linear(2, 2), "encoder_k": torch.nn.Linear(2, 2)}
+    method = SimpleNamespace(modules=lambda: [], **encoders)
+    for name in ("build_method", "synchronize_batch_norm"):
+        monkeypatch.setattr(main_pretrain, name, lambda *_: method)
+    hits = []
+    for _ in range(2):
+        torch._dynamo.reset()  # as in another process
+        counters.clear()
+        model = main_pretrain.build_model(config, run)
+        model.encoder(torch.ones(3, 2)).sum().backward()
+        hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1]
+    assert any((tmp_path / (given or "run/compiled")).iterdir())
 
 
 @pytest.mark.parametrize("flags, count", [([], 0), (["--compile"], 2)])

@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 
 from tools.benchmark.data import knn, pipeline
+from tools.benchmark.gpu import gpu
 from tools.benchmark.listing import listing
 from tools.benchmark.training import head, momentum, scaling, step
 
 ENCODERS = ("vit_small", "swin_tiny")
-PARTS = {f.__name__: f for f in (head, step, pipeline, momentum, knn, listing, scaling)}
+PARTS = {f.__name__: f for f in (head, step, pipeline, momentum, knn, listing, scaling, gpu)}
+FOR_A_NODE = ("gpu",)  # only if it is named
 
 
 def main() -> None:
-    """Run the parts that are named, all by default."""
+    """Run the parts that are named, by default all but ``gpu``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all but gpu)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
@@ -52,8 +54,12 @@ def main() -> None:
         args.images, args.features, args.listed = 2, 4000, 20_000
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    results = {name: PARTS[name](args) for name in args.parts or PARTS}
-    rows = [f"| {name} | {value:.3g} |" for name, value in flatten(results)]
+    named = args.parts or [name for name in PARTS if name not in FOR_A_NODE]
+    results = {name: PARTS[name](args) for name in named}
+    rows = [
+        f"| {name} | {value if isinstance(value, str) else format(value, '.3g')} |"
+        for name, value in flatten(results)
+    ]
     table = "\n".join(["| figure | value |", "| --- | --- |", *rows])
     print(table)
     if args.json:
@@ -62,9 +68,9 @@ def main() -> None:
         Path(args.markdown).write_text(table + "\n")
 
 
-def flatten(results: dict, prefix: str = "") -> list[tuple[str, float]]:
+def flatten(results: dict, prefix: str = "") -> list[tuple[str, float | str]]:
     """Nested results as (dotted name, value)."""
-    pairs: list[tuple[str, float]] = []
+    pairs: list[tuple[str, float | str]] = []
     for name, value in results.items():
         nested = isinstance(value, dict)
         pairs += flatten(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]

@@ -26,7 +26,7 @@ from tools.benchmark.timing import CONTEXT, compare, compare_apart
 from utils.config import load_config
 from utils.distributed import data_parallel, init_process_group
 from utils.run import Run, keep_freed_memory
-from utils.update import Precision, Update
+from utils.update import Precision, Update, allow_tf32
 
 HEAD_PASSES = 5  # in one timed run: a pass is short compared with a change of processes
 
@@ -149,12 +149,18 @@ def head(args: argparse.Namespace) -> dict:
 
 
 def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callable:
-    """The update of main_pretrain.py, without its data and its logging, in a process group."""
+    """The update of main_pretrain.py, without its data and its logging, in a process group.
+
+    ``level`` is one of AMP_OPT_LEVEL, or ``tf32`` for float32 with such products in the encoder.
+    """
     device = torch.device(args.device)
+    precision = Precision("O0" if level == "tf32" else level, device, tf32=level == "tf32")
     config = load_config(str(Path(__file__).parents[2] / "configs/synco_vit_small.yaml"))
-    run = Run("", device, Precision(level, device), logging.getLogger(), config)
+    run = Run("", device, precision, logging.getLogger(), config)
     method = synchronize_batch_norm(method, device)
-    choose_attention(method, run.precision)
+    choose_attention(method, precision)
+    for encoder in (method.encoder, method.encoder_k):
+        allow_tf32(encoder, precision)
     optimizer = build_optimizer(config, method, scaled_rates(config, args.batch).base)
     ddp = data_parallel(method, device)
     parts = {name: getattr(method, name) for name in PARTS}
