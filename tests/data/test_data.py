@@ -505,3 +505,11 @@ def test_an_augmentation_has_byols_ranges():
     assert (first.jitter_prob, first.grey_prob, first.blur_prob) == (0.8, 0.2, 1.0)
     assert first.solarize_prob == 0 and first.sigma == (0.1, 2.0)
     assert view_augmentations("byol", 0.08)[0] == first
+
+
+def test_no_draw_of_randaugment_fails():
+    """Among them are the rare ones at the ends of their ranges, such as a posterize of 0 bits."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    augment = RandAugmented(16, "bicubic", DEFAULTS.AUG)
+    for number in range(1000):
+        assert augment(image, (0, number)).shape == (3, 16, 16)
