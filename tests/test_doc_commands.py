@@ -105,6 +105,8 @@ def filled_in(words: list[str], places: dict, folder) -> tuple[str, list[str]]:
     # the names of transfer sets are keys of places, but stay; few images allow no large batch
     values = {k: v for k, v in values.items() if k not in TRANSFER_SETS} | {"128": 4}
     arguments = [str(values.get(w, w)) for w in arguments]
+    if "--subset" in arguments:
+        arguments[arguments.index("--subset") + 1] = "0.5"  # of few images, enough for an update
     arguments = [str(ROOT / w) if w.startswith("configs/") else w for w in arguments]
     if "--cfg" in arguments:
         at = arguments.index("--opts") + 1 if "--opts" in arguments else len(arguments)
