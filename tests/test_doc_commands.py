@@ -22,7 +22,7 @@ SMALLER = {
     "tools.visualize": ["--images", "4"],
     "eval_knn.py": ["--nb-knn", "5"],
     "eval_video_seg.py": ["--short-side", "64"],
-    "tools.benchmark": ["--quick"],
+    "tools.benchmark": ["--quick", "--encoders", "vit_nano"],
 }
 
 
