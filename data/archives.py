@@ -187,11 +187,24 @@ class TarSource(ArchiveSource):
         root: the data path.
         archive: the tar's name in it.
         class_of: the class of each file, for a tar without folders.
+        said_by: the file or folder that says so.
     """
 
-    def __init__(self, root: str, archive: str, class_of: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        archive: str,
+        class_of: dict[str, str] | None = None,
+        said_by: str | None = None,
+    ) -> None:
         path = os.path.join(root, archive)
-        super().__init__(root, archive, [path], partial(_fill_tar, path, class_of))
+
+        def fill(listing: Listing) -> None:
+            if said_by:
+                listing.watch(said_by)
+            _fill_tar(path, class_of, listing)
+
+        super().__init__(root, archive, [path, *([said_by] if said_by else [])], fill)
 
 
 class ShardSource(ArchiveSource):

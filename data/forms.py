@@ -95,7 +95,7 @@ class ListSource(IndexedSource):
     def __init__(self, root: str, split: str, path: str) -> None:
         try:
             index = open_index(
-                root, f"{split}-list", root, lambda listing: _fill_list(path, listing)
+                root, f"{split}-list", root, lambda listing: _fill_list(path, listing), [path]
             )
         except OSError as error:
             raise UserError(f"{path}: cannot read ({error.strerror})") from error
@@ -151,14 +151,14 @@ def _open_parquet(root: str, split: str, files: list[str]) -> IndexedSource:
 
 
 def _open_archive(root: str, split: str, archive: str) -> TarSource:
-    return TarSource(root, archive, None if split == "train" else _classes_of_val(root))
+    return TarSource(root, archive, *(() if split == "train" else _classes_of_val(root)))
 
 
-def _classes_of_val(root: str) -> dict[str, str]:
-    """The class of each image of ILSVRC2012_img_val.tar, from the kit or a list beside it."""
+def _classes_of_val(root: str) -> tuple[dict[str, str], str]:
+    """The class of each image of ILSVRC2012_img_val.tar, and the list or kit that says so."""
     if os.path.isfile(listed := os.path.join(root, "val.txt")):
         entries = [_entry(listed, number, line) for number, line in read_lines(listed)]
-        return {os.path.basename(path): label for path, label in entries}
+        return {os.path.basename(path): label for path, label in entries}, listed
     kits = [os.path.join(root, DEVKIT), os.path.join(root, f"{DEVKIT}.tar.gz")]
     if not (found := list(filter(os.path.exists, kits))):
         raise UserError(
@@ -166,7 +166,7 @@ def _classes_of_val(root: str) -> dict[str, str]:
             "https://image-net.org beside it, or val.txt with lines of a name and a class number"
         )
     classes = read_classes(found[0])
-    return {f"ILSVRC2012_val_{i:08d}.JPEG": name for i, name in enumerate(classes, 1)}
+    return {f"ILSVRC2012_val_{i:08d}.JPEG": name for i, name in enumerate(classes, 1)}, found[0]
 
 
 def read_classes(devkit: str) -> list[str]:

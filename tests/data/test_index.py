@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import tarfile
 import time
 from pathlib import Path
 
@@ -178,6 +179,28 @@ def test_a_new_shard_is_noticed(imagenet, tmp_path):
     assert len(open_source(str(tmp_path), "train").names) == 32
     (tmp_path / "train-000003.tar").unlink()
     assert len(open_source(str(tmp_path), "train").names) == 24
+
+
+def test_other_classes_of_an_archive_are_noticed(tmp_path, imagenet):
+    """A kept list must not outlive the list that gave its classes."""
+    names = [f"ILSVRC2012_val_{number:08}.JPEG" for number in (1, 2)]
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as archive:
+        for name in names:
+            archive.add(imagenet / "val/class0/0.jpg", name)
+    for labels in ((0, 1), (1, 0), (0, 1)):
+        lines = [f"{name} {label}\n" for name, label in zip(names, labels, strict=True)]
+        (tmp_path / "val.txt").write_text("".join(lines))
+        source = open_source(str(tmp_path), "val")
+        classes = [source.classes[label] for label in source.labels]
+        found = {os.path.basename(n): c for n, c in zip(source.names, classes, strict=True)}
+        assert found == {n: str(label) for n, label in zip(names, labels, strict=True)}
+
+
+def test_another_kind_of_list_is_noticed(tmp_path):
+    (tmp_path / "train.txt").write_text("a.jpg 0\n")
+    assert list(open_source(str(tmp_path), "train").names) == [f"{tmp_path}/a.jpg"]
+    (tmp_path / "train.csv").write_text("b.jpg,0\n")  # which goes first
+    assert list(open_source(str(tmp_path), "train").names) == [f"{tmp_path}/b.jpg"]
 
 
 def turns(rank: int, log: str) -> None:
