@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from data.loader import add_dataset_arguments, build_labelled_sources
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import TRANSFER_SETS
+from evaluation.baselines import BASELINES
 from evaluation.classification_metrics import MAP
 from evaluation.feature_files import add_feature_arguments, dump_features, load_features
 from evaluation.features import check_features, encode_images
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_subset_argument(parser)
     parser.add_argument("--nb-knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K")
     parser.add_argument("--temperature", type=float, default=0.07)
+    parser.add_argument(
+        "--baseline", choices=list(BASELINES), help="judge these features instead of an encoder's"
+    )
     add_feature_arguments(parser)
 
 
@@ -83,7 +87,10 @@ def encode(
             f"k-NN needs one class an image, those of {config.DATA.DATASET} have several: "
             "use eval_linear.py"
         )
-    encoder, origin = load_pretrained_encoder(args, config, run)
+    if args.baseline:
+        encoder, origin = BASELINES[args.baseline](), {"encoder": args.baseline}
+    else:
+        encoder, origin = load_pretrained_encoder(args, config, run)
     data = data_facts(
         config.DATA.DATA_PATH,
         **{n: (s.names, s.labels) for n, s in zip(("train", "test"), sources, strict=True)},

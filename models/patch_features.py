@@ -1,6 +1,6 @@
 """Features of patches instead of whole images."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -53,6 +53,11 @@ def _depth(encoder: nn.Module) -> int:
     return max(fitting)
 
 
+def has_class_token(encoder: nn.Module) -> TypeGuard[VisionTransformer]:
+    """Whether ``class_attention`` can be had of it."""
+    return isinstance(encoder, VisionTransformer) and encoder.cls_token is not None
+
+
 def class_attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """The attention of the class token to the patches in the last block.
 
@@ -66,7 +71,7 @@ def class_attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Raises:
         UserError: a backbone without a class token.
     """
-    if not isinstance(encoder, VisionTransformer) or encoder.cls_token is None:
+    if not has_class_token(encoder):
         raise UserError(f"{type(encoder).__name__} has no class token to draw the attention of")
     attention: Any = encoder.blocks[-1].attn  # of one of several classes of timm
     inputs: list[torch.Tensor] = []

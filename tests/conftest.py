@@ -51,9 +51,8 @@ def logged(monkeypatch) -> list[str]:
     return messages.lines
 
 
-@pytest.fixture
-def run_main(monkeypatch):
-    """Run a script's ``main`` in this process: ``run_main(module, *arguments)``."""
+def main_runner(monkeypatch: pytest.MonkeyPatch):
+    """What ``run_main`` gives."""
 
     def run(module, *arguments) -> None:
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
@@ -66,3 +65,16 @@ def run_main(monkeypatch):
                 dist.destroy_process_group()
 
     return run
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    """Run a script's ``main`` in this process: ``run_main(module, *arguments)``."""
+    return main_runner(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run_main_once():
+    """The same for what the tests of a file share."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield main_runner(monkeypatch)

@@ -56,6 +56,19 @@ def test_published_features_give_the_published_figures(run_main, features, tmp_p
     assert {k: [v["top1"], v["top5"]] for k, v in found["knn"].items()} == expected
 
 
+def test_a_baseline_needs_no_weights(run_main, imagenet, tmp_path):
+    """An image is its own nearest neighbour by its pixels, so training images judge themselves."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "val"):
+        (data / split).symlink_to(imagenet / "train")
+    flags = ["--baseline", "raw_pixels", "--nb-knn", "1"]
+    run_main(eval_knn, *arguments(data, tmp_path, *flags))
+    found = json.loads((tmp_path / "run/default/knn_imagenet/results.json").read_text())
+    assert found["knn"]["1"]["top1"] == 100
+    assert found["provenance"]["encoder"] == "raw_pixels"
+
+
 def test_dumped_features_give_the_same_figures(run_main, imagenet, tmp_path):
     flags = ["--nb-knn", "1", "5", "24"]
     dump = ["--random-weights", "--dump-features", tmp_path / "dump"]

@@ -73,8 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     paths = list(dict.fromkeys(str(Path(run).resolve()) for run in args.runs))
     rows = table(run_names(paths), [read_run(Path(path)) for path in paths])
-    shown = "".join(found[1] for row in rows for c in row[2:] if (found := MARKS.search(c)))
-    marks = [f"{mark} {said}" for mark, said in LEGEND.items() if mark in shown]
+    marks = remarks(rows)
     print(as_text(rows), *marks, sep="\n")
     for path, text in ((args.csv, as_csv(rows)), (args.markdown, as_markdown(rows, marks))):
         if path:
@@ -164,6 +163,12 @@ def table(names: list[str], runs: list[Compared]) -> list[list[str]]:
         cells = [marked(found, figure, first) for found in have]
         rows.append(["results", key, *cells])
     return rows
+
+
+def remarks(rows: list[list[str]]) -> list[str]:
+    """What the marks in a table mean, a line for each that it has."""
+    shown = "".join(found[1] for row in rows for c in row[2:] if (found := MARKS.search(c)))
+    return [f"{mark} {said}" for mark, said in LEGEND.items() if mark in shown]
 
 
 def named(run: Compared, part: str) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
@@ -35,7 +37,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this tool."""
-    parser.add_argument("picture", choices=list(PICTURES))
+    parser.add_argument("picture", choices=list(COUNTS))
     add_pretrained_arguments(parser)
     add_dataset_arguments(parser)
     parser.add_argument(
@@ -59,14 +61,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a picture is of.
+
+    Attributes:
+        config: sizes of images, the data set, the seed.
+        images: those that are drawn.
+        encoder: in eval mode, on the device of ``run``.
+        run: device and precision.
+    """
+
+    config: CfgNode
+    images: ImageSource
+    encoder: nn.Module
+    run: Run
+
+
 def main() -> None:
     """Images, encoder, picture."""
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
     run = start(config, os.path.join(run_folder(config), "pictures"))
-    draw, count = PICTURES[args.picture]
-    images = find_images(args.files) if args.files else choose(args, config, count)
+    if args.files:
+        images: ImageSource = find_images(args.files)
+    else:
+        images = choose(
+            build_source(config, "val", args.download), args.images or COUNTS[args.picture], config
+        )
     encoder, _ = load_pretrained_encoder(args, config, run)
-    picture = draw(args, config, images, encoder, run)
+    subject = Subject(config, images, encoder, run)
+    if args.picture == "attention":
+        picture = draw_attention(subject, args.size)
+    elif args.picture == "components":
+        picture = draw_components(subject, args.size, args.foreground)
+    elif args.picture == "neighbours":
+        train = build_source(config, "train", args.download)
+        picture = draw_neighbours(subject, train, args.neighbours)
+    else:
+        picture = draw_features(subject, args.method)
     path = os.path.join(run.folder, f"{args.picture}.png")
     if rank() == 0:
         picture.save(path)
@@ -85,9 +117,8 @@ def find_images(paths: list[str]) -> ImageFiles:
     return ImageFiles(names, [-1] * len(names))
 
 
-def choose(args: argparse.Namespace, config: CfgNode, count: int) -> PartOfSource:
-    """``--images`` of the validation images, drawn by SEED, equally many of each class."""
-    source = build_source(config, "val", args.download)
+def choose(source: ImageSource, count: int, config: CfgNode) -> PartOfSource:
+    """``count`` of the images, drawn by SEED, equally many of each class."""
     if np.ndim(source.labels) > 1:
         raise UserError(f"{config.DATA.DATASET} has several classes an image: use --files")
     order = np.random.default_rng(config.SEED).permutation(len(source.names))
@@ -96,7 +127,7 @@ def choose(args: argparse.Namespace, config: CfgNode, count: int) -> PartOfSourc
     for index in order:
         rounds.append(seen[source.labels[index]])
         seen[source.labels[index]] += 1
-    chosen = order[np.argsort(rounds, kind="stable")][: args.images or count]
+    chosen = order[np.argsort(rounds, kind="stable")][:count]
     return PartOfSource(source, chosen.tolist())
 
 
@@ -117,15 +148,11 @@ def resized(image: Image.Image, size: int, encoder: nn.Module) -> Image.Image:
 
 @torch.inference_mode()
 def of_patches(
-    function: Callable[..., torch.Tensor],
-    args: argparse.Namespace,
-    config: CfgNode,
-    images: ImageSource,
-    encoder: nn.Module,
-    run: Run,
+    function: Callable[..., torch.Tensor], subject: Subject, size: int | None
 ) -> list[torch.Tensor]:
     """``function(encoder, image)`` of each image by itself, since their sizes differ."""
-    size = args.size or 2 * config.DATA.IMG_SIZE
+    size = size or 2 * subject.config.DATA.IMG_SIZE
+    images, encoder, run = subject.images, subject.encoder, subject.run
     found = []
     for index in range(len(images.names)):
         pixels = np.asarray(resized(images.read_image(index), size, encoder))
@@ -135,18 +162,19 @@ def of_patches(
     return found
 
 
-def draw_attention(
-    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
-) -> Image.Image:
-    """For each image the attention of the class token: the mean of the heads, then each head."""
+def draw_attention(subject: Subject, size: int | None = None) -> Image.Image:
+    """For each image the attention of the class token: the mean of the heads, then each head.
+
+    Args:
+        subject: of an encoder with a class token.
+        size: short side in pixels at which images are encoded; default: twice DATA.IMG_SIZE.
+    """
     rows = []
-    for index, heads in enumerate(of_patches(class_attention, args, config, images, encoder, run)):
-        picture = fit(images.read_image(index))
-        tiles = [Tile(picture, caption(images, index))]
+    for index, heads in enumerate(of_patches(class_attention, subject, size)):
+        picture = fit(subject.images.read_image(index))
+        tiles = [Tile(picture, caption(subject.images, index))]
         named = {"mean": heads.mean(0), **{f"head {i}": head for i, head in enumerate(heads, 1)}}
-        for name, values in named.items():
-            scaled = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
-            tiles.append(Tile(overlay(picture, scaled.numpy()), name))
+        tiles += [Tile(overlay(picture, scaled(values)), name) for name, values in named.items()]
         lines = -(-len(tiles) // 8)  # no more than 8 side by side
         width = -(-len(tiles) // lines)
         rows += [tiles[i : i + width] for i in range(0, len(tiles), width)]
@@ -154,12 +182,44 @@ def draw_attention(
     return draw_sheet(rows, (note,))
 
 
+def draw_similarity(subject: Subject, size: int | None = None) -> Image.Image:
+    """Each image beside the cosine similarity of its patches to their mean.
+
+    It is for encoders that average their patches, and have no class token.
+
+    Args:
+        subject: of an encoder with patch features.
+        size: short side in pixels at which images are encoded; default: twice DATA.IMG_SIZE.
+    """
+    tiles = []
+    for index, patches in enumerate(of_patches(patch_features, subject, size)):  # hxwxC each
+        values = F.cosine_similarity(patches, patches.mean((0, 1)), dim=2)
+        picture = fit(subject.images.read_image(index))
+        tiles.append(Tile(picture, caption(subject.images, index)))
+        tiles.append(Tile(overlay(picture, scaled(values))))
+    rows = [tiles[i : i + 6] for i in range(0, len(tiles), 6)]
+    note = "Similarity of each patch to the mean of all, dark to bright, each on its own scale."
+    return draw_sheet(rows, (note,))
+
+
+def scaled(values: torch.Tensor) -> np.ndarray:
+    """Values from their least, 0, to their greatest, 1."""
+    low, high = values.min(), values.max()
+    return ((values - low) / (high - low).clamp(min=1e-12)).numpy()
+
+
 def draw_components(
-    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
+    subject: Subject, size: int | None = None, foreground: bool = False
 ) -> Image.Image:
-    """Each image beside its patches coloured by the first three principal components."""
-    features = of_patches(patch_features, args, config, images, encoder, run)  # hxwxC each
-    coloured = principal_colours(features, args.foreground)
+    """Each image beside its patches coloured by the first three principal components.
+
+    Args:
+        subject: of an encoder with patch features.
+        size: short side in pixels at which images are encoded; default: twice DATA.IMG_SIZE.
+        foreground: colour the foreground alone, see ``principal_colours``.
+    """
+    images = subject.images
+    coloured = principal_colours(of_patches(patch_features, subject, size), foreground)
     tiles = []
     for index, colours in enumerate(coloured):
         picture = fit(images.read_image(index))
@@ -215,16 +275,23 @@ def _border(grid: tuple[int, ...]) -> torch.Tensor:
     return border
 
 
-def draw_neighbours(
-    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
-) -> Image.Image:
-    """A row for each image: it, then its nearest training images with their similarities."""
-    train = build_source(config, "train", args.download)
+def draw_neighbours(subject: Subject, train: ImageSource, count: int = 8) -> Image.Image:
+    """A row for each image: it, then its nearest training images with their similarities.
+
+    Args:
+        subject: the queries, and what encodes them.
+        train: among which neighbours are sought.
+        count: neighbours of a query.
+
+    Raises:
+        UserError: training images of several classes each.
+    """
+    config, images, encoder, run = subject.config, subject.images, subject.encoder, subject.run
     if np.ndim(train.labels) > 1:
         raise UserError(f"{config.DATA.DATASET} has several classes an image, neighbours need one")
     keys, _ = encode_images(config, encoder, train, run, normalize=True)
     queries, _ = encode_images(config, encoder, images, run, normalize=True)
-    best, nearest = (queries @ keys.T).topk(min(args.neighbours, len(keys)), dim=1)
+    best, nearest = (queries @ keys.T).topk(min(count, len(keys)), dim=1)
     rows = []
     for index in range(len(images.names)):
         own = caption(images, index)
@@ -241,22 +308,16 @@ def draw_neighbours(
     return draw_sheet(rows, (note,))
 
 
-def draw_features(
-    args: argparse.Namespace, config: CfgNode, images: ImageSource, encoder: nn.Module, run: Run
-) -> Image.Image:
-    """The features of the images in the plane, coloured by class."""
-    features, labels = encode_images(config, encoder, images, run, normalize=True)
+def draw_features(subject: Subject, method: str = METHODS[0]) -> Image.Image:
+    """The features of the images in the plane, coloured by class; ``method`` makes the layout."""
+    config, images = subject.config, subject.images
+    features, labels = encode_images(config, subject.encoder, images, subject.run, normalize=True)
     names = images.classes or ["images"]
-    return draw_map(features.numpy(), labels.numpy(), names, args.method, config.SEED)
+    return draw_map(features.numpy(), labels.numpy(), names, method, config.SEED)
 
 
-# what is drawn, and of how many images
-PICTURES = {
-    "attention": (draw_attention, 6),
-    "components": (draw_components, 6),
-    "neighbours": (draw_neighbours, 8),
-    "map": (draw_features, 2000),
-}
+# pictures, and of how many images each is unless --images says
+COUNTS = {"attention": 6, "components": 6, "neighbours": 8, "map": 2000}
 
 if __name__ == "__main__":
     run_script(main)

@@ -1,13 +1,12 @@
 """What the pictures show, and how they are laid out."""
 
-from argparse import Namespace
-
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, write_images
 from PIL import Image
 
+from data.source import open_source
 from models.encoder import create_encoder
 from models.patch_features import class_attention
 from tools import sheet, visualize
@@ -64,6 +63,20 @@ def test_attention_sheet(draw, tmp_path):
     assert all(not np.array_equal(shown[0], other) for other in shown[1:])
     with pytest.raises(UserError, match="no class token"):
         draw("attention", "--images", "1", encoder="swin_tiny")
+
+
+def test_similarity_is_that_to_the_mean_of_the_patches(monkeypatch, imagenet):
+    """One patch unlike all others is the darkest."""
+    config = load_config(str(ROOT / "configs/synco_vit_tiny.yaml"), [])
+    patches = torch.ones(4, 4, 8)
+    patches[1, 2] = -patches[1, 2]
+    monkeypatch.setattr(visualize, "of_patches", lambda *_: [patches])
+    shown = []
+    monkeypatch.setattr(visualize, "overlay", lambda picture, v: shown.append(v) or picture)
+    images = visualize.choose(open_source(str(imagenet), "val"), 1, config)
+    visualize.draw_similarity(visualize.Subject(config, images, None, None))
+    assert np.unravel_index(shown[0].argmin(), (4, 4)) == (1, 2)
+    assert shown[0].min() == 0 and shown[0].max() == 1
 
 
 def test_many_heads_wrap(draw):
@@ -145,8 +158,7 @@ def test_map_of_the_tool(draw):
 
 def test_images_are_of_all_classes_alike(imagenet):
     config = load_config(str(ROOT / "configs/synco_vit_tiny.yaml"), [])
-    config.DATA.DATA_PATH = str(imagenet)
-    chosen = visualize.choose(Namespace(images=4, download=False), config, 6)
+    chosen = visualize.choose(open_source(str(imagenet), "val"), 4, config)
     assert sorted(chosen.labels) == [0, 0, 1, 1]
     assert chosen.read_image(0).size == Image.open(chosen.names[0]).size
 
