@@ -36,6 +36,8 @@ from utils.training_log import TrainingLog, duration, measure_throughput
 from utils.update import Update, allow_tf32
 
 if TYPE_CHECKING:
+    from data.source import ImageSource
+    from evaluation.online_probe import OnlineProbe
     from models.pretrained import EncoderFile
 
 PARTS = ("encoder", "projector", "predictor")  # whose gradient norms are reported
@@ -76,6 +78,7 @@ def main() -> None:
         describe(effective, model, loader, run)
 
         progress, resumed_from = resume(saved, effective, model, update, loader, run)
+        probe = build_probe(config, model, source, run, saved)
         saved = None  # its tensors take memory
         if weights and not resumed_from:
             start_from(weights, model, run)
@@ -91,6 +94,7 @@ def main() -> None:
             place = progress.state_dict() | {"lr_scheduler": scheduler.state_dict()}
             came_from = provenance | {"epoch": progress.epoch, "step": progress.step}
             came_from |= moment(run.device, run.started)
+            place |= {"probe": probe.state_dict()} if probe else {}
             return training_state(effective, model, update, **place, provenance=came_from)
 
         checkpoints = Checkpoints(config, run, progress, state, resumed_from)
@@ -111,7 +115,8 @@ def main() -> None:
             while progress.epoch < config.TRAIN.EPOCHS:
                 ddp.train()
                 loader.start_at(progress.epoch, progress.images_seen)
-                forward = partial(forward_views, ddp, run.device, progress.epoch)
+                views = partial(forward_views, ddp, run.device, progress.epoch)
+                forward = probe.learning(views) if probe else views
                 for micro_batches in watch(loader):
                     bad_images.note(micro_batches)
                     with checkpoints.update_under_way():
@@ -122,6 +127,8 @@ def main() -> None:
                         result = update(micro_batches, forward)
                         for output in result.outputs:  # all micro-batches saw the same queue
                             model.enqueue(*output.keys, result.finite)
+                        if probe:
+                            probe.step(result.finite)
                         progress.advance()
 
                     # a signal on any process, and SAVE_MINUTES by the clock of the first
@@ -163,12 +170,12 @@ def forward_views(
 
     SynCo makes synthetic negatives in a window of epochs, so the epoch is passed in.
     """
-    # the third item says which images were replaced; the views stay channels last in memory
+    # which images were replaced, and labels, come next; the views stay channels last in memory
     views = [v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in batch[:2]]
-    if len(batch) > 3:  # the draws of DATA.BACKEND device
+    if len(batch) > 4:  # the draws of DATA.BACKEND device
         from data.device_views import finish
 
-        draws = (part.to(device, non_blocking=True) for part in batch[3:])
+        draws = (part.to(device, non_blocking=True) for part in batch[4:])
         return model(*(finish(*pair) for pair in zip(views, draws, strict=True)), epoch)
     return model(*(normalize(view) for view in views), epoch)
 
@@ -287,6 +294,24 @@ def resume(
         warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
     run.logger.info("resumed from %s at update %d", path, progress.step)
     return progress, path
+
+
+def build_probe(
+    config: CfgNode,
+    model: MomentumMethod,
+    source: "ImageSource",
+    run: Run,
+    saved: tuple[str, dict[str, Any]] | None,
+) -> "OnlineProbe | None":
+    """The linear classifier of TRAIN.PROBE, as it was when the checkpoint was saved."""
+    if not config.TRAIN.PROBE:
+        return None
+    from evaluation.online_probe import OnlineProbe  # only here: most runs have none
+
+    probe = OnlineProbe(model.encoder.num_features, source, run.device)
+    if saved:
+        probe.load_state_dict(*saved)
+    return probe
 
 
 @torch.no_grad()

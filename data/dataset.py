@@ -55,15 +55,16 @@ class TwoViews(Dataset):
         return len(self.source.names)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor | int, ...]:
-        """(epoch, index) -> two uint8 images of size x size x 3, and -1 or the bad image's index.
+        """(epoch, index) -> two uint8 images of size x size x 3, and two numbers.
 
-        With the back end ``device`` the draws of both views follow, see ``data.device_views``.
+        They are -1, or the index of the bad image that was replaced, and the label. With the back
+        end ``device`` the draws of both views follow, see ``data.device_views``.
 
         Raises:
             UserError: neither the image nor its replacements can be read.
         """
         epoch, index = key
-        image, replaced = self._decode_or_replace(epoch, index)
+        image, used = self._decode_or_replace(epoch, index)
         width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
         views, draws = [], []
         for number, augmentation in enumerate(self.augmentations):
@@ -79,13 +80,14 @@ class TwoViews(Dataset):
             else:
                 view = opencv.apply_view(image, drawn, self.size)
             views.append(torch.from_numpy(np.ascontiguousarray(view)))
-        return *views, replaced, *draws
+        replaced = -1 if used == index else index
+        return *views, replaced, self.source.labels[used], *draws
 
     def _decode_or_replace(self, epoch: int, index: int) -> tuple[Image.Image | np.ndarray, int]:
         errors: list[UserError] = []
         for candidate in self._candidates(epoch, index):
             try:
-                return self._decode(candidate), index if errors else -1
+                return self._decode(candidate), candidate
             except UserError as error:
                 errors.append(error)
         if len(errors) == 1:

@@ -60,11 +60,13 @@ class Output(Forward):
         accuracy: share of the queries, 0 to 1, whose own key is the most similar of all keys.
         positive: mean cosine similarity of a query and its own key.
         keys: k1 and k2, (B, dim), without gradient.
+        features: of both views by the online encoder, (B, F) each, without gradient.
     """
 
     accuracy: torch.Tensor
     positive: torch.Tensor
     keys: tuple[torch.Tensor, torch.Tensor]
+    features: tuple[torch.Tensor, ...] = ()
 
 
 class MomentumMethod(nn.Module):
@@ -120,6 +122,7 @@ class MomentumMethod(nn.Module):
             k1 = self._normalize(self.projector_k(key1))
             k2 = self._normalize(self.projector_k(key2))
         output = self.loss(q1, q2, k1, k2, epoch)
+        output.features = online1.detach(), online2.detach()
         output.figures = {"accuracy": output.accuracy, "positive": output.positive}
         output.figures |= spread_figures((q1, q2), (k1, k2), self.queues())
         return output

@@ -57,11 +57,11 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
     """One image, height x width x 3 of uint8."""
     short = min(width, height)
     # a background of smooth patches around one tint
-    coarse = tint(rng, rng.uniform(40, 215)) + rng.normal(0, 15, (3, 3, 3))
+    coarse = tint(rng, rng.uniform(40, 215)) + rng.normal(0, 6, (3, 3, 3))
     image = cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     # coordinates around the object's centre, turned, in units of its radius
-    radius = short * rng.uniform(0.3, 0.5)
-    cx, cy = (rng.uniform(0.8 * radius, side - 0.8 * radius) for side in (width, height))
+    radius = short * rng.uniform(0.4, 0.5)
+    cx, cy = (rng.uniform(0.65 * radius, side - 0.65 * radius) for side in (width, height))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     x, y = (x - cx) / radius, (y - cy) / radius
@@ -74,10 +74,10 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
     first, second = tint(rng, levels[0]), tint(rng, levels[1])
     image = image * (1 - mask) + (first * light + second * (1 - light)) * mask
     # lighting falls off across the image, and the sensor adds noise
-    slope = rng.uniform(-0.35, 0.35, 2)
+    slope = rng.uniform(-0.2, 0.2, 2)
     yy, xx = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     image = image * (rng.uniform(0.7, 1.1) + slope[0] * xx + slope[1] * yy)[..., None]
-    image += rng.normal(0, rng.uniform(2, 8), image.shape)
+    image += rng.normal(0, rng.uniform(2, 5), image.shape)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -106,7 +106,7 @@ def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The share of the first colour at each point (u, v), 0 or 1."""
-    step = rng.uniform(0.36, 0.6)
+    step = rng.uniform(0.42, 0.55)
     a, b = u / step + rng.uniform(0, 1), v / step + rng.uniform(0, 1)
     radius, turn = np.hypot(u, v) / step, np.arctan2(v, u) / (2 * np.pi)
     if texture == "stripes":

@@ -44,6 +44,7 @@ class Panel:
 PANELS = (
     Panel("Loss", "loss", ("loss",)),
     Panel("k-NN accuracy of the val images", "top-1 (%)", ("knn",), 100),
+    Panel("Linear classifier on the training views", "top-1 (%)", ("probe",), 100),
     Panel("Test images", "metric (%)", ("value",)),
     Panel("Similarity", "mean cosine similarity", ("positive", "negative")),
     Panel("Spread of the features (low: collapse)", "standard deviation", ("feature_std",)),

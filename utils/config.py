@@ -108,6 +108,8 @@ KEYS = {
         "written"),
     "TRAIN.SAVE_PATIENCE": Key(10.0, (0, 1e9), "minutes to go on trying to write the last one"),
     "TRAIN.KNN_FREQ": Key(0, COUNT, "epochs between k-NN accuracies of the val images; 0: none"),
+    "TRAIN.PROBE": Key(False, (), "a linear classifier that learns beside pre-training, and changes"
+        " nothing of it; its accuracy comes into the log"),
     "TRAIN.MAX_SKIPPED_UPDATES": Key(20, (1, 10**9), "updates in a row with a loss or gradient that"
         " is not finite, after which the run stops"),
     "TRAIN.ACCUMULATION_STEPS": Key(0, COUNT, "micro-batches in an update; 0 and 1: no more"),

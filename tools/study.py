@@ -1,0 +1,292 @@
+"""Compare settings over several seeds: train and judge every run, then one table.
+
+    python -m tools.study FILE [--jobs N] [--part I/N] [--table]
+
+FILE is YAML, see docs/studies.md. The same command continues a study that was stopped: runs that
+are finished stay, and one that was stopped goes on from its checkpoint.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools import plot_run
+from tools.compare import as_csv, as_markdown, as_text, read_json
+from utils.arguments import number_in
+from utils.config import load_config
+from utils.errors import UserError
+from utils.run import run_script, write_text
+from utils.signals import RESUMABLE
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = "study.json"  # in a run folder: what it was started with
+LOG = "study.log"
+NEIGHBOURS = 20
+
+
+@dataclass(frozen=True)
+class Study:
+    """The content of a study's file.
+
+    Attributes:
+        cfg: the recipe that all runs share.
+        data_path: folder of the data set.
+        output: where run folders and tables are written.
+        settings: keys that differ from the recipe, by the setting's name.
+        seeds: of the setting of that name.
+        processes: of a run.
+        opts: keys that differ from the recipe in all runs.
+    """
+
+    cfg: str
+    data_path: str
+    output: str
+    settings: dict[str, dict[str, Any]]
+    seeds: dict[str, list[int]]
+    processes: int = 1
+    opts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a study: a setting with a seed.
+
+    Attributes:
+        setting: its name.
+        seed: of the run.
+        opts: all keys that differ from the recipe.
+        folder: the run folder.
+    """
+
+    setting: str
+    seed: int
+    opts: dict[str, Any]
+    folder: Path
+
+    def results(self) -> Path:
+        """Where its k-NN figures are written."""
+        return self.folder / "knn_imagenet" / "results.json"
+
+
+def main() -> None:
+    """Run what is missing, then write the table and the curves."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", metavar="FILE", help="the study, in YAML")
+    parser.add_argument(
+        "--jobs",
+        type=number_in(1, 1000),
+        default=1,
+        metavar="N",
+        help="runs at a time (default: 1)",
+    )
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="run only every Nth, as task I of an array of N",
+    )
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table")
+    args = parser.parse_args()
+    study = read_study(args.file)
+    jobs = list_jobs(study)
+    failed: list[str] = []
+    if not args.table:
+        part, parts = read_part(args.part)
+        own = [job for job in jobs[part - 1 :: parts] if not finished(job)]
+        print(f"{len(jobs)} runs, {len(own)} of them to do here", flush=True)
+        with ThreadPoolExecutor(int(args.jobs)) as pool:
+            failed = [said for said in pool.map(lambda job: run(study, job), own) if said]
+    rows = table(jobs)
+    print(as_text(rows))
+    write_text(os.path.join(study.output, "study.csv"), as_csv(rows))
+    write_text(os.path.join(study.output, "study.md"), as_markdown(rows, []))
+    draw(study, jobs)
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def read_study(path: str) -> Study:
+    """Read and check a study's file.
+
+    Raises:
+        UserError: missing, malformed, or with an unknown key.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a list of keys and values")
+    content = dict(content)
+    shared = content.pop("seeds", None)
+    settings, seeds = {}, {}
+    for name, keys in as_mapping(path, "settings", content.pop("settings", None)).items():
+        keys = dict(as_mapping(path, f"settings {name}", keys or {}))
+        seeds[str(name)] = seed_list(path, keys.pop("seeds", shared))
+        settings[str(name)] = keys
+    missing = {"cfg", "data_path", "output"} - set(content)
+    unknown = set(content) - {"cfg", "data_path", "output", "processes", "opts"}
+    if missing or unknown:
+        what = f"no {min(missing)}" if missing else f"unknown key {min(unknown)}"
+        raise UserError(
+            f"{path}: {what}; a study has cfg, data_path, output, seeds, settings, "
+            "and may have processes and opts"
+        )
+    study = Study(settings=settings, seeds=seeds, **content)
+    for keys in settings.values():
+        load_config(study.cfg, flat(study.opts | keys))  # a mistake shows now, not at night
+    return study
+
+
+def as_mapping(path: str, name: str, value: Any) -> Mapping[Any, Any]:
+    """``value``, if it is a mapping."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}: {name} must be a mapping, got {value!r}")
+    return value
+
+
+def seed_list(path: str, value: Any) -> list[int]:
+    """``seeds`` of a file: a list, or how many, from 0."""
+    if isinstance(value, int) and value > 0:
+        return list(range(value))
+    if isinstance(value, list) and value and all(isinstance(seed, int) for seed in value):
+        return value
+    raise UserError(f"{path}: seeds must be a number of seeds or a list of them, got {value!r}")
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """``I/N`` -> I, N.
+
+    Raises:
+        UserError: something else.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise UserError(f"--part must be I/N with I from 1 to N, got {text!r}")
+    return part, parts
+
+
+def list_jobs(study: Study) -> list[Job]:
+    """All runs, seed by seed, so that a study that is stopped has whole comparisons."""
+    jobs = []
+    for seed in sorted({seed for seeds in study.seeds.values() for seed in seeds}):
+        for setting, keys in study.settings.items():
+            if seed in study.seeds[setting]:
+                name = re.sub(r"\W+", "_", setting)
+                opts = study.opts | keys | {"SEED": seed, "MODEL.NAME": name}
+                folder = Path(study.output, name, f"seed{seed}")
+                jobs.append(Job(setting, seed, opts, folder))
+    return jobs
+
+
+def finished(job: Job) -> bool:
+    """Whether a run has been judged already.
+
+    Raises:
+        UserError: its folder holds a run with other settings.
+    """
+    path = job.folder / SETTINGS
+    if path.exists() and read_json(path) != json.loads(json.dumps(job.opts)):
+        raise UserError(f"{job.folder}: a run with other settings is there: choose another output")
+    return job.results().exists()
+
+
+def run(study: Study, job: Job) -> str | None:
+    """Train and judge; returns what went wrong, in a line, or None."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_text(str(job.folder / SETTINGS), json.dumps(job.opts, indent=2))
+    common = ["--cfg", study.cfg, "--data-path", study.data_path, "--output", study.output]
+    common += ["--tag", job.folder.name, "--opts", *flat(job.opts)]
+    launch = [sys.executable]
+    if study.processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc_per_node={study.processes}"]
+    knn = [sys.executable, str(ROOT / "eval_knn.py"), "--nb-knn", str(NEIGHBOURS), *common]
+    with open(job.folder / LOG, "ab") as log:
+        for command in ([*launch, str(ROOT / "main_pretrain.py"), *common], knn):
+            made = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            if made.returncode:
+                stopped = made.returncode == RESUMABLE
+                why = "stopped, the same command continues it" if stopped else "failed"
+                return f"{job.setting}, seed {job.seed}: {why} (see {job.folder / LOG})"
+    print(f"{job.setting}, seed {job.seed}: {figure(job):.2f}", flush=True)
+    return None
+
+
+def flat(opts: Mapping[str, Any]) -> list[str]:
+    """Keys and values as ``--opts`` takes them."""
+    return [str(part) for pair in opts.items() for part in pair]
+
+
+def figure(job: Job) -> float | None:
+    """The k-NN accuracy of a run in per cent, None if it has none."""
+    if not job.results().exists():
+        return None
+    return float(read_json(job.results())["knn"][str(NEIGHBOURS)]["top1"])
+
+
+def table(jobs: list[Job]) -> list[list[str]]:
+    """A row for each setting: mean, standard error, difference to the first setting, each seed.
+
+    The difference is of the same seeds, which share weights at the start and the order of images;
+    its standard error is that of the differences.
+    """
+    found: dict[str, dict[int, float | None]] = {}
+    for job in jobs:
+        found.setdefault(job.setting, {})[job.seed] = figure(job)
+    first = next(iter(found))
+    seeds = sorted({job.seed for job in jobs})
+    head = ["setting", "runs", f"{NEIGHBOURS}-NN (%)", f"difference to {first}"]
+    rows = [[*head, *(f"seed {seed}" for seed in seeds)]]
+    for setting, by_seed in found.items():
+        known = {seed: value for seed, value in by_seed.items() if value is not None}
+        apart = [
+            value - base
+            for seed, value in known.items()
+            if (base := found[first].get(seed)) is not None
+        ]
+        cells = ["not run" if by_seed.get(seed) is None else f"{known[seed]:.1f}" for seed in seeds]
+        cells = [c if seed in by_seed else "" for c, seed in zip(cells, seeds, strict=True)]
+        difference = "" if setting == first else mean_and_error(apart, "+.1f")
+        row = [setting, str(len(known)), mean_and_error(list(known.values())), difference]
+        rows.append([*row, *cells])
+    return rows
+
+
+def mean_and_error(values: list[float], form: str = ".1f") -> str:
+    """Mean, and its standard error where there are several values."""
+    if not values:
+        return "not run"
+    mean = format(statistics.fmean(values), form)
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+def draw(study: Study, jobs: list[Job]) -> None:
+    """The curves of each setting's first seed, as ``tools.plot_run`` draws them."""
+    runs: dict[str, Any] = {}
+    for job in jobs:
+        if job.setting not in runs and job.results().exists():
+            runs[job.setting] = plot_run.read_metrics(str(job.folder))
+    if runs:
+        plot_run.draw(runs).savefig(os.path.join(study.output, "study.png"), dpi=120)
+
+
+if __name__ == "__main__":
+    run_script(main)
