@@ -110,9 +110,12 @@ def main() -> None:
             failed = [said for said in pool.map(lambda job: run(study, job), own) if said]
     rows = table(jobs)
     print(as_text(rows))
-    write_text(os.path.join(study.output, "study.csv"), as_csv(rows))
-    write_text(os.path.join(study.output, "study.md"), as_markdown(rows, []))
-    draw(study, jobs)
+    tables = os.path.join(study.output, Path(args.file).stem)  # studies may share an output
+    os.makedirs(study.output, exist_ok=True)
+    write_text(f"{tables}.csv", as_csv(rows))
+    write_text(f"{tables}.md", as_markdown(rows, []))
+    draw(jobs, f"{tables}.png")
+    print(f"{tables}.md, .csv and .png written")
     if failed:
         raise UserError("; ".join(failed))
 
@@ -278,14 +281,14 @@ def mean_and_error(values: list[float], form: str = ".1f") -> str:
     return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
 
 
-def draw(study: Study, jobs: list[Job]) -> None:
-    """The curves of each setting's first seed, as ``tools.plot_run`` draws them."""
+def draw(jobs: list[Job], path: str) -> None:
+    """Draw the curves of each setting's first seed, as ``tools.plot_run`` draws them."""
     runs: dict[str, Any] = {}
     for job in jobs:
         if job.setting not in runs and job.results().exists():
             runs[job.setting] = plot_run.read_metrics(str(job.folder))
     if runs:
-        plot_run.draw(runs).savefig(os.path.join(study.output, "study.png"), dpi=120)
+        plot_run.draw(runs).savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
