@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo demo-real test test-gpu lint clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -11,6 +11,11 @@ $(VENV)/installed: requirements.txt
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh demo
+
+# on your own photographs: make demo-real DATA=folder
+demo-real: $(VENV)/installed
+	@test -d "$(DATA)" || { echo "DATA=$(DATA): no such folder, use make demo-real DATA=folder"; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo_real.sh "$(DATA)" demo-real
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -30,4 +35,4 @@ test-gpu: $(VENV)/installed
 	$(BIN)/python -m tools.gpu_page gpu.md
 
 clean:
-	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
+	rm -rf demo demo-real .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis

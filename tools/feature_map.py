@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils.errors import UserError
 
@@ -16,6 +16,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 MOST = len(COLOURS) * len(MARKERS)
 OTHERS = "#C8C8C8"
+SHEET = 1000  # pixels, of a side of a map of images
 
 
 def draw_map(
@@ -67,6 +68,29 @@ def draw_map(
     with io.BytesIO() as buffer:
         figure.savefig(buffer, bbox_inches="tight", pad_inches=0.1)
         return Image.open(buffer).convert("RGB")
+
+
+def draw_pictures(
+    features: np.ndarray, pictures: list[Image.Image], method: str, seed: int
+) -> Image.Image:
+    """Draw images at the places of their features in the plane, like ones close.
+
+    Args:
+        features: (N, F), L2-normalised.
+        pictures: N of them.
+        method, seed: as for ``draw_map``.
+
+    Raises:
+        UserError: too few images, or a package is missing.
+    """
+    points = embed(features, method, seed)
+    places = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-12)  # 0 to 1
+    side = int(np.clip(SHEET / len(pictures) ** 0.5, 24, 120))
+    sheet = Image.new("RGB", (SHEET + side, SHEET + side), "white")
+    for picture, (x, y) in zip(pictures, places * SHEET, strict=True):
+        small = ImageOps.contain(picture, (side, side))
+        sheet.paste(small, (round(x), round(y)))
+    return sheet
 
 
 def embed(features: np.ndarray, method: str, seed: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Turn folders of images into train/ and val/: each folder becomes a class."""
+"""Turn folders of images into train/ and val/: each folder becomes a class.
+
+With ``--one-class`` all images, however they lie, become one class, for pre-training alone.
+"""
 
 import argparse
 import os
@@ -15,11 +18,14 @@ from utils.run import run_script
 
 def main() -> None:
     """Check every image, shuffle each class, and copy."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="a folder of folders of images, of any depth")
     parser.add_argument("folder", help="where train/ and val/ are written")
     parser.add_argument("--val-share", type=float, default=0.1, help="share of a class in val/")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--one-class", action="store_true", help="all images are of one class, however they lie"
+    )
     args = parser.parse_args()
     if not os.path.isdir(args.source):
         raise UserError(f"{args.source}: no such folder")
@@ -27,9 +33,11 @@ def main() -> None:
         raise UserError(f"--val-share must lie between 0 and 1, got {args.val_share}")
     counts = {"train": 0, "val": 0}
     left_out: Counter[str] = Counter()
-    for name in sorted(os.listdir(args.source)):
-        top = os.path.join(args.source, name)
-        if is_hidden(name) or not os.path.isdir(top):
+    tops = {name: os.path.join(args.source, name) for name in sorted(os.listdir(args.source))}
+    if args.one_class:
+        tops = {"images": args.source}
+    for name, top in tops.items():
+        if not args.one_class and (is_hidden(name) or not os.path.isdir(top)):
             continue
         images = [path for path in sorted(list_images(top, left_out)) if readable(path)]
         if len(images) < 2:
@@ -47,7 +55,8 @@ def main() -> None:
             counts[split] += 1
     log_left_out(args.source, left_out)
     if not counts["train"]:
-        raise UserError(f"{args.source}: no folder with at least two readable images")
+        where = "not" if args.one_class else "no folder with"
+        raise UserError(f"{args.source}: {where} at least two readable images")
     print(f"{counts['train']} training and {counts['val']} validation images in {args.folder}")
 
 

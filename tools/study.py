@@ -149,6 +149,15 @@ def read_study(path: str) -> Study:
             f"{path}: {what}; a study has cfg, data_path, output, seeds, settings, "
             "and may have processes and opts"
         )
+    for name in ("cfg", "data_path", "output"):
+        if not isinstance(content[name], str):
+            raise UserError(f"{path}: {name} must be a path, got {content[name]!r}")
+    as_mapping(path, "opts", content.get("opts", {}))
+    if not settings:
+        raise UserError(f"{path}: settings has none, and a study needs at least one")
+    processes = content.get("processes", 1)
+    if not isinstance(processes, int) or processes < 1:
+        raise UserError(f"{path}: processes must be a number from 1, got {processes!r}")
     study = Study(settings=settings, seeds=seeds, **content)
     for keys in settings.values():
         load_config(study.cfg, flat(study.opts | keys))  # a mistake shows now, not at night

@@ -23,7 +23,7 @@ from data.transfer_readers import ImageFiles
 from evaluation.features import encode_images
 from models.patch_features import class_attention, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from tools.feature_map import METHODS, draw_map
+from tools.feature_map import METHODS, draw_map, draw_pictures
 from tools.sheet import NEUTRAL, RIGHT, WRONG, Tile, draw_sheet, fit, overlay, resize_map
 from utils.arguments import number_in, parse_arguments
 from utils.config import run_folder
@@ -133,8 +133,14 @@ def choose(source: ImageSource, count: int, config: CfgNode) -> PartOfSource:
 
 def caption(images: ImageSource, index: int) -> str:
     """The class of an image, or the name of its file."""
-    label = images.labels[index]
-    return images.classes[label] if label >= 0 else os.path.basename(images.names[index])
+    if has_classes(images):
+        return images.classes[images.labels[index]]
+    return os.path.basename(images.names[index])
+
+
+def has_classes(images: ImageSource) -> bool:
+    """Whether images are told apart by their classes; a single class tells nothing."""
+    return len(images.classes) > 1 and bool((images.labels >= 0).all())
 
 
 def resized(image: Image.Image, size: int, encoder: nn.Module) -> Image.Image:
@@ -297,9 +303,9 @@ def draw_neighbours(subject: Subject, train: ImageSource, count: int = 8) -> Ima
         own = caption(images, index)
         row = [Tile(fit(images.read_image(index)), own, NEUTRAL)]
         for similarity, key in zip(best[index].tolist(), nearest[index].tolist(), strict=True):
-            name = train.classes[train.labels[key]]
+            name = caption(train, key)
             mark, colour = ("✓", RIGHT) if name == own else ("✗", WRONG)
-            if images.labels[index] < 0:
+            if not (has_classes(images) and has_classes(train)):
                 mark, colour = "", NEUTRAL
             text = f"{mark} {similarity:.2f} {name}"
             row.append(Tile(fit(train.read_image(key)), text, colour))
@@ -309,11 +315,16 @@ def draw_neighbours(subject: Subject, train: ImageSource, count: int = 8) -> Ima
 
 
 def draw_features(subject: Subject, method: str = METHODS[0]) -> Image.Image:
-    """The features of the images in the plane, coloured by class; ``method`` makes the layout."""
+    """The features of the images in the plane, whose layout ``method`` makes.
+
+    They are points coloured by class, or the images themselves where there are no classes.
+    """
     config, images = subject.config, subject.images
     features, labels = encode_images(config, subject.encoder, images, subject.run, normalize=True)
-    names = images.classes or ["images"]
-    return draw_map(features.numpy(), labels.numpy(), names, method, config.SEED)
+    if has_classes(images):
+        return draw_map(features.numpy(), labels.numpy(), images.classes, method, config.SEED)
+    pictures = [images.read_image(index) for index in range(len(images.names))]
+    return draw_pictures(features.numpy(), pictures, method, config.SEED)
 
 
 # pictures, and of how many images each is unless --images says

@@ -1,8 +1,10 @@
 """The tools that make data."""
 
+import shutil
+
 import numpy as np
 import pytest
-from helpers import run_tool
+from helpers import run_tool, write_images
 from PIL import Image
 
 from data.source import FolderSource
@@ -55,6 +57,22 @@ def test_a_tree_of_images_becomes_train_and_val(tmp_path, monkeypatch, capsys):
     pictures = [s.read_image(i).tobytes() for s in (train, val) for i in range(len(s.names))]
     assert len(set(pictures)) == 10
     assert "left out: " in capsys.readouterr().out
+
+
+def test_images_without_classes_become_one(monkeypatch, capsys, tmp_path):
+    write_images(tmp_path / "in" / "2019", classes=1, images=3)
+    write_images(tmp_path / "in", classes=1, images=2)
+    shutil.copy(tmp_path / "in" / "class0" / "0.jpg", tmp_path / "in" / "on_top.jpg")
+    run_tool(monkeypatch, split_images, tmp_path / "in", tmp_path / "out", "--one-class")
+    assert "5 training and 1 validation images" in capsys.readouterr().out
+    found = sorted(path.name for path in (tmp_path / "out").glob("*/images/*"))
+    assert found == sorted(
+        ["2019__class0__0.jpg", "2019__class0__1.jpg", "2019__class0__2.jpg"]
+        + ["class0__0.jpg", "class0__1.jpg", "on_top.jpg"]
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: not at least two readable images"):
+        run_tool(monkeypatch, split_images, tmp_path / "empty", tmp_path / "o", "--one-class")
 
 
 def test_a_missing_tree_is_named(tmp_path, monkeypatch):

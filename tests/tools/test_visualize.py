@@ -10,7 +10,7 @@ from data.source import open_source
 from models.encoder import create_encoder
 from models.patch_features import class_attention
 from tools import sheet, visualize
-from tools.feature_map import draw_map
+from tools.feature_map import draw_map, draw_pictures
 from tools.sheet import FRAME, GAP, LINE, RIGHT, TILE, WRONG, Tile, draw_sheet, overlay
 from utils.config import load_config
 from utils.errors import UserError
@@ -63,6 +63,20 @@ def test_attention_sheet(draw, tmp_path):
     assert all(not np.array_equal(shown[0], other) for other in shown[1:])
     with pytest.raises(UserError, match="no class token"):
         draw("attention", "--images", "1", encoder="swin_tiny")
+
+
+def test_a_map_of_images_has_like_ones_close():
+    """Two groups of features, of red and of blue images: each colour stays on its side."""
+    rng = np.random.default_rng(0)
+    centres = np.repeat([[1.0, 0, 0, 0], [0, 1, 0, 0]], 20, 0)
+    features = centres + 0.05 * rng.normal(size=(40, 4))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    pictures = [Image.new("RGB", (30, 20), c) for c in ("red",) * 20 + ("blue",) * 20]
+    sheet = np.array(draw_pictures(features, pictures, "tsne", 0)).astype(int)
+    red, blue = ((sheet == colour).all(2) for colour in ((255, 0, 0), (0, 0, 255)))
+    middles = [np.argwhere(mask).mean(0) for mask in (red, blue)]
+    spread = max(np.argwhere(mask).std(0).max() for mask in (red, blue))
+    assert np.linalg.norm(middles[0] - middles[1]) > 2 * spread
 
 
 def test_similarity_is_that_to_the_mean_of_the_patches(monkeypatch, imagenet):

@@ -254,8 +254,8 @@ OWN = {  # what the published configuration does not have
         **{"NUM_HEADS": 0, "PATCH_SIZE": 0, "WINDOW_SIZE": 0},
     },
     "TRAIN": {
-        **{"KEEP_CHECKPOINTS": 0, "SAVE_MINUTES": 30.0, "SAVE_STEPS": 0, "KNN_FREQ": 0, "PROBE": False},
-        **{"ON_SAVE_ERROR": "continue", "MAX_SKIPPED_UPDATES": 20},
+        **{"KEEP_CHECKPOINTS": 0, "SAVE_MINUTES": 30.0, "SAVE_STEPS": 0, "KNN_FREQ": 0},
+        **{"PROBE": False, "ON_SAVE_ERROR": "continue", "MAX_SKIPPED_UPDATES": 20},
         **{"WAIT_FOR_LOCK": 60.0, "SAVE_PATIENCE": 10.0, "TF32": False},
     },
     "AUG": {

@@ -1,0 +1,144 @@
+"""A study: which runs it has, what it makes of their figures, and that it goes on."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from helpers import ROOT, TINY, run_tool
+
+from tools import study
+from utils.errors import UserError
+
+SETTINGS = {"moby": {"MODEL.TYPE": "moby"}, "synco": {}, "no noise": {"MODEL.N4": 0, "seeds": [1]}}
+
+
+def write(folder, **changes):
+    content = {
+        "cfg": str(ROOT / "configs/synco_vit_tiny.yaml"),
+        "data_path": str(folder / "data"),
+        "output": str(folder / "out"),
+        "seeds": 2,
+        "settings": SETTINGS,
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
+    return path
+
+
+def judge(job, top1):
+    """The figures and curves of a finished run."""
+    job.results().parent.mkdir(parents=True)
+    job.results().write_text(json.dumps({"knn": {"20": {"top1": top1, "top5": 100.0}}}))
+    (job.folder / "metrics.jsonl").write_text('{"kind": "train", "epochs": 1, "loss": 2.0}\n')
+
+
+def test_table_has_means_errors_and_differences_of_the_same_seeds(monkeypatch, capsys, tmp_path):
+    path = write(tmp_path)
+    jobs = study.list_jobs(study.read_study(str(path)))
+    assert [(job.setting, job.seed) for job in jobs] == [
+        ("moby", 0),
+        ("synco", 0),
+        ("moby", 1),
+        ("synco", 1),
+        ("no noise", 1),
+    ]
+    for job, top1 in zip(jobs, (20.0, 23.0, 30.0, 31.0, None), strict=True):
+        if top1:
+            judge(job, top1)
+    run_tool(monkeypatch, study, path, "--table")
+    # moby: deviation of 20 and 30 is 7.07, its error 5; of the differences 3 and 1 it is 1
+    table = (tmp_path / "out/small.csv").read_text().splitlines()
+    assert table == [
+        "setting,runs,20-NN (%),difference to moby,seed 0,seed 1",
+        "moby,2,25.0 ± 5.0,,20.0,30.0",
+        "synco,2,27.0 ± 4.0,+2.0 ± 1.0,23.0,31.0",
+        "no noise,0,not run,not run,,not run",
+    ]
+    assert "| synco | 2 | 27.0 ± 4.0 |" in (tmp_path / "out/small.md").read_text()
+    assert (tmp_path / "out/small.png").stat().st_size > 1000
+    assert "not run" in capsys.readouterr().out
+
+
+def test_parts_are_all_runs_once(tmp_path):
+    jobs = study.list_jobs(study.read_study(str(write(tmp_path))))
+    folders = {job.folder for job in jobs}
+    assert len(folders) == len(jobs) == 5
+    parts = [study.read_part(f"{i}/3") for i in (1, 2, 3)]
+    taken = [job.folder for part, of in parts for job in jobs[part - 1 :: of]]
+    assert sorted(taken) == sorted(folders)
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    path = write(tmp_path)
+    job = study.list_jobs(study.read_study(str(path)))[1]
+    job.folder.mkdir(parents=True)
+    (job.folder / study.SETTINGS).write_text(json.dumps(job.opts | {"TRAIN.EPOCHS": 7}))
+    with pytest.raises(UserError, match="a run with other settings is there"):
+        study.finished(job)
+    (job.folder / study.SETTINGS).write_text(json.dumps(job.opts))
+    assert not study.finished(job)
+    judge(job, 1.0)
+    assert study.finished(job)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cfg": None}, "cfg must be a path, got None"),
+        ({"opts": 3}, "opts must be a mapping, got 3"),
+        ({"seeds": 0}, "seeds must be a number of seeds or a list of them, got 0"),
+        ({"seeds": ["a"]}, "seeds must be"),
+        ({"settings": ["moby"]}, "settings must be a mapping"),
+        ({"settings": {"moby": 3}}, "settings moby must be a mapping, got 3"),
+        ({"settings": {"moby": {"MODEL.TYP": "moby"}}}, r"MODEL\.TYP"),
+        ({"settings": {}}, "settings has none"),
+        ({"epochs": 3}, "unknown key epochs"),
+        ({"processes": 0}, "processes must be"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        study.read_study(str(write(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0"])
+def test_a_part_that_is_none(text):
+    with pytest.raises(UserError, match="--part must be I/N"):
+        study.read_part(text)
+
+
+@pytest.mark.parametrize("name", ["methods", "kinds", "settings"])
+def test_the_shipped_studies_load(monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    loaded = study.read_study(f"configs/studies/{name}.yaml")
+    assert "synco" in loaded.settings and len(study.list_jobs(loaded)) >= 15
+
+
+@pytest.mark.slow
+def test_a_study_runs_goes_on_and_tells_of_failures(imagenet, tmp_path):
+    """Real runs: of two settings one fails; then it is mended, and only its run is made."""
+    opts = {**dict(zip(TINY[::2], TINY[1::2], strict=True)), "TRAIN.EPOCHS": 1}
+    settings = {"moby": {"MODEL.TYPE": "moby"}, "byol": {"MODEL.TYPE": "byol"}}
+    broken = tmp_path / "out" / "byol" / "seed0" / "checkpoint.pth"
+    path = write(tmp_path, data_path=str(imagenet), seeds=1, opts=opts, settings=settings)
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no checkpoint")
+    command = [sys.executable, "-m", "tools.study", path, "--jobs", "2"]
+
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 1 and "Traceback" not in first.stderr
+    log = broken.parent / "study.log"
+    assert first.stderr.strip().endswith(f"byol, seed 0: failed (see {log})")
+    assert "moby, seed 0: " in first.stdout
+    made = (tmp_path / "out/moby/seed0/knn_imagenet/results.json").stat().st_mtime_ns
+
+    shutil.rmtree(broken.parent)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "2 runs, 1 of them to do here" in second.stdout
+    assert (tmp_path / "out/moby/seed0/knn_imagenet/results.json").stat().st_mtime_ns == made
+    rows = (tmp_path / "out/small.csv").read_text().splitlines()
+    assert len(rows) == 3 and not any("not run" in row for row in rows)
