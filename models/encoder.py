@@ -198,13 +198,13 @@ def _replace_norms(encoder: nn.Module, name: str) -> None:
 def choose_attention(model: nn.Module, precision: Precision) -> None:
     """Switch fused attention off where the plain form is faster.
 
-    On the CPU there are two such cases: the backward pass in bfloat16, and a position bias that
-    learns (Swin), because the fused kernel gives no gradient for it.
+    On the CPU there are two such cases, both where weights learn: the backward pass in bfloat16,
+    and a position bias (Swin), because the fused kernel gives no gradient for it.
     """
     cpu = precision.device_type == "cpu"
     layers: list[Any] = list(model.modules())  # torch's types allow no attributes of other types
     for layer in layers:
         if hasattr(layer, "fused_attn"):
-            bias = getattr(layer, "relative_position_bias_table", None)
-            learns = bias is not None and bias.requires_grad
-            layer.fused_attn = not (cpu and (precision.enabled or learns))
+            learns = any(p.requires_grad for p in layer.parameters())
+            biased = hasattr(layer, "relative_position_bias_table")
+            layer.fused_attn = not (cpu and learns and (precision.enabled or biased))
