@@ -44,8 +44,9 @@ def lines(output: Path) -> list[dict]:
 
 
 def metrics(output: Path) -> list[dict]:
-    """Without what the machine's speed changes."""
-    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines(output)]
+    """Without what the machine's speed changes, and without where the run went on."""
+    kept = (line for line in lines(output) if line["kind"] != "start")
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in kept]
 
 
 def wait_for(condition, seconds: float = 60) -> None:

@@ -81,7 +81,9 @@ def test_lines_after_the_checkpoint_are_dropped(run_main, imagenet, tmp_path, mo
     assert "at update 4\n" in log_of(tmp_path)
     lines = metrics_of(tmp_path)
     assert [(x["kind"], x["step"]) for x in lines] == [
-        *(("train", step) for step in range(1, 7)),
+        *(("train", step) for step in range(1, 5)),
+        ("start", 4),
+        *(("train", step) for step in range(5, 7)),
         ("epoch", 6),
     ]
 

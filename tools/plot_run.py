@@ -1,18 +1,20 @@
 """Draw the course of one or several training runs on one sheet.
 
-    python -m tools.plot_run RUN_FOLDER [RUN_FOLDER ...] --out PNG
+    python -m tools.plot_run RUN_FOLDER [RUN_FOLDER ...] --out FILE
 
 It reads ``metrics.jsonl`` of each run folder, also of a run that is still going on. The heads of a
-linear probe are drawn as runs of their own.
+linear probe are drawn as runs of their own. On the panel of the loss, a triangle is a part of the
+run with skipped updates, a dotted line a new start, and grey the epochs with synthetic negatives.
 """
 
 import argparse
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,12 +22,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from utils.config import load_config
 from utils.errors import UserError
 from utils.run import run_script
 from utils.training_log import METRICS
 
 # told apart by colour-blind readers too (Okabe and Ito), the yellow left out
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+ENDINGS = (".png", ".pdf", ".svg", ".jpg")
+START = "start"  # lines of this kind say where a run went on, and what read_metrics calls them
 SMOOTHED = 40  # smoothing averages over one of so many parts of a run
 
 Series = tuple[np.ndarray, np.ndarray]
@@ -57,15 +62,26 @@ def main() -> None:
     """Read, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="with a metrics.jsonl")
-    parser.add_argument("--out", default="run.png", metavar="PNG", help="default: run.png")
+    parser.add_argument(
+        "--out",
+        default="run.png",
+        metavar="FILE",
+        help=f"its ending says the format: {', '.join(ENDINGS)} (default: run.png)",
+    )
     args = parser.parse_args()
+    if Path(args.out).suffix.lower() not in ENDINGS:
+        raise UserError(f"--out {args.out}: the ending must be one of {', '.join(ENDINGS)}")
     if len(args.runs) > len(COLOURS):
         raise UserError(f"{len(args.runs)} runs: at most {len(COLOURS)} can be told apart")
     names = run_names(args.runs)
-    figure = draw(by_head({n: read_metrics(run) for n, run in zip(names, args.runs, strict=True)}))
+    runs = dict(zip(names, args.runs, strict=True))
+    figure = draw(
+        by_head({name: read_metrics(run) for name, run in runs.items()}),
+        {name: synthetic_epochs(run) for name, run in runs.items()},
+    )
     try:
         Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, format="png", dpi=120)
+        figure.savefig(args.out, dpi=120)
     except OSError as error:
         raise UserError(f"{args.out}: cannot write the picture ({error.strerror})") from error
     print(f"{args.out} written")
@@ -88,7 +104,7 @@ def run_names(folders: list[str]) -> list[str]:
 def read_metrics(folder: str) -> dict[str, Series]:
     """Each figure of a run by name: the epochs made, (N,), and its values, (N,), NaN for null.
 
-    A last line that is not yet complete is left out.
+    ``START`` has the places where the run went on. A last line that is not complete is left out.
 
     Raises:
         UserError: a file that is missing, empty or damaged.
@@ -101,12 +117,13 @@ def read_metrics(folder: str) -> dict[str, Series]:
     columns: dict[str, list[tuple[float, float]]] = {}
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
+            content = json.loads(line)
+            kind = content.pop("kind", None)
             figures = {
-                name: math.nan if value is None else float(value)
-                for name, value in json.loads(line).items()
-                if name != "kind"
+                name: math.nan if value is None else float(value) for name, value in content.items()
             }
             place = figures["epochs"]
+            figures = {START: place} if kind == START else figures
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: damaged, not a JSON object of figures: remove the line"
@@ -130,6 +147,19 @@ def by_head(runs: dict[str, dict[str, Series]]) -> dict[str, dict[str, Series]]:
     return {run: series for run, series in split.items() if drawn & set(series)}
 
 
+def synthetic_epochs(folder: str) -> tuple[int, int] | None:
+    """Where the epochs with synthetic negatives begin and end, if config.json tells of any."""
+    try:
+        config = load_config(os.path.join(folder, "config.json"))
+    except UserError:
+        return None
+    keys = config.MODEL
+    if keys.TYPE != "synco" or not any(keys[f"N{kind}"] for kind in range(1, 7)):
+        return None
+    window = keys.WARMUP_EPOCHS, min(keys.COOLDOWN_EPOCHS + 1, config.TRAIN.EPOCHS)
+    return window if window[0] < window[1] else None
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """A centred moving average, (N,) -> (N,), over a part of the run; NaN does not count."""
     window = 2 * (len(values) // SMOOTHED // 2) + 1
@@ -140,11 +170,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
-def draw(runs: dict[str, dict[str, Series]]) -> Figure:
+def draw(
+    runs: dict[str, dict[str, Series]], windows: Mapping[str, tuple[int, int] | None] | None = None
+) -> Figure:
     """A sheet with a panel for each figure that a run has.
 
     Args:
         runs: by name, from ``read_metrics``.
+        windows: of the runs that have any, from ``synthetic_epochs``.
     """
     panels = [p for p in PANELS if any(name in run for run in runs.values() for name in p.names)]
     rows = math.ceil(len(panels) / 2)
@@ -154,11 +187,27 @@ def draw(runs: dict[str, dict[str, Series]]) -> Figure:
     colours = list(COLOURS if few else colormaps["viridis"](np.linspace(0, 1, len(runs))))
     for axes, panel in zip(grid, panels, strict=False):
         _draw_panel(axes, panel, runs, colours)
+    if panels and panels[0] is PANELS[0]:
+        for colour, (name, run) in zip(colours, runs.items(), strict=False):
+            _mark_events(grid[0], colour, run)
+            if window := (windows or {}).get(name):
+                grid[0].axvspan(*window, color="0.5", alpha=0.12, linewidth=0)
     for axes in grid[len(panels) :]:
         axes.remove()
     keys = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours[: len(runs)]]
     figure.legend(keys, runs, loc="outside upper center", ncols=min(3, len(runs)), frameon=False)
     return figure
+
+
+def _mark_events(axes: Axes, colour: Any, run: dict[str, Series]) -> None:
+    """Where updates were skipped, and where the run went on."""
+    if "skipped" in run:
+        places = run["skipped"][0][run["skipped"][1] > 0]
+        at_the_bottom = axes.get_xaxis_transform()
+        low = np.full(len(places), 0.03)
+        axes.plot(places, low, "^", color=colour, transform=at_the_bottom, label="skipped updates")
+    for place in run.get(START, ((), ()))[0]:
+        axes.axvline(place, color=colour, linestyle=":", linewidth=1.2)
 
 
 def _draw_panel(

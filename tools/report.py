@@ -199,7 +199,9 @@ def knn_figures(run: Compared) -> dict[int, float]:
 def course(folder: Path) -> str:
     """The curves of ``tools.plot_run``."""
     runs = plot_run.by_head({folder.name: plot_run.read_metrics(str(folder))})
-    return picture(plot_run.draw(runs), "Thin: what was written. Thick: smoothed.")
+    windows = {folder.name: plot_run.synthetic_epochs(str(folder))}
+    said = "Thin: what was written. Thick: smoothed. Grey: the epochs with synthetic negatives."
+    return picture(plot_run.draw(runs, windows), said)
 
 
 def pictures(config: Any, run: Run) -> list[Section]:

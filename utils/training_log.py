@@ -72,6 +72,8 @@ class TrainingLog:
             from utils.trackers import open_trackers  # only here: few runs need it
 
             self.trackers = open_trackers(config, run, progress.step)
+        if progress.step:  # the run goes on here
+            self.metrics.write("start", self._place())
         self.averages = Averages(names)
         self.longest_rows = [0] * len(names)
         self._collapsed = False
@@ -156,12 +158,15 @@ class TrainingLog:
         )
         self._warn(means)
 
-    def _write(self, kind: str, figures: Mapping[str, float | None]) -> None:
+    def _place(self) -> dict[str, float]:
         place = self.progress
         # the time axis is the number of epochs made, with a fraction within one
         epochs = place.step / place.size.updates
-        where = {"epoch": place.epoch, "step": place.step, "epochs": epochs}
-        self.metrics.write(kind, {**where, **figures})
+        return {"epoch": place.epoch, "step": place.step, "epochs": epochs}
+
+    def _write(self, kind: str, figures: Mapping[str, float | None]) -> None:
+        place = self.progress
+        self.metrics.write(kind, {**self._place(), **figures})
         for tracker in self.trackers:
             known = {name: value for name, value in figures.items() if value is not None}
             tracker.write(kind, place.step, known)
@@ -250,7 +255,10 @@ class MetricsFile:
                 self._fail(error)
 
     def write(self, kind: str, figures: Mapping[str, float | None]) -> None:
-        """Append one line: its ``kind`` (``train`` or ``epoch``) and figures; NaN becomes null."""
+        """Append one line: its ``kind`` (``train``, ``epoch``, ``start``) and figures.
+
+        NaN becomes null.
+        """
         known = {n: v if v is not None and math.isfinite(v) else None for n, v in figures.items()}
         if rank() > 0:
             return

@@ -1,5 +1,6 @@
 """The sheet of training curves: what is drawn, and files that cannot be."""
 
+import json
 import math
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 
 import main_pretrain
 from tools import plot_run
+from utils.config import load_config, to_json
 from utils.errors import UserError
 
 
@@ -56,6 +58,53 @@ def test_several_runs_differ_in_colour_and_name(tmp_path):
     assert styles == {("positive", "-"), ("negative", "--")}
 
 
+def test_events_are_marked_on_the_loss(tmp_path):
+    """Skipped updates, a new start, and the epochs with synthetic negatives."""
+    write_run(tmp_path / "a", epochs=4, steps=10)
+    log = tmp_path / "a/metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        line["skipped"] = 2 if line["epochs"] == 1.5 else 0
+    lines.insert(20, {"kind": "start", "epoch": 2, "step": 20, "epochs": 2.0})
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opts = ["MODEL.TYPE", "synco", "TRAIN.EPOCHS", "4", "MODEL.WARMUP_EPOCHS", "1"]
+    config = load_config(str(ROOT / "configs/synco_vit_tiny.yaml"), opts)
+    (tmp_path / "a/config.json").write_text(to_json(config))
+    assert plot_run.synthetic_epochs(str(tmp_path / "a")) == (1, 4)
+    figure = plot_run.draw({"a": plot_run.read_metrics(str(tmp_path / "a"))}, {"a": (1, 4)})
+    loss, *others = figure.axes
+    marks = [line for line in loss.lines if line.get_label() == "skipped updates"]
+    assert [list(line.get_xdata()) for line in marks] == [[1.5]]
+    assert [list(line.get_xdata()) for line in loss.lines if line.get_linestyle() == ":"] == [
+        [2, 2]
+    ]
+    (band,) = loss.patches
+    assert (band.get_x(), band.get_width()) == (1, 3)
+    assert not any(axes.patches for axes in others)
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [("MODEL.TYPE", "moby"), [f"MODEL.N{i}" if j else "0" for i in range(1, 7) for j in (1, 0)]],
+)
+def test_without_synthetic_negatives_there_is_no_band(tmp_path, opts):
+    config = load_config(str(ROOT / "configs/synco_vit_tiny.yaml"), list(opts))
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert plot_run.synthetic_epochs(str(tmp_path)) is None
+    assert plot_run.synthetic_epochs(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize(
+    ("ending", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("jpg", b"\xff\xd8")]
+)
+def test_the_ending_says_the_format(monkeypatch, tmp_path, ending, begins):
+    write_run(tmp_path / "a")
+    run_tool(monkeypatch, plot_run, tmp_path / "a", "--out", tmp_path / f"run.{ending}")
+    assert (tmp_path / f"run.{ending}").read_bytes().startswith(begins)
+    with pytest.raises(UserError, match=r"run\.txt: the ending must be one of \.png"):
+        run_tool(monkeypatch, plot_run, tmp_path / "a", "--out", tmp_path / "run.txt")
+
+
 def test_null_is_a_gap_and_counts_in_no_mean():
     values = np.ones(200)
     values[50:60] = math.nan
@@ -68,7 +117,10 @@ def test_a_run_of_the_program_is_drawn(run_main, imagenet, tmp_path, monkeypatch
     run_main(main_pretrain, *opts)
     folder, out = tmp_path / "run/default", tmp_path / "deep/run.png"
     drawn = {name for panel in plot_run.PANELS for name in panel.names}
-    assert set(plot_run.read_metrics(str(folder))) >= drawn - {"value"}  # which is of evaluations
+    assert set(plot_run.read_metrics(str(folder))) >= drawn - {
+        "value",
+        "probe",
+    }  # of evaluations; not asked for
     run_tool(monkeypatch, plot_run, folder, "--out", out)
     assert f"{out} written" in capsys.readouterr().out
     with Image.open(out) as image:
@@ -113,8 +165,9 @@ def test_other_mistakes_are_named(tmp_path, monkeypatch):
         run_tool(monkeypatch, plot_run, tmp_path / "a", tmp_path / "b/../a")
     with pytest.raises(UserError, match="8 runs: at most 7"):
         run_tool(monkeypatch, plot_run, *[tmp_path / str(i) for i in range(8)])
+    (tmp_path / "taken.png").mkdir()
     with pytest.raises(UserError, match="cannot write the picture"):
-        run_tool(monkeypatch, plot_run, tmp_path / "a", "--out", tmp_path)
+        run_tool(monkeypatch, plot_run, tmp_path / "a", "--out", tmp_path / "taken.png")
 
 
 def test_the_script_ends_with_one_line(tmp_path):
