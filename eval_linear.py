@@ -29,13 +29,22 @@ from evaluation.linear import (
     score_heads,
 )
 from evaluation.logistic_regression import probe
-from evaluation.protocols import apply_protocol, set_aside
+from evaluation.protocols import (
+    BEFORE,
+    PROTOCOLS,
+    add_protocol_arguments,
+    apply_protocol,
+    choose_protocol,
+    choose_tokens,
+    head_schedule,
+    set_aside,
+)
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder, read_encoder_for
 from optimizer import build_optimizer
-from utils.arguments import number_in, parse_arguments
+from utils.arguments import given_keys, number_in, parse_arguments
 from utils.checkpoint import (
     LATEST,
     checkpoint_to_resume,
@@ -64,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pretrained_arguments(parser)
     add_dataset_arguments(parser)
     add_subset_argument(parser)
+    add_protocol_arguments(parser)
     parser.add_argument(
         "--lr",
         type=float,
@@ -79,7 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, default, least, most, about in (
         ("--num-l2", 45, 1, math.inf, "L2 strengths from 1e-6 to 1e5 that lbfgs tries"),
-        ("--drop-path-rate", 0.2, 0.0, 0.99, "stochastic depth of fine-tuning"),
         ("--layer-decay", 0.75, 0.01, 1.0, "of fine-tuning's rate from a layer to the one before"),
     ):
         parser.add_argument(flag, type=number_in(least, most), default=default, help=about)
@@ -88,13 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Data, encoder, heads, resume, loop, figures; a signal stops it so that it can be resumed."""
     with StopSignals() as signals:
-        args, config = parse_arguments(__doc__, add_arguments)
-        config, rates = apply_protocol(config, args.opts, args.lr)
+        args, asked = parse_arguments(__doc__, add_arguments)
+        protocol, given = choose_protocol(args, asked.LINEAR_EVAL.WEIGHTS), given_keys(args)
+        config, rates = apply_protocol(asked, protocol, given, args.lr)
         frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
-        if args.probe == "lbfgs" and not frozen:
-            raise UserError(
-                "--probe lbfgs needs a frozen encoder: leave LINEAR_EVAL.WEIGHTS at freeze"
-            )
         kind = "linprob" if frozen else "ft"
         kind += subset_suffix(args.subset)
         folder = os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
@@ -104,9 +110,12 @@ def main() -> None:
         train = take_subset(train, args.subset, config.SEED)
         metric = TRANSFER_SETS[config.DATA.DATASET].metric
         if config.EVAL_MODE:
-            return evaluate_saved(config, test, metric, folder, run)
-        rate = 0.0 if frozen else args.drop_path_rate
-        encoder, origin = load_pretrained_encoder(args, config, run, rate)
+            return evaluate_saved(asked, given, test, folder, run)
+        drop = args.drop_path_rate if args.drop_path_rate is not None else protocol.drop_path_rate
+        encoder, origin = load_pretrained_encoder(args, config, run, drop)
+        tokens = choose_tokens(args, protocol, encoder)
+        how: dict[str, Any] = {"protocol": protocol.name}
+        how["class_tokens"] = list(tokens) if tokens else None
         splits = {"train": (train.names, train.labels), "test": (test.names, test.labels)}
         data = data_facts(config.DATA.DATA_PATH, **splits)
         if args.probe == "lbfgs":
@@ -114,10 +123,10 @@ def main() -> None:
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
             found, classifier = probe(config, encoder, (train, test), strengths, run)
             if rank() == 0:
-                kept = {"model": classifier.state_dict(), "lr": [0.0], "epoch": 0}
+                kept = {"model": classifier.state_dict(), "lr": [0.0], "epoch": 0, **how}
                 kept["provenance"] = provenance | moment(run.device, run.started)
                 save_checkpoint(kept, os.path.join(run.folder, BEST))
-            return report(config, metric, found, provenance, run)
+            return report(config, how, found, provenance, run)
         judged_on = [test]  # with the images that choose, if these are others
         if args.select:
             train, chosen_by = set_aside(train, config.SEED)
@@ -126,11 +135,14 @@ def main() -> None:
 
         # an interrupted run is continued only by one that agrees in these
         identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
-        identity |= {"select": args.select, "subset": args.subset}
+        identity |= {"select": args.select, "subset": args.subset, **how}
         saved = find_checkpoint(config, identity, run)
         if saved and not frozen:
             run = keep_precision(run, config, *saved)
-        model = LinearClassifiers(encoder, len(train.classes), len(rates), config.SEED, frozen)
+        classes = len(train.classes)
+        model = LinearClassifiers(
+            encoder, classes, len(rates), config.SEED, frozen, drop > 0, tokens
+        )
         model = synchronize_batch_norm(model, run.device)
         allow_tf32(model.encoder, run.precision)
         ddp = data_parallel(model, run.device)
@@ -138,16 +150,20 @@ def main() -> None:
         scaled = scaled_rates(config, loader.size.images_per_update)
         derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
         effective = write_config(config, run.folder, derived | scaled.by_key())
-        groups = weight_groups(config, model, rates, args.layer_decay)
+        groups = weight_groups(config, model, rates, args.layer_decay, protocol.group)
         optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
-        schedulers = [build_scheduler(config, o, scaled, loader.size.updates) for o in optimizers]
+        schedules = [head_schedule(scaled, rate) for rate in rates] if frozen else [scaled]
+        schedulers = [
+            build_scheduler(config, optimizer, schedule, loader.size.updates)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True)
+        ]
         update = Update(ddp, optimizers, run.precision, config.TRAIN.CLIP_GRAD, scale=not frozen)
-        mixup = None if frozen or metric == MAP else build_mixup(config, len(train.classes))
-        smoothing = 0.0 if frozen else config.MODEL.LABEL_SMOOTHING
+        mixup = None if frozen or metric == MAP else build_mixup(config, classes)
+        smoothing = config.MODEL.LABEL_SMOOTHING
         forward = partial(forward_images, ddp, run.device, smoothing, mixup)
         run.logger.info(
-            f"{config.LINEAR_EVAL.WEIGHTS} on {config.DATA.DATASET}: {len(train.names)} training "
-            f"and {len(test.names)} test images, {len(train.classes)} classes, "
+            f"{config.LINEAR_EVAL.WEIGHTS} by protocol {protocol.name} on {config.DATA.DATASET}: "
+            f"{len(train.names)} training and {len(test.names)} test images, {classes} classes, "
             f"{loader.size.updates} updates an epoch, base rates {rates}"
         )
 
@@ -172,7 +188,7 @@ def main() -> None:
         names = [f"{rate:.12g}" for rate in rates] if frozen else [""]
         log = TrainingLog(config, run, progress, optimizers, names)
         if frozen:  # its features stay as they are
-            features = [encode_images(config, model.encoder, part, run) for part in judged_on]
+            features = [encode_images(config, model.features, part, run) for part in judged_on]
             for part, name in zip(features, ("test", "held-out"), strict=False):
                 check_features(*part, name)
         signals.training(config.DIST_TIMEOUT)
@@ -185,8 +201,11 @@ def main() -> None:
                 loader.start_at(progress.epoch, progress.images_seen)
                 for micro_batches in log.watch(loader):
                     with checkpoints.update_under_way():
+                        first = progress.epoch * loader.size.updates
                         for scheduler in schedulers:
-                            scheduler.step_update(progress.step)
+                            scheduler.step_update(
+                                first if protocol.rate_by_epoch else progress.step
+                            )
                         seed_libraries(config.SEED, rank(), progress.step)
                         result = update(micro_batches, forward)
                         progress.advance()
@@ -213,20 +232,28 @@ def main() -> None:
                     if not log.reported(progress.epoch):
                         log.end_epoch(by_name(names, *scored))
                     checkpoints.save(signals)
-                    judged.save_best(model, os.path.join(run.folder, BEST), provenance=came_from())
+                    path = os.path.join(run.folder, BEST)
+                    judged.save_best(model, path, provenance=came_from(), **how)
                 progress.next_epoch()
         run.logger.info("training took %s", duration(time.monotonic() - started))
         best, last = judged.outcome(TRAIN if args.select else TEST)
-        report(config, metric, {"best": best, "last": last}, provenance, run)
+        report(
+            config, how | {"drop_path_rate": drop}, {"best": best, "last": last}, provenance, run
+        )
 
 
 def weight_groups(
-    config: CfgNode, model: LinearClassifiers, rates: list[float], layer_decay: float
+    config: CfgNode,
+    model: LinearClassifiers,
+    rates: list[float],
+    layer_decay: float,
+    options: dict[str, Any],
 ) -> list[list[dict]]:
-    """The groups of each optimizer: one a head of a probe, a single one of fine-tuning."""
+    """The groups of each optimizer: one a head of a probe, with ``options``; else of all layers."""
+    decay = config.TRAIN.WEIGHT_DECAY
     if not model.frozen:
-        return [model.layer_groups(config.TRAIN.WEIGHT_DECAY, layer_decay)]
-    return [[group] for group in model.head_groups(rates, config.TRAIN.WEIGHT_DECAY)]
+        return [model.layer_groups(decay, layer_decay)]
+    return [[group] for group in model.head_groups(rates, weight_decay=decay, **options)]
 
 
 def find_checkpoint(
@@ -238,8 +265,9 @@ def find_checkpoint(
     """
     named = config.MODEL.RESUME
     found = checkpoint_to_resume(config, run.folder, run.logger)
+    older = {"protocol": BEFORE[config.LINEAR_EVAL.WEIGHTS].name}
     for path in dict.fromkeys(filter(None, (found, named))):
-        state = read_checkpoint(path, run.device)
+        state = older | read_checkpoint(path, run.device)
         other = [name for name, value in identity.items() if state.get(name) != value]
         if not other:
             return path, state
@@ -274,7 +302,8 @@ def resume(
     if rank() == 0 and os.path.exists(beside):  # of another folder, if --resume names one there
         link_file(beside, best)
     if judged.epoch == state["epoch"]:  # it may have been killed before best.pth was written
-        judged.save_best(model, best, provenance=state.get("provenance"))
+        how = {name: state.get(name) for name in ("protocol", "class_tokens", "provenance")}
+        judged.save_best(model, best, **how)
     progress = locate(state, loader.size)
     warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
     run.logger.info(
@@ -284,30 +313,58 @@ def resume(
 
 
 def report(
-    config: CfgNode, metric: str, found: dict[str, Any], provenance: dict[str, Any], run: Run
+    config: CfgNode,
+    how: dict[str, Any],
+    found: dict[str, Any],
+    provenance: dict[str, Any],
+    run: Run,
 ) -> None:
-    """Write results.json with ``best``, ``last`` and more, and log which figure is which."""
+    """Write results.json with ``best``, ``last`` and more, and log which figure is which.
+
+    Args:
+        config: the configuration of the evaluation.
+        how: the protocol by name, and what flags have changed of it.
+        found: the figures.
+        provenance: from ``gather_provenance``.
+        run: its folder gets the file.
+    """
+    metric = TRANSFER_SETS[config.DATA.DATASET].metric
     names = {"dataset": config.DATA.DATASET, "metric": metric}
     names["weights"] = config.LINEAR_EVAL.WEIGHTS
-    epochs = None if "probe" in found else config.TRAIN.EPOCHS
-    protocol = {"image_size": config.DATA.IMG_SIZE, "epochs": epochs}
+    protocol = {"name": how["protocol"], "image_size": config.DATA.IMG_SIZE}
+    if "probe" not in found:
+        protocol["epochs"] = config.TRAIN.EPOCHS
+    protocol |= {name: value for name, value in how.items() if name != "protocol" and value}
     write_results(run, names | found | {"protocol": protocol}, provenance)
     run.logger.info(summary(metric, found["best"], found["last"]))
 
 
-def evaluate_saved(config: CfgNode, test: ImageSource, metric: str, folder: str, run: Run) -> None:
-    """Log the figures of the best and last checkpoint of ``folder``, or of ``--resume``."""
+def evaluate_saved(
+    asked: CfgNode, given: set[str], test: ImageSource, folder: str, run: Run
+) -> None:
+    """Log the figures of the best and last checkpoint of ``folder``, or of ``--resume``.
+
+    Args:
+        asked: the configuration as it was read; a checkpoint's own protocol is applied.
+        given: the keys that the command line has set.
+        test: the test images.
+        folder: of the probe or the fine-tuning.
+        run: device and log.
+    """
+    metric = TRANSFER_SETS[asked.DATA.DATASET].metric
     paths = [os.path.join(folder, name) for name in (BEST, LATEST)]
-    paths = [config.MODEL.RESUME] if config.MODEL.RESUME else list(filter(os.path.exists, paths))
+    paths = [asked.MODEL.RESUME] if asked.MODEL.RESUME else list(filter(os.path.exists, paths))
     if not paths:
         raise UserError(f"{folder}: no {BEST} or {LATEST} to evaluate: train first")
     for path in paths:
-        _, adapted = read_encoder_for(config, path, "encoder")
+        _, adapted = read_encoder_for(asked, path, "encoder")
         model, state = read_classifiers(path, build_encoder(adapted, 0.0), len(test.classes))
-        features, labels = encode_images(config, model.encoder.to(run.device), test, run)
+        protocol = PROTOCOLS.get(str(state.get("protocol")), BEFORE[asked.LINEAR_EVAL.WEIGHTS])
+        config, _ = apply_protocol(asked, protocol, given)
+        features, labels = encode_images(config, model.to(run.device).features, test, run)
         run.logger.info("%s", path)
         judged = Judged(state["lr"])
-        judged.add(state["epoch"], score_heads(model.to(run.device), features, labels, metric))
+        judged.add(state["epoch"], score_heads(model, features, labels, metric))
         judged.log(metric, run.logger)
 
 

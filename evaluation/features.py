@@ -7,7 +7,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -79,7 +78,11 @@ def extract_features(
 
 
 def encode_images(
-    config: CfgNode, encoder: nn.Module, source: ImageSource, run: Run, normalize: bool = False
+    config: CfgNode,
+    encoder: Callable[[torch.Tensor], torch.Tensor],
+    source: ImageSource,
+    run: Run,
+    normalize: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features and labels of all images of ``source``, see ``extract_features``."""
     return extract_features(

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from data.loader import normalize
 from data.transfer_readers import DIFFICULT
 from evaluation.classification_metrics import MAP, METRICS, top_k_accuracy
 from models.encoder import Backbone
+from models.patch_features import ClassTokens
 from utils.checkpoint import load_model, read_checkpoint
 from utils.errors import UserError
 from utils.update import Forward, encode
@@ -29,15 +31,26 @@ class LinearClassifiers(nn.Module):
         num_classes: number of classes.
         num_heads: number of heads.
         seed: of the heads' weights.
-        frozen: the encoder is used as it is, in eval mode; else it learns too.
+        frozen: the encoder is used as it is; else it learns too.
+        drops: a frozen encoder is in train mode while the heads learn, so that its stochastic
+            depth and dropout act; its BatchNorms stay in eval mode. Else all of it stays so.
+        tokens: what the heads see of the encoder, by default its feature.
     """
 
     def __init__(
-        self, encoder: Backbone, num_classes: int, num_heads: int, seed: int, frozen: bool
+        self,
+        encoder: Backbone,
+        num_classes: int,
+        num_heads: int,
+        seed: int,
+        frozen: bool,
+        drops: bool = False,
+        tokens: ClassTokens | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        heads = [nn.Linear(encoder.num_features, num_classes) for _ in range(num_heads)]
+        self.encoder, self.drops, self.tokens = encoder, drops, tokens
+        width = tokens.width(encoder) if tokens else encoder.num_features
+        heads = [nn.Linear(width, num_classes) for _ in range(num_heads)]
         for head in heads:
             generator = torch.Generator().manual_seed(seed)
             nn.init.normal_(head.weight, std=0.01, generator=generator)
@@ -49,23 +62,36 @@ class LinearClassifiers(nn.Module):
             encoder.pos_embed.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LinearClassifiers":
-        """As ``nn.Module.train``, but a frozen encoder stays in eval mode."""
+        """As ``nn.Module.train``, but a frozen encoder stays in eval mode, see ``drops``."""
         super().train(mode)
-        self.encoder.train(mode and not self.frozen)
+        self.encoder.train(mode and (self.drops or not self.frozen))
+        if self.frozen:
+            for layer in self.encoder.modules():
+                if isinstance(layer, _BatchNorm):  # its statistics are part of what is frozen
+                    layer.eval()
         return self
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, F), what the heads see."""
+        return self.tokens(self.encoder, images) if self.tokens else encode(self.encoder, images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> scores of each head (heads, B, classes) in float32."""
         # without a gradient the encoder keeps no activations
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = encode(self.encoder, images)  # BxF
+            features = self.features(images)  # BxF
         with torch.autocast(images.device.type, enabled=False):
             return torch.stack([head(features.float()) for head in self.heads])
 
-    def head_groups(self, rates: list[float], weight_decay: float) -> list[dict]:
-        """A group for each head, with its rate as the ``lr_scale`` of timm's schedulers."""
+    def head_groups(self, rates: list[float], **options: Any) -> list[dict]:
+        """A group for each head, with its rate as the ``lr_scale`` of timm's schedulers.
+
+        Args:
+            rates: of the heads.
+            options: of torch's groups, such as ``weight_decay``.
+        """
         return [
-            {"params": list(head.parameters()), "lr_scale": rate, "weight_decay": weight_decay}
+            {"params": list(head.parameters()), "lr_scale": rate, **options}
             for head, rate in zip(self.heads, rates, strict=True)
         ]
 
@@ -164,13 +190,20 @@ def read_classifiers(
         UserError: another kind of checkpoint, another encoder or number of classes.
     """
     state = read_checkpoint(path)
-    weights = state.get("model") or {}
+    weights, tokens = state.get("model") or {}, state.get("class_tokens")
     if not {"lr", "epoch"} <= set(state) or "heads.0.bias" not in weights:
         raise UserError(f"{path}: not a checkpoint of linear classifiers")
     found = len(weights["heads.0.bias"])
     if found != num_classes:
         raise UserError(f"{path}: of {found} classes, the data set has {num_classes}")
-    model = LinearClassifiers(encoder, num_classes, len(state["lr"]), 0, frozen=True)
+    model = LinearClassifiers(
+        encoder,
+        num_classes,
+        len(state["lr"]),
+        0,
+        frozen=True,
+        tokens=ClassTokens(*tokens) if tokens else None,
+    )
     load_model(model, weights, path)
     return model.eval(), state
 

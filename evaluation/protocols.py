@@ -1,32 +1,94 @@
 """The training recipes of linear evaluation and fine-tuning."""
 
+import argparse
 import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
 from data.source import ImageSource, PartOfSource
+from lr_scheduler import Rates
+from models.encoder import Backbone
+from models.patch_features import ClassTokens, has_class_token
+from utils.arguments import number_in
 from utils.config import with_values
 from utils.errors import UserError
 
-# a configuration file describes pre-training, so these replace its keys; rates are for 512 images
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    # the linear probe of MoBY (arXiv 2105.04553)
-    "freeze": {
-        "TRAIN.EPOCHS": 100,
-        "TRAIN.WARMUP_EPOCHS": 5,
-        "TRAIN.BASE_LR": 1.0,
-        "TRAIN.WARMUP_LR": 0.0,
-        "TRAIN.MIN_LR": 0.0,
-        "TRAIN.WEIGHT_DECAY": 0.0,
-        "TRAIN.CLIP_GRAD": 0.0,
-        "TRAIN.LR_SCHEDULER.NAME": "cosine",
-        "TRAIN.OPTIMIZER.NAME": "sgd",
-        "TRAIN.OPTIMIZER.MOMENTUM": 0.9,
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a classifier is trained on an encoder.
+
+    Attributes:
+        name: of ``--protocol``, and in results.json.
+        keys: a configuration file describes pre-training, so these replace its keys; rates are
+            for 512 images.
+        drop_path_rate: stochastic depth of the encoder while the classifier learns. A frozen
+            encoder with any is in train mode.
+        group: options of the optimizer's groups of weights.
+        rate_by_epoch: the rate stays for an epoch; else each update has its own.
+        last_blocks: of a ViT the class tokens of so many blocks are the feature; 0: its own.
+    """
+
+    name: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    drop_path_rate: float = 0.0
+    group: dict[str, Any] = field(default_factory=dict)
+    rate_by_epoch: bool = False
+    last_blocks: int = 0
+
+
+_SGD = {
+    "TRAIN.EPOCHS": 100,
+    "TRAIN.WARMUP_EPOCHS": 5,
+    "TRAIN.BASE_LR": 1.0,
+    "TRAIN.WARMUP_LR": 0.0,
+    "TRAIN.MIN_LR": 0.0,
+    "TRAIN.WEIGHT_DECAY": 0.0,
+    "TRAIN.CLIP_GRAD": 0.0,
+    "TRAIN.LR_SCHEDULER.NAME": "cosine",
+    "TRAIN.OPTIMIZER.NAME": "sgd",
+    "TRAIN.OPTIMIZER.MOMENTUM": 0.9,
+    "MODEL.LABEL_SMOOTHING": 0.0,
+}
+# the linear probe of MoBY's code (arXiv 2105.04553)
+MOBY = Protocol(
+    "moby",
+    _SGD
+    | {
+        "TRAIN.WARMUP_LR": 5e-7,
+        "TRAIN.MIN_LR": 5e-6,
+        "TRAIN.CLIP_GRAD": 5.0,
+        "MODEL.LABEL_SMOOTHING": 0.1,
+        "DATA.INTERPOLATION": "bilinear",
     },
-    # the fine-tuning of MAE (arXiv 2111.06377, table 9), with AUG.* and MODEL.LABEL_SMOOTHING
-    "finetune": {
+    drop_path_rate=0.2,
+)
+# the probe of version 0.1: neither features nor gradients are disturbed
+PLAIN = Protocol("plain", _SGD)
+# the linear evaluation of DINO's code (arXiv 2104.14294), whose rate of 1e-3 is for 256 images
+DINO = Protocol(
+    "dino",
+    _SGD
+    | {
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "TRAIN.BASE_LR": 2e-3,
+        "DATA.BATCH_SIZE": 128,
+        "DATA.INTERPOLATION": "bicubic",
+    },
+    group={"nesterov": False},
+    rate_by_epoch=True,
+    last_blocks=4,
+)
+# logistic regression on frozen features, which makes no updates
+LBFGS = Protocol("lbfgs")
+# the fine-tuning of MAE (arXiv 2111.06377, table 9), with AUG.* and MODEL.LABEL_SMOOTHING
+MAE = Protocol(
+    "mae",
+    {
         "TRAIN.EPOCHS": 100,
         "TRAIN.WARMUP_EPOCHS": 5,
         "TRAIN.BASE_LR": 2e-3,
@@ -37,17 +99,78 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "TRAIN.LR_SCHEDULER.NAME": "cosine",
         "TRAIN.OPTIMIZER.NAME": "adamw",
     },
-}
+    drop_path_rate=0.2,
+)
+PROBES = {protocol.name: protocol for protocol in (MOBY, PLAIN, DINO)}
+PROTOCOLS = PROBES | {protocol.name: protocol for protocol in (LBFGS, MAE)}
+BEFORE = {"freeze": PLAIN, "finetune": MAE}  # of checkpoints that do not name theirs
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--protocol``, and what it leaves open."""
+    add = parser.add_argument
+    text = f"whose linear probe, see docs/evaluation.md (default: {MOBY.name})"
+    add("--protocol", choices=list(PROBES), help=text)
+    text = "stochastic depth (default: 0.2 in fine-tuning and --protocol moby, else 0)"
+    add("--drop-path-rate", type=number_in(0.0, 0.99), help=text)
+    text = "of --protocol dino: a ViT's last blocks whose class tokens are joined (default: 4)"
+    add("--n-last-blocks", type=number_in(1, 1000), help=text)
+    text = "of --protocol dino: join the mean of a ViT's patch tokens as well"
+    add("--avgpool-patchtokens", action="store_true", help=text)
+
+
+def choose_protocol(args: argparse.Namespace, weights: str) -> Protocol:
+    """The protocol of a command line.
+
+    Args:
+        args: with ``protocol`` and ``probe``.
+        weights: LINEAR_EVAL.WEIGHTS.
+
+    Raises:
+        UserError: flags that do not go together.
+    """
+    frozen, lbfgs = weights == "freeze", args.probe == "lbfgs"
+    if lbfgs and not frozen:
+        raise UserError("--probe lbfgs needs a frozen encoder: leave LINEAR_EVAL.WEIGHTS at freeze")
+    if args.protocol and (lbfgs or not frozen):
+        what = "--probe lbfgs" if lbfgs else "fine-tuning"
+        raise UserError(
+            f"--protocol {args.protocol} is of a probe by SGD, {what} has its own: leave it out"
+        )
+    if not frozen:
+        return MAE
+    return LBFGS if lbfgs else PROBES[args.protocol or MOBY.name]
+
+
+def choose_tokens(
+    args: argparse.Namespace, protocol: Protocol, encoder: Backbone
+) -> ClassTokens | None:
+    """What the heads see of ``encoder``: class tokens of several blocks, or None for its feature.
+
+    Raises:
+        UserError: ``--n-last-blocks`` or ``--avgpool-patchtokens`` where they mean nothing.
+    """
+    if protocol.last_blocks and has_class_token(encoder):
+        tokens = ClassTokens(args.n_last_blocks or protocol.last_blocks, args.avgpool_patchtokens)
+        tokens.check(encoder)
+        return tokens
+    if args.n_last_blocks or args.avgpool_patchtokens:
+        raise UserError(
+            "--n-last-blocks and --avgpool-patchtokens are of --protocol dino and a ViT with a "
+            "class token: leave them out"
+        )
+    return None
 
 
 def apply_protocol(
-    config: CfgNode, opts: list[str], rates: list[float] | None
+    config: CfgNode, protocol: Protocol, given: Collection[str], rates: list[float] | None = None
 ) -> tuple[CfgNode, list[float]]:
-    """Replace pre-training's TRAIN.* by those of the protocol that LINEAR_EVAL.WEIGHTS names.
+    """Replace keys of pre-training by those of a protocol.
 
     Args:
         config: the configuration as it was read.
-        opts: ``KEY VALUE ...`` of ``--opts``, which override the protocol.
+        protocol: of the evaluation.
+        given: keys that ``--opts`` and flags have set, which override the protocol.
         rates: of ``--lr``, which override TRAIN.BASE_LR.
 
     Returns:
@@ -58,15 +181,22 @@ def apply_protocol(
     Raises:
         UserError: impossible rates, or several for fine-tuning.
     """
-    weights = config.LINEAR_EVAL.WEIGHTS
-    protocol = {k: v for k, v in PROTOCOLS[weights].items() if k not in opts[::2]}
-    rates = rates or [protocol.get("TRAIN.BASE_LR", config.TRAIN.BASE_LR)]
-    if weights == "finetune" and len(rates) > 1:
+    keys = {key: value for key, value in protocol.keys.items() if key not in given}
+    rates = rates or [keys.get("TRAIN.BASE_LR", config.TRAIN.BASE_LR)]
+    frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
+    if not frozen and len(rates) > 1:
         raise UserError("fine-tuning takes one --lr; only heads on a frozen encoder train at once")
     if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
         raise UserError(f"--lr takes different positive rates, got {rates}")
-    scheduled = 1.0 if weights == "freeze" else rates[0]
-    return with_values(config, protocol | {"TRAIN.BASE_LR": scheduled}), rates
+    return with_values(config, keys | {"TRAIN.BASE_LR": 1.0 if frozen else rates[0]}), rates
+
+
+def head_schedule(scaled: Rates, rate: float) -> Rates:
+    """The schedule of a head, which multiplies each rate of it by ``rate``, its own.
+
+    So only its highest rate grows with its own: it begins and ends at those of the configuration.
+    """
+    return Rates(scaled.base, scaled.warmup / rate, scaled.minimum / rate)
 
 
 def hold_out(targets: torch.Tensor, seed: int, every: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Features of patches instead of whole images."""
+"""What lies inside an encoder: features of patches, and class tokens of several blocks."""
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -54,8 +54,47 @@ def _depth(encoder: nn.Module) -> int:
 
 
 def has_class_token(encoder: nn.Module) -> TypeGuard[VisionTransformer]:
-    """Whether ``class_attention`` can be had of it."""
+    """Whether it is a ViT, of this project or of timm, with a class token."""
     return isinstance(encoder, VisionTransformer) and encoder.cls_token is not None
+
+
+class ClassTokens(NamedTuple):
+    """A feature that joins the class tokens of a ViT's last blocks, each after the last LayerNorm.
+
+    Source: DINO (arXiv 2104.14294), its linear evaluation.
+
+    Attributes:
+        blocks: how many of the last blocks.
+        patches: whether the mean of the last block's patch tokens follows.
+    """
+
+    blocks: int
+    patches: bool = False
+
+    def width(self, encoder: Backbone) -> int:
+        """F, for an encoder whose own feature is its class token."""
+        return encoder.num_features * (self.blocks + self.patches)
+
+    def check(self, encoder: VisionTransformer) -> None:
+        """Refuse an encoder with fewer blocks.
+
+        Raises:
+            UserError: it has.
+        """
+        if self.blocks > len(encoder.blocks):
+            raise UserError(
+                f"--n-last-blocks {self.blocks}: the encoder has {len(encoder.blocks)} blocks"
+            )
+
+    def __call__(self, encoder: Any, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, F), for an encoder that ``has_class_token``."""
+        taken = encoder.get_intermediate_layers(
+            images, n=self.blocks, return_prefix_tokens=True, norm=True
+        )
+        parts = [prefix[:, 0] for _, prefix in taken]  # BxC
+        if self.patches:
+            parts.append(taken[-1][0].mean(1))
+        return torch.cat(parts, 1)
 
 
 def class_attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from helpers import ROOT, figures, run_script, run_tool
 from PIL import Image
 
 import eval_linear
-from evaluation.protocols import PROTOCOLS
+from evaluation.protocols import PROBES
 from models.encoder import create_encoder
 from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
@@ -117,15 +117,17 @@ def test_labels_that_mean_nothing_are_not_learned(run_main, tinted, tmp_path):
     assert results(tmp_path)["last"]["top1"] <= 100 * (0.25 + 3 * (0.25 * 0.75 / 48) ** 0.5)
 
 
-def test_each_rate_learns_as_if_alone(run_main, tinted, tmp_path):
+@pytest.mark.parametrize("protocol", PROBES)
+def test_each_rate_learns_as_if_alone(run_main, tinted, tmp_path, protocol):
     """Bit for bit, next to one that diverges; clipping does not join them either."""
-    opts = ["TRAIN.CLIP_GRAD", "0.05"]
-    rates = ["0.1", "3", "1e41"]
-    run_main(eval_linear, *arguments(tinted, tmp_path / "all", "--lr", *rates, opts=opts))
+    opts = ["TRAIN.CLIP_GRAD", "0.05", "DATA.BATCH_SIZE", "8"]
+    rates = ["0.1", "3", "1e45"]
+    flags = ["--protocol", protocol, "--lr"]
+    run_main(eval_linear, *arguments(tinted, tmp_path / "all", *flags, *rates, opts=opts))
     together = checkpoint(tmp_path / "all")
     assert together["figures"][2] is None
     for number, rate in enumerate(rates[:2]):
-        run_main(eval_linear, *arguments(tinted, tmp_path / rate, "--lr", rate, opts=opts))
+        run_main(eval_linear, *arguments(tinted, tmp_path / rate, *flags, rate, opts=opts))
         alone = checkpoint(tmp_path / rate)
         for one, other in zip(heads(alone)[0], heads(together)[number], strict=True):
             assert one.equal(other)
@@ -149,7 +151,8 @@ def test_probing_leaves_the_encoder_and_fine_tuning_changes_it(run_main, tinted,
         assert probed[f"encoder.{name}"].equal(value), name
         fixed = name == "pos_embed"
         assert tuned[f"encoder.{name}"].equal(value) == fixed, name
-    assert results(tmp_path, "ft")["weights"] == "finetune"
+    tuned = results(tmp_path, "ft")
+    assert tuned["weights"] == "finetune" and tuned["protocol"]["name"] == "mae"
 
 
 def test_a_frozen_encoder_keeps_no_activations(monkeypatch):
@@ -351,9 +354,11 @@ def test_options_train(run_main, tinted, tmp_path, flags, opts):
 
 
 def test_accumulation_equals_a_large_batch(run_main, tinted, tmp_path):
-    flags = ["--accumulation-steps", "2"]  # of 8 images
+    alike = ["--drop-path-rate", "0"]  # which draws for each micro-batch
+    flags = [*alike, "--accumulation-steps", "2"]  # of 8 images
     run_main(eval_linear, *arguments(tinted, tmp_path / "a", *flags))
-    run_main(eval_linear, *arguments(tinted, tmp_path / "b", opts=["DATA.BATCH_SIZE", "16"]))
+    large = ["DATA.BATCH_SIZE", "16"]
+    run_main(eval_linear, *arguments(tinted, tmp_path / "b", *alike, opts=large))
     for one, other in zip(
         heads(checkpoint(tmp_path / "a"))[0], heads(checkpoint(tmp_path / "b"))[0], strict=True
     ):
@@ -398,34 +403,11 @@ def test_swin_is_fine_tuned(run_main, tinted, tmp_path):
     assert results(tmp_path, "ft")["last"]["loss"] < 2
 
 
-def test_the_protocol_holds_unless_it_is_overridden(tinted, tmp_path):
-    def train(*flags, opts=()):
-        given = [str(a) for a in arguments(tinted, tmp_path, *flags, opts=opts)]
-        args, config = eval_linear.parse_arguments("", eval_linear.add_arguments, given)
-        config, rates = eval_linear.apply_protocol(config, args.opts, args.lr)
-        return rates, config.TRAIN
-
-    rates, probe = train()
-    assert rates == [1.0] and probe.BASE_LR == 1.0
-    assert (probe.OPTIMIZER.NAME, probe.OPTIMIZER.MOMENTUM, probe.WEIGHT_DECAY) == ("sgd", 0.9, 0)
-    assert (probe.WARMUP_LR, probe.MIN_LR, probe.CLIP_GRAD) == (0, 0, 0)
-    assert PROTOCOLS["freeze"]["TRAIN.EPOCHS"] == PROTOCOLS["finetune"]["TRAIN.EPOCHS"] == 100
-    assert probe.LR_SCHEDULER.NAME == "cosine" and probe.WARMUP_EPOCHS == 1
-    assert {p["TRAIN.WARMUP_EPOCHS"] for p in PROTOCOLS.values()} == {5}
-    assert probe.EPOCHS == 3  # of --opts; the configuration says 300
-    rates, tuned = train(opts=[*FINETUNE, "TRAIN.WEIGHT_DECAY", "0.3"])
-    assert (tuned.OPTIMIZER.NAME, tuned.WEIGHT_DECAY) == ("adamw", 0.3)
-    assert (tuned.WARMUP_LR, tuned.MIN_LR, tuned.CLIP_GRAD) == (0, 1e-6, 0)
-    assert PROTOCOLS["finetune"]["TRAIN.WEIGHT_DECAY"] == 0.05
-    assert rates == [tuned.BASE_LR] == [2e-3]
-    assert train("--lr", "0.1", "10")[0] == [0.1, 10.0]
-    assert train(opts=["TRAIN.BASE_LR", "0.5"])[0] == [0.5]
-
-
 def test_lbfgs(run_main, tinted, tmp_path):
     run_main(eval_linear, *arguments(tinted, tmp_path, "--probe", "lbfgs", "--num-l2", "6"))
     found = results(tmp_path)
     assert found["probe"] == "lbfgs" and found["converged"] is True
+    assert found["protocol"] == {"name": "lbfgs", "image_size": 32}
     assert 0 <= found["gradient_norm"] < 1e-3 and found["l2"] > 0
     chosen = {"epoch": None, "lr": None, "selected_on": "train"}
     assert found["best"] == {"value": 100.0, **chosen}
@@ -479,6 +461,11 @@ MISTAKES = {
     "negative rate": (["--lr", "-1"], [], "different positive rates"),
     "same rates": (["--lr", "1", "1"], [], "different positive rates"),
     "lbfgs fine-tuning": (["--probe", "lbfgs"], FINETUNE, "needs a frozen encoder"),
+    "protocol of fine-tuning": (["--protocol", "moby"], FINETUNE, "fine-tuning has its own"),
+    "protocol of lbfgs": (["--probe", "lbfgs", "--protocol", "dino"], [], "lbfgs has its own"),
+    "protocol": (["--protocol", "mae"], [], "invalid choice: 'mae'"),
+    "blocks": (["--n-last-blocks", "2"], [], "are of --protocol dino"),
+    "too many blocks": (["--protocol", "dino", "--n-last-blocks", "6"], [], "has 5 blocks"),
     "layer decay": (["--layer-decay", "2"], FINETUNE, "--layer-decay: invalid"),
     "data set": (["--dataset", "cifar11"], [], "invalid choice: 'cifar11'"),
     "data set in --opts": ([], ["DATA.DATASET", "cifar11"], "unknown data set 'cifar11'"),
@@ -576,7 +563,8 @@ def test_by_default_all_images_train_and_test_images_choose_the_best(run_main, t
     assert (found["last"]["epoch"], found["last"]["lr"]) == (2, 3)
     figures = checkpoint(tmp_path)["figures"][0]
     assert {name: found["last"][name] for name in figures} == figures
-    assert found["protocol"] == {"image_size": 32, "epochs": 3}
+    moby = {"name": "moby", "image_size": 32, "epochs": 3, "drop_path_rate": 0.2}
+    assert found["protocol"] == moby
     assert "48 training and 48 test images" in (folder(tmp_path) / "log_rank0.txt").read_text()
     assert "last: top1 " in last_line(tmp_path)
     assert last_line(tmp_path).endswith("(epoch and rate chosen on the test images)")
@@ -610,6 +598,41 @@ def test_a_probe_with_another_choice_starts_anew(run_main, tinted, tmp_path):
     run_main(eval_linear, *arguments(tinted, tmp_path))
     run_main(eval_linear, *arguments(tinted, tmp_path, "--select", "held-out"))
     assert "of another select: starting anew" in (folder(tmp_path) / "log_rank0.txt").read_text()
+
+
+def test_a_probe_of_another_protocol_starts_anew(run_main, tinted, tmp_path):
+    """One that names none is of version 0.1, whose protocol is plain."""
+    plain = arguments(tinted, tmp_path, "--protocol", "plain")
+    log = folder(tmp_path) / "log_rank0.txt"
+    run_main(eval_linear, *plain)
+    path = folder(tmp_path) / "checkpoint.pth"
+    state = checkpoint(tmp_path)
+    older = {k: v for k, v in state.items() if k not in ("protocol", "class_tokens")}
+    torch.save(older, path)
+    run_main(eval_linear, *plain)
+    assert "starting anew" not in log.read_text() and "after epoch 2" in log.read_text()
+    shutil.copy(path, tmp_path / "older.pth")
+    named = ("--resume", tmp_path / "older.pth")
+    with pytest.raises(UserError, match=r"older\.pth: .* \(other protocol\)"):
+        run_main(eval_linear, *arguments(tinted, tmp_path / "b", *named))
+    run_main(eval_linear, *arguments(tinted, tmp_path))
+    assert "of another protocol: starting anew" in log.read_text()
+    opts = ["DATA.BATCH_SIZE", "8"]
+    dino = ("--protocol", "dino", "--n-last-blocks")
+    run_main(eval_linear, *arguments(tinted, tmp_path, *dino, "2", opts=opts))
+    run_main(eval_linear, *arguments(tinted, tmp_path, *dino, "3", opts=opts))
+    assert "of another class_tokens: starting anew" in log.read_text()
+
+
+@pytest.mark.parametrize("protocol", PROBES)
+def test_eval_takes_the_protocol_of_the_checkpoint(run_main, tinted, tmp_path, protocol):
+    opts = ["DATA.BATCH_SIZE", "8"]
+    flags = ["--protocol", protocol] + ["--avgpool-patchtokens"] * (protocol == "dino")
+    run_main(eval_linear, *arguments(tinted, tmp_path, *flags, opts=opts))
+    loss = results(tmp_path)["last"]["loss"]
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", random=False))
+    said = (folder(tmp_path) / "eval" / "log_rank0.txt").read_text()
+    assert f"loss {loss:.4f}" in said
 
 
 def test_best_pth_comes_along_from_another_folder(run_main, tinted, tmp_path):

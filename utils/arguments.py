@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
@@ -67,13 +67,20 @@ def parse_arguments(
         add_arguments(parser)
     args = parser.parse_args(argv)
 
-    given = {
-        k: v for k, v in vars(args).items() if k.isupper() and v is not None and v is not False
-    }
+    given = _flagged(args)
     given["LOCAL_RANK"] = local_rank(args.local_rank or 0)
     config = with_values(load_config(args.cfg, args.opts), given)
     check_ranges(config)
     return args, config
+
+
+def given_keys(args: argparse.Namespace) -> set[str]:
+    """The keys that the command line has set, by ``--opts`` or by a flag of their own."""
+    return {*args.opts[::2], *_flagged(args)}
+
+
+def _flagged(args: argparse.Namespace) -> dict[str, Any]:
+    return {k: v for k, v in vars(args).items() if k.isupper() and v is not None and v is not False}
 
 
 def add_tracker_arguments(parser: argparse.ArgumentParser) -> None:

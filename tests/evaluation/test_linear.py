@@ -16,6 +16,7 @@ from evaluation.linear import (
     score_classifier,
 )
 from models.encoder import create_encoder
+from models.patch_features import ClassTokens
 from utils.config import DEFAULTS
 from utils.errors import UserError
 
@@ -146,9 +147,10 @@ def test_rates_fall_from_the_heads_down():
 
 
 def test_each_head_of_a_probe_has_its_rate(model):
-    groups = model.head_groups([0.1, 3.0], 0.2)
+    groups = model.head_groups([0.1, 3.0], weight_decay=0.2, nesterov=False)
     assert [group["lr_scale"] for group in groups] == [0.1, 3.0]
     assert [group["weight_decay"] for group in groups] == [0.2, 0.2]
+    assert [group["nesterov"] for group in groups] == [False, False]
     assert groups[1]["params"] == list(model.heads[1].parameters())
 
 
@@ -162,6 +164,33 @@ def test_a_frozen_encoder_stays_in_eval_mode(model):
     assert free == {"pos_embed"}  # fixed positions stay
     assert not tuned.eval().encoder.training
     assert model.eval() is model
+
+
+def test_statistics_are_frozen_with_the_encoder():
+    """Stochastic depth acts, but BatchNorm takes and keeps its own statistics."""
+    torch.manual_seed(0)
+    encoder = create_encoder("timm/resnet18", 32, drop_path_rate=0.5)
+    probe = LinearClassifiers(encoder, 3, 1, seed=0, frozen=True, drops=True).train()
+    norms = [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:  # timm begins with blocks that add nothing
+        torch.nn.init.ones_(norm.weight)
+    assert encoder.training and norms and not any(norm.training for norm in norms)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    images = torch.randn(16, 3, 32, 32)
+    assert not probe(images).equal(probe(images))
+    assert all(value.equal(before[name]) for name, value in encoder.state_dict().items())
+    assert probe.eval()(images).equal(probe(images))
+
+
+def test_heads_see_the_tokens_that_are_asked_for():
+    encoder = create_encoder("vit_nano", 32)
+    tokens = ClassTokens(2, patches=True)
+    probe = LinearClassifiers(encoder, 3, 2, seed=0, frozen=True, tokens=tokens).eval()
+    assert probe.heads[1].weight.shape == (3, 3 * 128)
+    images = torch.randn(2, 3, 32, 32)
+    assert probe.features(images).equal(tokens(encoder, images))
+    expected = probe.heads[1](tokens(encoder, images))
+    torch.testing.assert_close(probe(images)[1], expected)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

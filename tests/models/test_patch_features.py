@@ -1,10 +1,10 @@
-"""Patch features have stride 16, or a ViT's own, at any size, and are those of the last block."""
+"""Patch features of stride 16, or a ViT's own, at any size; class tokens of the last blocks."""
 
 import pytest
 import torch
 
 from models.encoder import create_encoder
-from models.patch_features import patch_features
+from models.patch_features import ClassTokens, has_class_token, patch_features
 
 
 @pytest.mark.parametrize("name, stride, width", [("vit_nano", 8, 128), ("swin_tiny", 16, 384)])
@@ -29,3 +29,27 @@ def test_a_swin_gives_the_third_stage():
     for stage in encoder.layers[:3]:
         expected = stage(expected)
     assert torch.equal(patch_features(encoder, images), expected)
+
+
+@pytest.mark.parametrize("patches", [False, True])
+@pytest.mark.parametrize("name", ["vit_nano", "timm/deit_tiny_distilled_patch16_224"])
+def test_class_tokens_of_the_last_blocks(name, patches):
+    """Each after the last LayerNorm, also where a token of distillation follows."""
+    encoder = create_encoder(name, 32).eval()
+    images, outputs = torch.rand(2, 3, 32, 32), []
+    for block in encoder.blocks[-3:]:
+        block.register_forward_hook(lambda *given: outputs.append(encoder.norm(given[2])))
+    encoder.forward_features(images)
+    expected = [tokens[:, 0] for tokens in outputs]
+    if patches:
+        expected.append(outputs[2][:, encoder.num_prefix_tokens :].mean(1))
+    tokens = ClassTokens(3, patches)
+    tokens.check(encoder)
+    found = tokens(encoder, images)
+    torch.testing.assert_close(found, torch.cat(expected, 1))
+    assert found.shape[1] == tokens.width(encoder)
+
+
+def test_what_has_a_class_token():
+    names = {"vit_nano": True, "swin_tiny": False, "timm/vit_pwee_patch16_reg1_gap_256": False}
+    assert {name: has_class_token(create_encoder(name, 32)) for name in names} == names
