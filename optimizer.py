@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import torch
-from timm.optim import Lars, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from yacs.config import CfgNode
 
@@ -22,22 +22,23 @@ def build_optimizer(
         base_lr: the rate, scaled to the images of an update.
         groups: its parameters in groups of torch, in which timm's ``lr_scale`` multiplies the
             scheduled rate. By default weight decay skips one-dimensional parameters, biases and
-            what ``model.no_weight_decay()`` names; LARS adapts no rate of theirs.
+            what ``model.no_weight_decay()`` names.
 
     Raises:
         UserError: unknown name.
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
+    name = options.NAME.lower()
     groups = groups or param_groups_weight_decay(
         model,
         train.WEIGHT_DECAY,
         no_weight_decay_list=cast(MomentumMethod, model).no_weight_decay(),
     )
-    if options.NAME == "adamw":
+    if name == "adamw":
         return torch.optim.AdamW(
             groups, base_lr, betas=tuple(options.BETAS), eps=options.EPS, fused=True
         )
-    if options.NAME == "sgd":
+    if name == "sgd":
         sgd = torch.optim.SGD(
             groups, base_lr, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=True
         )
@@ -47,20 +48,32 @@ def build_optimizer(
                 for p in group["params"]:
                     sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
-    if options.NAME == "lars":
-        on_gpu = any(p.is_cuda for group in groups for p in group["params"])
-        return (DeviceLars if on_gpu else Lars)(groups, lr=base_lr, momentum=options.MOMENTUM)
+    if name == "lars":
+        return Lars(groups, base_lr, options.MOMENTUM)
     raise UserError(f"TRAIN.OPTIMIZER.NAME must be adamw, sgd or lars, got {options.NAME!r}")
 
 
-class DeviceLars(Lars):
-    """timm's LARS for GPUs: whether a step is skipped is read there, and the host does not wait.
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum, whose gradients of weights are scaled to the length of the weights.
 
-    A GradScaler gives ``grad_scale`` and ``found_inf`` to an optimizer that says it takes them.
+    The gradient g of a parameter w of two or more dimensions becomes
+    ``TRUST |w| / |g + decay w|`` times ``g + decay w``, whatever the decay; where one of the norms
+    is 0, it is not scaled. Other parameters get neither. The step reads on the device whether it
+    is to be skipped, so that the host does not wait: a GradScaler gives ``grad_scale`` and
+    ``found_inf`` to an optimizer that says it takes them.
+
+    Source: You et al. 2017 (arXiv 1708.03888), as in MoCo v3 (arXiv 2104.02057).
+
+    Args:
+        groups: parameters, with their ``weight_decay``.
+        lr: learning rate.
+        momentum: of the steps; without dampening, not Nesterov's.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        super().__init__(groups, **options)
+    TRUST = 0.001
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.0) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
         self._step_supports_amp_scaling = True
 
     @torch.no_grad()
@@ -68,39 +81,41 @@ class DeviceLars(Lars):
         """One step; none if ``found_inf`` is 1."""
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            gradients = [cast(torch.Tensor, p.grad) for p in weights]
-            if not weights:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [cast(torch.Tensor, p.grad) for p in parameters]
+            if not parameters:
                 continue
             if scale is not None:
                 torch._foreach_div_(gradients, scale)
-            decay = group["weight_decay"]
-            if decay:
-                weight_norms = torch.stack(torch._foreach_norm(weights))
-                norms = torch.stack(torch._foreach_norm(gradients))
-                ratios = group["trust_coeff"] * weight_norms
-                ratios /= norms + decay * weight_norms + group["eps"]
-                ratios = torch.where((weight_norms > 0) & (norms > 0), ratios, 1.0)
-                torch._foreach_add_(gradients, weights, alpha=decay)
-                torch._foreach_mul_(gradients, list(ratios.unbind()))
-            buffers = [self._buffer(p) for p in weights] if group["momentum"] else []
+            weights = [p for p in parameters if p.ndim > 1]
+            if weights:
+                own = [cast(torch.Tensor, w.grad) for w in weights]
+                if group["weight_decay"]:
+                    torch._foreach_add_(own, weights, alpha=group["weight_decay"])
+                lengths = torch.stack(torch._foreach_norm(weights))
+                norms = torch.stack(torch._foreach_norm(own))
+                ratios = self.TRUST * lengths / norms
+                ratios = torch.where((lengths > 0) & (norms > 0), ratios, 1.0)
+                # a kernel for each weight: no list of factors on the device goes in one
+                torch._foreach_mul_(own, list(ratios.unbind()))
+            buffers = [self._buffer(p) for p in parameters] if group["momentum"] else []
             # what is behind SGD(fused=True): the only step here that can be skipped on the device
             torch._fused_sgd_(
-                weights,
+                parameters,
                 gradients,
                 buffers,
                 weight_decay=0.0,
                 momentum=group["momentum"],
                 lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
+                dampening=0.0,
+                nesterov=False,
                 maximize=False,
                 is_first_step=False,
                 found_inf=found_inf,
             )
 
-    def _buffer(self, weight: torch.Tensor) -> torch.Tensor:
-        state = self.state[weight]
+    def _buffer(self, parameter: torch.Tensor) -> torch.Tensor:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
+            state["momentum_buffer"] = torch.zeros_like(parameter)
         return state["momentum_buffer"]

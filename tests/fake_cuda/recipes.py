@@ -98,7 +98,7 @@ DEVICE = ("DATA.BACKEND", "device")
 UNCLIPPED = ("TRAIN.CLIP_GRAD", "0.0")
 RECIPES = [
     Recipe("synco", "vit_tiny", 2055),
-    Recipe("synco", "vit_tiny", 2121, optimizer="lars"),
+    Recipe("synco", "vit_tiny", 2130, optimizer="lars"),
     Recipe("synco", "vit_tiny", 4200, micro=2),
     Recipe("synco", "vit_nano", 961, precision="float32"),
     Recipe("synco", "vit_nano", 1236, precision="float16"),
@@ -106,24 +106,24 @@ RECIPES = [
     Recipe("synco", "vit_nano", 1178, processes=1),
     Recipe("synco", "vit_nano", 1479, more=DEVICE),
     Recipe("synco", "swin_tiny", 2625),
-    Recipe("synco", "timm/resnet18", 2139, optimizer="lars"),
+    Recipe("synco", "timm/resnet18", 2136, optimizer="lars"),
     Recipe("moby", "vit_nano", 976, precision="float16", optimizer="sgd"),
-    Recipe("moby", "vit_nano", 743, precision="float32", optimizer="lars", more=UNCLIPPED),
+    Recipe("moby", "vit_nano", 752, precision="float32", optimizer="lars", more=UNCLIPPED),
     Recipe("moby", "vit_tiny", 3624, more=NORM),
     Recipe("moby", "swin_tiny", 1655, precision="float32"),
-    Recipe("moby", "timm/resnet18", 3691, precision="float16", optimizer="lars", micro=2),
+    Recipe("moby", "timm/resnet18", 3688, precision="float16", optimizer="lars", micro=2),
     Recipe("moby", "timm/resnet18", 1019, processes=1),
     Recipe("moby", "timm/resnet50", 4154),
     Recipe("byol", "vit_nano", 1386, precision="float32", micro=2),
-    Recipe("byol", "vit_nano", 1007, precision="float16", optimizer="lars"),
+    Recipe("byol", "vit_nano", 1016, precision="float16", optimizer="lars"),
     Recipe("byol", "vit_nano", 1144, optimizer="sgd", more=CHECKPOINT),
-    Recipe("byol", "swin_tiny", 3065, optimizer="lars", more=CHECKPOINT),
+    Recipe("byol", "swin_tiny", 3085, optimizer="lars", more=CHECKPOINT),
     Recipe("byol", "timm/resnet18", 2164, precision="float32", more=CHECKPOINT),
     Recipe("byol", "timm/resnet18", 1808, optimizer="sgd", more=UNCLIPPED),
-    Recipe("probe", "vit_nano", 261, optimizer="sgd"),
-    Recipe("finetune", "vit_nano", 515),
-    Recipe("finetune", "vit_nano", 1017, precision="float16", micro=2),
-    Recipe("finetune", "timm/resnet18", 363, processes=1),
+    Recipe("probe", "vit_nano", 319, optimizer="sgd"),
+    Recipe("finetune", "vit_nano", 546),
+    Recipe("finetune", "vit_nano", 1078, precision="float16", micro=2),
+    Recipe("finetune", "timm/resnet18", 389, processes=1),
 ]
 
 
@@ -170,7 +170,7 @@ def join_group(processes: int) -> None:
 
 def configured(recipe: Recipe):
     """The configuration."""
-    from evaluation.protocols import apply_protocol
+    from evaluation.protocols import MAE, MOBY, apply_protocol
     from utils.config import load_config
 
     method = recipe.method if recipe.method in ("synco", "byol") else "moby"
@@ -181,7 +181,9 @@ def configured(recipe: Recipe):
     weights = {"probe": "freeze", "finetune": "finetune"}.get(recipe.method)
     opts += ["LINEAR_EVAL.WEIGHTS", weights] if weights else []
     config = load_config(str(ROOT / f"configs/{method}_{kind}_tiny.yaml"), opts)
-    return apply_protocol(config, opts, None)[0] if weights else config
+    if not weights:
+        return config
+    return apply_protocol(config, MOBY if weights == "freeze" else MAE, opts[::2])[0]
 
 
 def pretraining(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLog):
@@ -229,11 +231,12 @@ def classifying(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
 
     frozen = recipe.method == "probe"
     rates = [0.1, 1.0] if frozen else [1.0]
-    model = LinearClassifiers(build_encoder(config, 0.0), 10, len(rates), 0, frozen)
+    encoder = build_encoder(config, 0.2)
+    model = LinearClassifiers(encoder, 10, len(rates), 0, frozen, drops=True)
     made_fake(model, mode)
     with mode:
         model = synchronize_batch_norm(model, CUDA)
-        groups = weight_groups(config, model, rates, 0.75)
+        groups = weight_groups(config, model, rates, 0.75, {})
         optimizers = [build_optimizer(config, model, 0.1, group) for group in groups]
         ddp = Parallel(model).train()
         clip = config.TRAIN.CLIP_GRAD
@@ -242,7 +245,7 @@ def classifying(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
     names = [f"{rate:g}" for rate in rates] if frozen else [""]
     training_log = log_of(config, run, optimizers, names=names)
     mixup = None if frozen else build_mixup(config, 10)
-    forward = partial(forward_images, ddp, CUDA, 0.0 if frozen else 0.1, mixup)
+    forward = partial(forward_images, ddp, CUDA, config.MODEL.LABEL_SMOOTHING, mixup)
 
     def make(micro_batches, step):
         seed_libraries(config.SEED, 0, step)
