@@ -24,11 +24,13 @@ class Key(NamedTuple):
         default: its type is the key's type.
         allowed: the least and the largest number (of each element of a list), or the words.
         about: what it is.
+        effect: whether anything follows from it; if not, published files may hold it all the same.
     """
 
     default: Any
     allowed: tuple[float, float] | tuple[str, ...] = ()
     about: str = ""
+    effect: bool = True
 
 
 COUNT, SHARE, WORKERS = (0, 10**9), (0, 1), (0, 1024)
@@ -59,12 +61,13 @@ KEYS = {
     "MODEL.WINDOW_SIZE": Key(0, (0, 1024), "patches, of a Swin; 0: likewise"),
     "MODEL.NAME": Key("moby__swin_tiny", (), "first folder of a run"),
     "MODEL.RESUME": Key("", (), "checkpoint to begin from, see `--resume`"),
-    "MODEL.NUM_CLASSES": Key(1000, (1, 10**7), "no effect: the data set tells"),
+    "MODEL.NUM_CLASSES": Key(1000, (1, 10**7), "the data set tells", effect=False),
     "MODEL.DROP_RATE": Key(0.0, (0, 0.99), "dropout"),
-    "MODEL.DROP_PATH_RATE": Key(0.1, (0, 0.99), "no effect: the next two and a flag tell"),
+    "MODEL.DROP_PATH_RATE": Key(0.1, (0, 0.99), "the next two tell, and in evaluations a flag",
+        effect=False),
     "MODEL.ONLINE_DROP_PATH_RATE": Key(0.2, (0, 0.99), "stochastic depth of the encoder"),
     "MODEL.TARGET_DROP_PATH_RATE": Key(0.0, (0, 0.99), "and of the key encoder"),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, (0, 0.99), "of fine-tuning"),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, (0, 0.99), "of fine-tuning; a probe's protocol has its own"),
     "MODEL.CONTRAST_MOMENTUM": Key(0.99, SHARE, "of the key encoder at the start; rises to 1 by a "
         "cosine"),
     "MODEL.CONTRAST_TEMPERATURE": Key(0.2, (1e-4, 1e4), "divides the similarities"),
@@ -72,7 +75,7 @@ KEYS = {
     "MODEL.PROJ_NUM_LAYERS": Key(2, (0, 100), "linear layers of the projector"),
     "MODEL.PRED_NUM_LAYERS": Key(2, (0, 100), "and of the predictor"),
     "MODEL.STOP_GRAD_CONV1": Key(False, (), "keep the patch projection of a ViT or Swin as it is"),
-    "MODEL.REPLACE_LN_WITH_BN": Key(False, (), "BatchNorm in place of LayerNorm in a ViT's blocks"),
+    "MODEL.REPLACE_LN_WITH_BN": Key(False, (), "BatchNorm in place of the LayerNorm before an MLP"),
     "MODEL.N_HARD": Key(256, (1, 10**9), "most similar keys that synthetic negatives start from"),
     "MODEL.N1": Key(128, COUNT, "interpolated negatives of a query"),
     "MODEL.N2": Key(128, COUNT, "extrapolated"),
@@ -119,7 +122,7 @@ KEYS = {
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", (), "`cosine`, `linear` or `step`"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, (1, 10**9), "of `step`: epochs between drops"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, SHARE, "of `step`: factor of a drop"),
-    "TRAIN.OPTIMIZER.NAME": Key("adamw", (), "`adamw`, `sgd` or `lars`"),
+    "TRAIN.OPTIMIZER.NAME": Key("adamw", (), "`adamw`, `sgd` or `lars`, in any case"),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, (1e-30, 1), "of `adamw`"),
     "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), (0, 0.9999999), "of `adamw`"),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, (0, 0.9999999), "of `sgd` and `lars`"),
@@ -157,7 +160,7 @@ KEYS = {
             "SOLARIZE_FROM": Key(128, (0, 256), "the values from this one up are inverted"),
             "INTERPOLATION": Key("bilinear", ("bilinear", "bicubic", "nearest"), "of the resize"),
         }.items()},
-    "AUG.SSL_LINEAR_AUG": Key(False, (), "no effect: a probe always crops and flips"),
+    "AUG.SSL_LINEAR_AUG": Key(False, (), "a probe always crops and flips", effect=False),
     "TEST.CROP": Key(True, (), "crop the middle, else resize to a square"),
     "AMP_OPT_LEVEL": Key("auto", ("auto", "O0", "O1", "O2", "bfloat16", "float16"), "float32 (O0) "
         "or autocast, see the flag; `config.json` has what `auto` became"),
@@ -240,7 +243,7 @@ def check_ranges(config: CfgNode) -> None:
     Raises:
         UserError: the first such key, and what it may be.
     """
-    for key, (_, allowed, _) in KEYS.items():
+    for key, (_, allowed, *_) in KEYS.items():
         value = reduce(getitem, key.split("."), config)
         if not allowed or value is None:
             continue
@@ -258,12 +261,13 @@ def check_ranges(config: CfgNode) -> None:
 def markdown_table() -> str:
     """The table of keys in Markdown."""
     lines = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-    for key, (default, allowed, about) in KEYS.items():
+    for key, (default, allowed, about, effect) in KEYS.items():
         if allowed and isinstance(allowed[0], str):
             words = ", ".join(f"`{word}`" for word in allowed)
         else:
             words = "{:.8g} to {:.8g}".format(*allowed) if allowed else ""
-        lines.append(f"| `{key}` | `{json.dumps(default)}` | {words} | {about} |")
+        mark = "" if effect else "**no effect**: "
+        lines.append(f"| `{key}` | `{json.dumps(default)}` | {words} | {mark}{about} |")
     return "\n".join(lines)
 
 
@@ -278,8 +282,12 @@ def as_dict(config: CfgNode) -> dict[str, Any]:
 
 
 def to_json(config: CfgNode) -> str:
-    """``config`` as the text of ``config.json``."""
-    return json.dumps(as_dict(config), indent=2) + "\n"
+    """``config`` as the text of ``config.json``, without the keys that have no effect."""
+    content = as_dict(config)
+    for key in (key for key, entry in KEYS.items() if not entry.effect):
+        *sections, name = key.split(".")
+        del reduce(getitem, sections, content)[name]
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _merge_file(config: CfgNode, path: Path, including: tuple[Path, ...]) -> None:

@@ -155,10 +155,20 @@ def test_any_opts_end_in_a_configuration_or_an_error(key, value):
         assert str(error)
 
 
-def test_json_holds_the_whole_configuration():
-    config = load_config(str(RECIPES[0]))
-    assert json.loads(to_json(config)) == json.loads(json.dumps(as_dict(config)))
+def test_json_holds_what_has_an_effect():
+    config = load_config(str(RECIPES[0]), ["MODEL.NUM_CLASSES", "7", "AUG.SSL_LINEAR_AUG", "true"])
+    assert config.MODEL.NUM_CLASSES == 7 and config.AUG.SSL_LINEAR_AUG is True
+    expected = json.loads(json.dumps(as_dict(config)))
+    without = ("MODEL.NUM_CLASSES", "MODEL.DROP_PATH_RATE", "AUG.SSL_LINEAR_AUG")
+    for section, name in (key.split(".") for key in without):
+        del expected[section][name]
+    assert json.loads(to_json(config)) == expected
     assert set(json.loads(to_json(config))) == set(DEFAULTS)
+    assert [key for key, entry in KEYS.items() if not entry.effect] == list(without)
+    assert all(f"`{key}` |" in line for key, line in zip(without, NO_EFFECT, strict=True))
+
+
+NO_EFFECT = [line for line in markdown_table().splitlines() if "| **no effect**: " in line]
 
 
 def test_flags_reach_the_configuration():
@@ -334,7 +344,7 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_written(given, 
 
 def test_the_documented_table_of_keys_is_that_of_the_code():
     assert markdown_table() in (ROOT / "docs" / "keys.md").read_text()
-    assert all(about for key, (_, _, about) in KEYS.items()), "each key says what it is"
+    assert all(entry.about for entry in KEYS.values()), "each key says what it is"
 
 
 WORDS = {key: entry.allowed for key, entry in KEYS.items() if isinstance(entry.default, str)}
