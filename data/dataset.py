@@ -30,8 +30,9 @@ class TwoViews(Dataset):
         augmentations: distribution of the first and of the second view.
         size: side of a view in pixels.
         seed: the run's seed.
-        backend: ``opencv``; or the slower ``pil``, as in the published code; or ``device``, which
-            leaves all but crop and flip to ``data.device_views``.
+        backend: ``opencv``; or the slower ``pil``, whose operations are the published code's, but
+            which crops and resizes in one step; or ``device``, which leaves all but crop and flip
+            to ``data.device_views``.
         replacements: how many images are tried in place of a bad one; with 0 it is an error.
     """
 

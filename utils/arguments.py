@@ -58,7 +58,7 @@ def parse_arguments(
         help="compile the encoders of pre-training: slow start")
     add("--zip", dest="DATA.ZIP_MODE", action="store_true", help="read train.zip and val.zip")
     add("--cache-mode", dest="DATA.CACHE_MODE", choices=["no", "full", "part"],
-        help="keep the zipped images in memory: none, all, or this process's share")
+        help="zipped images kept in memory: none, all, or a share that each process has of its own")
     add("--eval", dest="EVAL_MODE", action="store_true", help="evaluate only")
     add("--throughput", dest="THROUGHPUT_MODE", action="store_true", help="measure the speed only")
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
