@@ -193,6 +193,8 @@ def read_classifiers(
     weights, tokens = state.get("model") or {}, state.get("class_tokens")
     if not {"lr", "epoch"} <= set(state) or "heads.0.bias" not in weights:
         raise UserError(f"{path}: not a checkpoint of linear classifiers")
+    if tokens and not (isinstance(tokens, list) and [*map(type, tokens)] == [int, bool]):
+        raise UserError(f"{path}: damaged, its class_tokens are {str(tokens)[:50]}")
     found = len(weights["heads.0.bias"])
     if found != num_classes:
         raise UserError(f"{path}: of {found} classes, the data set has {num_classes}")

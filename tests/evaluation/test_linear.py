@@ -86,6 +86,9 @@ def test_what_is_no_probe_is_named(model, tmp_path, missing):
     read, found = read_classifiers(path, create_encoder("vit_nano", 32), 3)
     assert not read.training and found["epoch"] == 3 and len(read.heads) == 2
     assert read.heads[1].weight.equal(model.heads[1].weight)
+    torch.save(state | {"class_tokens": "four"}, path)
+    with pytest.raises(UserError, match="damaged, its class_tokens are four"):
+        read_classifiers(path, create_encoder("vit_nano", 32), 3)
     state.pop(missing, None)
     state["model"].pop(missing, None)
     torch.save(state, path)
