@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import torch
+from forked import as_in_a_script, forking, run_group
 
 import main_pretrain
 from data.source import FolderSource
@@ -96,6 +98,13 @@ def run_script(script: str, *arguments, processes: int = 0, launcher: str = "tor
     )
 
 
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
 def free_port() -> int:
     """A port that nothing else takes before its use: none that the kernel lends to connections,
     and of each process of the tests its own."""
@@ -107,16 +116,32 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
+def run_forked(script: str, *arguments, processes: int = 0) -> SimpleNamespace:
+    """What ``run_script`` does, without the start of an interpreter and of a launcher."""
+    group = run_group(places(processes) or [{}], script, *arguments)
+    failed = [one.returncode for one in group if one.returncode]
+    text = "".join(one.text() for one in group)
+    return SimpleNamespace(returncode=max(failed, default=0), stdout=text)
+
+
+def places(processes: int) -> list[dict]:
+    """The variables that a launcher would set for each process of a group."""
+    same = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    same |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    return [same | {"RANK": n, "LOCAL_RANK": n} for n in range(processes)]
+
+
 def spawn(function, processes: int, *arguments, timeout: float = 60) -> None:
     """Run ``function(rank, *arguments)`` in a gloo group of processes."""
     place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
     place["MASTER_PORT"] = str(free_port())
-    ready = torch.multiprocessing.get_context("spawn").Barrier(processes)
+    ready = forking().Barrier(processes)
     given = (function, place, ready, timeout, arguments)
-    torch.multiprocessing.spawn(_join, given, processes)
+    torch.multiprocessing.start_processes(_join, given, processes, start_method="forkserver")
 
 
 def _join(rank: int, function, place: dict, ready, timeout: float, arguments) -> None:
+    as_in_a_script()
     torch.set_num_threads(1)
     ready.wait()  # imports may take longer than a short timeout
     os.environ |= place | {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}

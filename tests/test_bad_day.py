@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, arguments, assert_same, weights
-from test_kill import FULL, folder, lines, metrics, trained, wait_for
+from helpers import ROOT, arguments, assert_same, wait_for, weights
+from test_kill import FULL, children, folder, lines, metrics, run, start, trained
 from test_resume import Killed
 
 import main_pretrain
@@ -23,13 +23,6 @@ from utils.lock import LOCK
 from utils.signals import NOT_SAVED, RESUMABLE
 
 FULL_SECONDS = 10 if FULL else 1
-
-
-def start(given, **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "main_pretrain.py"), *map(str, given)]
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, **both, **options)
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -91,9 +84,7 @@ def test_a_synco_run_says_when_it_is_one(run_main, imagenet, tmp_path, opts, sai
 def saved(imagenet, tmp_path_factory) -> Path:
     """A run of one epoch."""
     output = tmp_path_factory.mktemp("saved")
-    process = start(arguments("moby", imagenet, output, "TRAIN.EPOCHS", 1))
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, text
+    run(arguments("moby", imagenet, output, "TRAIN.EPOCHS", 1))
     return output
 
 
@@ -154,9 +145,8 @@ def test_an_evaluation_of_a_run_that_trains_is_not_refused(saved, run_main, imag
 @pytest.mark.parametrize("nohup", [False, True], ids=["closed terminal", "nohup"])
 def test_a_closed_terminal(imagenet, tmp_path, nohup):
     """SIGHUP saves like SIGTERM, unless it was ignored at the start."""
-    handler = signal.SIG_IGN if nohup else signal.SIG_DFL
     given = arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", 400)
-    process = start(given, preexec_fn=lambda: signal.signal(signal.SIGHUP, handler))
+    process = start(given, ignored=[signal.SIGHUP] if nohup else [])
     try:
         wait_for(lambda: trained(tmp_path, 2))
         process.send_signal(signal.SIGHUP)
@@ -176,8 +166,8 @@ def test_a_killed_data_worker_costs_no_update(imagenet, tmp_path):
     process = start(arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", 4000))
     try:
         wait_for(lambda: trained(tmp_path, 3))
-        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(worker), signal.SIGKILL)
+        (worker,) = children(process.pid)
+        os.kill(worker, signal.SIGKILL)
         text = process.communicate(timeout=60)[0]
     finally:
         process.kill()
@@ -227,8 +217,7 @@ def test_of_ten_starts_at_once_one_trains(saved, imagenet, tmp_path):
     steps = [x["step"] for x in lines(tmp_path) if x["kind"] == "train"]
     assert steps == list(range(1, 13))
     alone = arguments("moby", imagenet, tmp_path / "alone", *opts)
-    process = start(alone)
-    assert process.communicate(timeout=200) and process.returncode == 0
+    run(alone)
     assert_same(weights(tmp_path / "alone"), weights(tmp_path))
     assert metrics(tmp_path / "alone") == metrics(tmp_path)
 
@@ -275,8 +264,7 @@ def test_a_disk_that_is_full_three_times_changes_nothing(small_disk, imagenet, t
     assert process.returncode == 0 and "Traceback" not in text, text
     assert "cannot write the checkpoint (No space left on device)" in text
     other = tmp_path_factory.mktemp("undisturbed")
-    undisturbed = start(arguments("synco", imagenet, other, *opts))
-    assert undisturbed.communicate(timeout=800) and undisturbed.returncode == 0
+    run(arguments("synco", imagenet, other, *opts))
     assert_same(weights(other), weights(small_disk))
     assert metrics(other) == metrics(small_disk)
 
@@ -292,8 +280,6 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_own_code(small_disk, image
     assert "Traceback" not in text and "make room there: the last good checkpoint is" in text
     assert text.splitlines()[-1].endswith("its last checkpoint: make room, start again")
     empty(small_disk)
-    again = start(given)
-    text = again.communicate(timeout=120)[0]
-    assert again.returncode == 0, text
+    run(given)
     steps = [x["step"] for x in lines(small_disk) if x["kind"] == "train"]
     assert steps == list(range(1, 19))

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, figures, run_script, run_tool
+from helpers import ROOT, figures, run_forked, run_tool
 from PIL import Image
 
 import eval_linear
@@ -541,7 +541,7 @@ def test_processes_agree(tinted, tmp_path, kind):
     for processes, batch in ((0, "16"), (2, "8")):
         output = tmp_path / str(processes)
         given = arguments(tinted, output, *flags, opts=[*opts, "DATA.BATCH_SIZE", batch])
-        done = run_script("eval_linear.py", *given, processes=processes)
+        done = run_forked("eval_linear.py", *given, processes=processes)
         assert done.returncode == 0, done.stdout
         found.append(results(output, "ft" if kind == "ft" else "linprob"))
     assert found[0]["last"]["loss"] == pytest.approx(found[1]["last"]["loss"], rel=2e-3)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import ROOT, figures, run_script
+from helpers import ROOT, figures, run_forked
 from torch import nn
 
 import eval_retrieval
@@ -203,7 +203,7 @@ def test_two_processes_give_the_figures_of_one(revisited, tmp_path, encoder):
     for processes in (0, 2):
         output = tmp_path / str(processes)
         flags = arguments(revisited, output, "--random-weights", encoder=encoder, workers=1)
-        done = run_script("eval_retrieval.py", *flags, processes=processes, launcher="launch")
+        done = run_forked("eval_retrieval.py", *flags, processes=processes)
         assert done.returncode == 0, done.stdout
     assert results(tmp_path / "0") == results(tmp_path / "2")
 
@@ -216,7 +216,7 @@ def test_a_truncated_image_ends_in_one_line(tmp_path):
         file.truncate(500)
     # read by a worker, whose traceback must not show
     flags = arguments(tmp_path, tmp_path, "--random-weights", workers=1)
-    done = run_script("eval_retrieval.py", *flags)
+    done = run_forked("eval_retrieval.py", *flags)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout
     assert f"error: {path}: not a readable image" in done.stdout.splitlines()[-1]

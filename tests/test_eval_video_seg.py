@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, figures, run_script
+from helpers import ROOT, figures, run_forked
 from PIL import Image
 
 import eval_video_seg
@@ -250,7 +250,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path, encoder):
     write_davis(str(tmp_path), ["plain", "portrait", "single"], 4, *SIZE)
     for processes in (0, 2):
         flags = arguments(tmp_path, tmp_path / str(processes), encoder=encoder)
-        done = run_script("eval_video_seg.py", *flags, processes=processes, launcher="launch")
+        done = run_forked("eval_video_seg.py", *flags, processes=processes)
         assert done.returncode == 0, done.stdout
     one, two = (figures(folder(tmp_path / n) / "results.json") for n in "02")
     assert one == two

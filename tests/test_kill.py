@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, assert_same, free_port
+from forked import Script
+from helpers import ROOT, TINY, assert_same, free_port, places, run_forked, wait_for
 
 from utils.signals import RESUMABLE
 
@@ -49,62 +50,33 @@ def metrics(output: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in SPEED} for line in kept]
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
 def trained(output: Path, step: int) -> bool:
     log = folder(output) / "metrics.jsonl"
     return log.exists() and f'"step": {step},' in log.read_text()
 
 
-class Warm:
-    """Starts runs through warm.py."""
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/warm.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert self.process.stdout.readline() == "ready\n"
 
-    def start(self, given: list[str]) -> int:
-        self.process.stdin.write(json.dumps([str(self.log), *given]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+def start(given: list[str], **options) -> Script:
+    return Script("main_pretrain.py", *given, **options)
 
-    def wait(self) -> int:
-        return int(self.process.stdout.readline())
 
-    def run(self, given: list[str]) -> int:
-        self.start(given)
-        return self.wait()
+def run(given: list[str]) -> None:
+    done = run_forked("main_pretrain.py", *given)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    runner = Warm(tmp_path_factory.mktemp("warm") / "log.txt")
-    yield runner
-    runner.process.stdin.close()
-    runner.process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(warm, imagenet, tmp_path_factory) -> dict:
+def undisturbed(imagenet, tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("undisturbed")
-    assert warm.run(arguments(imagenet, output)) == 0, warm.log.read_text()
+    run(arguments(imagenet, output))
     return final(output)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(warm, undisturbed, imagenet, tmp_path):
+def test_killed_at_random_moments(undisturbed, imagenet, tmp_path):
     """SIGKILL, also within saving, which every update does; with one data worker or none."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
@@ -116,24 +88,24 @@ def test_killed_at_random_moments(warm, undisturbed, imagenet, tmp_path):
             imagenet, tmp_path, "TRAIN.SAVE_STEPS", 1, "SAVE_FREQ", 1, "DATA.NUM_WORKERS", workers
         )
         left = set(folder(tmp_path).glob("*.tmp"))
-        child = warm.start(given)
+        process = start(given)
         if kills % 3 == 2:  # within saving, as soon as there is another temporary file
             end = time.monotonic() + 5
             while set(folder(tmp_path).glob("*.pth.*.tmp")) <= left and time.monotonic() < end:
                 pass
         else:
             time.sleep(draw.uniform(0.1, 1.5))
-        os.kill(child, signal.SIGKILL)
-        code = warm.wait()
+        process.kill()
+        code = process.wait()
         kills += code == -signal.SIGKILL
         saving += not set(folder(tmp_path).glob("*.tmp")) <= left
-        assert code in (0, -signal.SIGKILL), (seed, warm.log.read_text()[-3000:])
+        assert code in (0, -signal.SIGKILL), (seed, process.text())
         if code == 0:  # it was through before it could be killed: from its middle once more
             for name in ("checkpoint.pth", "checkpoint_previous.pth"):
                 (folder(tmp_path) / name).unlink()
             for epoch in range(EPOCHS // 2, EPOCHS):
                 (folder(tmp_path) / f"ckpt_epoch_{epoch}.pth").unlink()
-    assert warm.run(given) == 0, (seed, warm.log.read_text()[-3000:])
+    run(given)
     assert_same(undisturbed, final(tmp_path))
     steps = [line["step"] for line in lines(tmp_path) if line["kind"] == "train"]
     assert steps == list(range(1, STEPS + 1)), seed
@@ -145,20 +117,20 @@ def test_killed_at_random_moments(warm, undisturbed, imagenet, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_within_evaluations(warm, imagenet, tmp_path):
+def test_killed_within_evaluations(imagenet, tmp_path):
     """SIGKILL while the k-NN accuracy is measured after an epoch, in one epoch after the other."""
     epochs = KILLS_IN_EVALUATIONS + 2
     opts = ("TRAIN.KNN_FREQ", 1, "TRAIN.EPOCHS", epochs, "DATA.NUM_WORKERS", 0)
-    assert warm.run(arguments(imagenet, tmp_path / "a", *opts)) == 0, warm.log.read_text()
+    run(arguments(imagenet, tmp_path / "a", *opts))
     given = arguments(imagenet, tmp_path / "b", *opts)
     kills = 0
     for epoch in range(KILLS_IN_EVALUATIONS):
-        child = warm.start(given)
+        process = start(given)
         wait_for(lambda step=6 * (epoch + 1): trained(tmp_path / "b", step))
-        os.kill(child, signal.SIGKILL)
-        assert warm.wait() == -signal.SIGKILL
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
         kills += [x["kind"] for x in lines(tmp_path / "b")].count("epoch") <= epoch
-    assert warm.run(given) == 0, warm.log.read_text()[-3000:]
+    run(given)
     assert_same(final(tmp_path / "a"), final(tmp_path / "b"))
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     print(f"{kills} kills before the accuracy was written down")
@@ -166,32 +138,25 @@ def test_killed_within_evaluations(warm, imagenet, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_says_resumable(warm, undisturbed, imagenet, tmp_path, number):
+def test_a_signal_saves_and_says_resumable(undisturbed, imagenet, tmp_path, number):
     given = arguments(imagenet, tmp_path)
-    child = warm.start(given)
+    process = start(given)
     wait_for(lambda: trained(tmp_path, 2))
     started = time.monotonic()
-    os.kill(child, number)
-    assert warm.wait() == RESUMABLE
+    process.send_signal(number)
+    assert process.wait() == RESUMABLE
     assert time.monotonic() - started < 10
     state = final(tmp_path)
     assert 0 < state["step"] < STEPS
     assert state["images"] == (state["step"] % 6 or 6) * 4
-    assert warm.run(given) == 0
+    run(given)
     assert_same(undisturbed, final(tmp_path))
 
 
 def test_a_signal_before_training_ends_at_once(imagenet, tmp_path):
     """While the program waits for a second process that never comes, inside a library."""
     given = arguments(imagenet, tmp_path)
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main_pretrain.py"), *given],
-        env=os.environ | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Script("main_pretrain.py", *given, environment=places(2)[0])
     handled = f"/proc/{process.pid}/status"
 
     def catches() -> bool:
@@ -201,30 +166,30 @@ def test_a_signal_before_training_ends_at_once(imagenet, tmp_path):
     wait_for(catches)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=10)
+    text, _ = process.communicate(timeout=10)
     assert process.returncode == RESUMABLE
-    assert error == "main_pretrain.py: stopped by SIGTERM before training began\n"
+    assert text == "main_pretrain.py: stopped by SIGTERM before training began\n"
 
 
-def test_a_second_interrupt_ends_at_once(warm, imagenet, tmp_path):
+def test_a_second_interrupt_ends_at_once(imagenet, tmp_path):
     """The first waits for the data worker, which is held; one Ctrl-C that comes twice is one."""
     given = arguments(imagenet, tmp_path, "TRAIN.EPOCHS", 2000, "PRINT_FREQ", 1)
-    child = warm.start(given)
+    process = start(given)
     wait_for(lambda: trained(tmp_path, 2))
-    (worker,) = Path(f"/proc/{child}/task/{child}/children").read_text().split()
-    os.kill(int(worker), signal.SIGSTOP)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGSTOP)
     time.sleep(1)  # what is prefetched runs out
     try:
         for _ in range(2):
-            os.kill(child, signal.SIGINT)
+            process.send_signal(signal.SIGINT)
         time.sleep(1.5)
-        assert Path(f"/proc/{child}").exists()
+        assert process.poll() is None
         started = time.monotonic()
-        os.kill(child, signal.SIGINT)
-        assert warm.wait() == 128 + signal.SIGINT
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 128 + signal.SIGINT
         assert time.monotonic() - started < 3
     finally:
-        os.kill(int(worker), signal.SIGCONT)
+        os.kill(worker, signal.SIGCONT)
 
 
 def torchrun(given: list[str], *flags: str) -> subprocess.Popen:
@@ -245,12 +210,15 @@ def pair(imagenet, output) -> list[str]:
     return arguments(imagenet, output, "DATA.BATCH_SIZE", 2)
 
 
+def run_pair(imagenet, output) -> None:
+    done = run_forked("main_pretrain.py", *pair(imagenet, output), processes=2)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.fixture(scope="module")
 def undisturbed_pair(imagenet, tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("pair")
-    process = torchrun(pair(imagenet, output))
-    text = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, text
+    run_pair(imagenet, output)
     return final(output)
 
 
@@ -267,14 +235,8 @@ def test_sigterm_to_the_launcher(undisturbed_pair, imagenet, tmp_path, group):
     assert "stopped by a signal after update" in text
     assert "killed by signal" not in text
     assert final(tmp_path)["step"] < STEPS
-    again = torchrun(pair(imagenet, tmp_path))
-    text = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, text
+    run_pair(imagenet, tmp_path)
     assert_same(undisturbed_pair, final(tmp_path))
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.slow
@@ -323,20 +285,12 @@ def test_one_fault_on_two_machines_costs_one_restart(undisturbed_pair, imagenet,
 @pytest.mark.slow
 def test_the_other_process_ends_in_one_line(imagenet, tmp_path):
     """Without a launcher that would end it."""
-    port = str(free_port())
     given = pair(imagenet, tmp_path)
-    processes = []
-    for number in range(2):
-        environment = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / "main_pretrain.py"), *given]
-        out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=os.environ | environment, **out))
+    processes = [Script("main_pretrain.py", *given, environment=place) for place in places(2)]
     wait_for(lambda: trained(tmp_path, 2))
     processes[1].kill()
-    error = processes[0].communicate(timeout=60)[1]
-    processes[1].communicate()
+    text, _ = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 1
-    ours = [x for x in error.splitlines() if x.startswith("main_pretrain.py: error: ")]
+    ours = [x for x in text.splitlines() if x.startswith("main_pretrain.py: error: ")]
     assert len(ours) == 1 and "another process of the group died" in ours[0]
-    assert "Traceback" not in error
+    assert "Traceback" not in text

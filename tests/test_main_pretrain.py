@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import arguments, assert_same, build_update, run_script, tiny, weights
+from helpers import arguments, assert_same, build_update, run_forked, run_script, tiny, weights
 
 import main_pretrain
 from models import METHODS
@@ -48,9 +48,13 @@ def test_one_process_trains(run_main, imagenet, tmp_path, method, encoder):
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_two_processes_train(imagenet, tmp_path, method, encoder):
-    launcher = "launch" if encoder == "vit_nano" else "torchrun"
+    """SynCo by the launchers of torch."""
     opts = arguments(method, imagenet, tmp_path, "MODEL.ENCODER", encoder, "TRAIN.EPOCHS", "1")
-    done = run_script("main_pretrain.py", *opts, processes=2, launcher=launcher)
+    if method == "synco":
+        launcher = "launch" if encoder == "vit_nano" else "torchrun"
+        done = run_script("main_pretrain.py", *opts, processes=2, launcher=launcher)
+    else:
+        done = run_forked("main_pretrain.py", *opts, processes=2)
     assert done.returncode == 0, done.stdout
     assert "Train: [0/1][3/3]" in done.stdout
     assert (tmp_path / "run" / "default" / "log_rank1.txt").exists()
@@ -113,7 +117,7 @@ def test_two_processes_resume_exactly(imagenet, tmp_path):
         folder.mkdir(parents=True)
         if name == "b":
             shutil.copy(tmp_path / "a/run/default/ckpt_epoch_0.pth", folder / "checkpoint.pth")
-        done = run_script(
+        done = run_forked(
             "main_pretrain.py", *arguments("synco", imagenet, tmp_path / name, *opts), processes=2
         )
         assert done.returncode == 0, done.stdout
@@ -285,7 +289,8 @@ def test_a_bad_image_ends_in_one_line(imagenet, tmp_path, processes):
     shutil.copytree(imagenet, data)
     (data / "train/class1/7.jpg").write_text("no image")
     opts = arguments("moby", data, tmp_path / "out")
-    done = run_script("main_pretrain.py", *opts, processes=processes)
+    run = run_script if processes else run_forked
+    done = run("main_pretrain.py", *opts, processes=processes)
     assert done.returncode != 0
     lines = [x for x in done.stdout.splitlines() if x.startswith("main_pretrain.py: error: ")]
     assert lines and "class1/7.jpg: not a readable image" in lines[0]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import NO_SIGNALS, arguments, assert_same, run_script, weights
+from helpers import NO_SIGNALS, arguments, assert_same, run_forked, weights
 
 import main_pretrain
 from data.dataset import TwoViews
@@ -151,7 +151,7 @@ def test_another_number_of_images_goes_on_with_the_next_image(
 def test_from_two_processes_to_one(run_main, imagenet, tmp_path):
     """An epoch by two, the next by one: the same images in each."""
     given = arguments("moby", imagenet, tmp_path, "DATA.BATCH_SIZE", "2", "TRAIN.EPOCHS", "3")
-    done = run_script("main_pretrain.py", *given, processes=2)
+    done = run_forked("main_pretrain.py", *given, processes=2)
     assert done.returncode == 0, done.stdout
     run_main(main_pretrain, *given, "TRAIN.EPOCHS", "4")
     assert "update 18 becomes update 36" in log_of(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script, spawn, zip_folder
+from helpers import ROOT, run_forked, spawn, zip_folder
 from PIL import Image
 
 import data.archives
@@ -330,7 +330,7 @@ def test_libjpegs_remarks_stay_off_the_terminal(source, tmp_path):
     cfg = str(ROOT / "configs/moby_vit_tiny.yaml")
     values = {"root": str(ROOT), "cfg": cfg, "opts": opts, "data": str(tmp_path / "data")}
     script.write_text(CORRUPT.format(**values))
-    done = run_script(str(script))
+    done = run_forked(str(script))
     assert done.returncode == 0
     assert done.stdout == "done\n"
 

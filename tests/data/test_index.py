@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_script, spawn
+from helpers import ROOT, run_forked, spawn
 from hypothesis import given
 from hypothesis import strategies as st
 from image_forms import WRITERS
@@ -249,14 +249,14 @@ def test_an_order_is_drawn_in_little_memory():
 
 @pytest.mark.slow
 def test_processes_of_a_run_share_the_list(root, tmp_path):
-    """By torchrun, on folders that have settled; each process has the list that the first kept."""
+    """On folders that have settled; each process has the list that the first kept."""
     for folder in ("class0", "class1"):
         for number in range(5000):
             os.link(root / "train" / folder / "0.jpg", root / "train" / folder / f"l{number}.jpg")
     old = time.time() - 10
     for folder in (root / "train", root / "train/class0", root / "train/class1"):
         os.utime(folder, (old, old))
-    done = run_script(
+    done = run_forked(
         "main_pretrain.py",
         *("--cfg", ROOT / "configs/moby_vit_tiny.yaml", "--data-path", root, "--output", tmp_path),
         *("--throughput", "--opts", "DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4"),

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import arguments, assert_same, run_script, spawn, weights
+from helpers import arguments, assert_same, run_forked, spawn, weights
 
 import eval_knn
 import main_pretrain
@@ -147,7 +147,7 @@ def test_two_processes_measure_what_one_does(process_group, imagenet, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_with_it(imagenet, tmp_path):
     opts = arguments("moby", imagenet, tmp_path, "TRAIN.KNN_FREQ", "1")
-    done = run_script("main_pretrain.py", *opts, processes=2)
+    done = run_forked("main_pretrain.py", *opts, processes=2)
     assert done.returncode == 0, done.stdout
     assert set(figures(tmp_path)) == {0, 1}
 

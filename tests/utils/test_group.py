@@ -4,8 +4,6 @@ import datetime
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, arguments, free_port, spawn, zip_folder
+from forked import Script
+from helpers import ROOT, arguments, free_port, spawn, wait_for, zip_folder
 
 import data.loader
 import data.transfer
@@ -98,22 +97,17 @@ def test_a_first_process_that_is_not_there(environment, listening, message):
 
 @pytest.mark.slow
 def test_a_script_ends_in_one_line(imagenet, tmp_path):
-    command = [sys.executable, ROOT / "main_pretrain.py", *arguments("moby", imagenet, tmp_path)]
+    given = [*arguments("moby", imagenet, tmp_path), "DIST_TIMEOUT", 2]
     for changed, message in (
         ({"RANK": "7"}, "RANK is 7, but it must lie between 0 and 1"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is no whole number"),
         ({}, "nothing listens there for 2 s)"),
     ):
-        done = subprocess.run(
-            [*map(str, command), "DIST_TIMEOUT", "2"],
-            env=os.environ | PLACE | {"MASTER_PORT": str(free_port())} | changed,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 1
-        assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+        environment = PLACE | {"MASTER_PORT": free_port()} | changed
+        process = Script("main_pretrain.py", *given, environment=environment)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert text.count("\n") == 1 and message in text, text
 
 
 def test_a_dead_groups_name_is_passed_over(environment):
@@ -196,17 +190,14 @@ def test_a_data_set_may_take_longer_than_the_timeout(imagenet, tmp_path, step):
 
 PROGRAM = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from utils.distributed import all_gather_objects, init_process_group, on_first_process, rank
 from utils.run import run_script
 def slow():
     print("working", flush=True)
     time.sleep(100)
-print("ready", flush=True)
-sys.stdin.readline()
 def main():
     init_process_group(0, timeout=4)
-    if sys.argv[2] == "first":
+    if sys.argv[1] == "first":
         on_first_process(slow)
     elif rank():
         slow()
@@ -223,39 +214,27 @@ def test_the_others_end_in_one_line_when_the_busy_one_dies(tmp_path, busy, launc
     """With the store in the launcher, and in the first process."""
     wait = datetime.timedelta(seconds=10)
     port = free_port()
-    environment = PLACE | {"MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    environment = PLACE | {"MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
     if launcher:
         store = dist.TCPStore("localhost", port, None, True, wait, wait_for_workers=False)
         environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    pipe = subprocess.PIPE
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(ROOT), busy],
-            env=os.environ | environment | {"RANK": str(number)},
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-        )
-        for number in range(2)
+        Script(program, busy, environment=environment | {"RANK": number}) for number in range(2)
     ]
     victim = 0 if busy == "first" else 1
     try:
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:  # both at once: the timeout is short
-            process.stdin.write("\n")
-            process.stdin.flush()
-        assert processes[victim].stdout.readline() == "working\n"
+        wait_for(lambda: processes[victim].text() == "working\n")
         time.sleep(1)
         processes[victim].send_signal(number)
-        _, error = processes[1 - victim].communicate(timeout=30)
+        error, _ = processes[1 - victim].communicate(timeout=30)
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert processes[1 - victim].returncode == 1
-    lines = [x for x in error.splitlines() if x.startswith("-c: error: ")]
+    lines = [x for x in error.splitlines() if x.startswith("program.py: error: ")]
     assert len(lines) == 1 and "another process of the group died" in lines[0], error
     assert "Traceback" not in error
     if launcher:  # torch prints when a store of its own ends or hangs

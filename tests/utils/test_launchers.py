@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from forked import Script
 from helpers import ROOT, arguments, free_port
 
 from utils.arguments import parse_arguments
@@ -174,21 +175,15 @@ def finished(output) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_tasks_of_srun_are_one_run(imagenet, tmp_path):
-    command = [sys.executable, str(ROOT / "main_pretrain.py")]
-    command += map(str, arguments("moby", imagenet, tmp_path))
-    environment = {k: v for k, v in os.environ.items() if k not in {*RESULT, *SCHEDULERS}}
-    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    tasks = [
-        subprocess.Popen(
-            command,
-            env=environment | slurm(number, 2, number, SLURM_NODELIST="localhost"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
+def test_two_tasks_of_srun_are_one_run(imagenet, tmp_path, monkeypatch):
+    for name in {*RESULT, *SCHEDULERS}:
+        monkeypatch.delenv(name, raising=False)
+    port = {"MASTER_PORT": free_port()}
+    tasks = []
+    for number in range(2):
+        place = port | slurm(number, 2, number, SLURM_NODELIST="localhost")
+        given = arguments("moby", imagenet, tmp_path)
+        tasks.append(Script("main_pretrain.py", *given, environment=place))
     texts = [task.communicate(timeout=200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], texts
     for number, text in enumerate(texts):
