@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test test-gpu lint clean
+.PHONY: demo demo-real test coverage test-gpu lint clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,13 +22,16 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a core for each of up to four test processes; the slow tests run scripts in processes of their own,
-# which coverage does not see
-test: export OMP_NUM_THREADS = 1
-test: PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# a core for each of up to four test processes
+test coverage: export OMP_NUM_THREADS = 1
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: lint
+	$(PYTEST)
+
+# of the quick tests: the slow ones run scripts in processes of their own, which it does not see
+coverage: $(VENV)/installed
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
-	$(PYTEST) -m slow
 
 # on a node with GPUs: tests and benchmark, and one page to send back
 test-gpu: $(VENV)/installed

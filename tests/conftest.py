@@ -14,6 +14,11 @@ settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The slow tests come first: a long one that began last would leave the other cores waiting."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory) -> Path:
     """A data set of 24 training and 7 validation images in 2 classes."""
