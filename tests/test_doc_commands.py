@@ -16,13 +16,16 @@ from utils.config import load_config
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # run by tests of their own, which set up what they need
-ELSEWHERE = {"mocov3": "test_extending.py", "tools.soak": "test_soak.py"}
+ELSEWHERE = {
+    "mocov3": "test_extending.py",
+    "tools.soak": "test_soak.py",
+    "tools.benchmark": "test_benchmark.py",
+}
 SMALLER = {
     "tools.make_fake_imagenet": ["--train", "1", "--val", "1"],
     "tools.visualize": ["--images", "4"],
     "eval_knn.py": ["--nb-knn", "5"],
     "eval_video_seg.py": ["--short-side", "64"],
-    "tools.benchmark": ["--quick", "--encoders", "vit_nano"],
 }
 
 
@@ -124,8 +127,4 @@ def filled_in(words: list[str], places: dict, folder) -> tuple[str, list[str]]:
 def test_command_runs(run_main, places, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     name, arguments = filled_in(COMMANDS[place], places, tmp_path)
-    name = name.removesuffix(".py")
-    module = importlib.import_module(
-        "tools.benchmark.__main__" if name == "tools.benchmark" else name
-    )
-    run_main(module, *arguments)
+    run_main(importlib.import_module(name.removesuffix(".py")), *arguments)
