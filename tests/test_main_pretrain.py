@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -45,16 +46,18 @@ def test_one_process_trains(run_main, imagenet, tmp_path, method, encoder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_two_processes_train(imagenet, tmp_path, method, encoder):
-    """SynCo by the launchers of torch."""
+@pytest.mark.parametrize(
+    ("method", "encoder", "run"),
+    [
+        ("byol", "vit_nano", run_forked),
+        ("moby", "vit_nano", run_forked),
+        ("synco", "vit_nano", partial(run_script, launcher="launch")),
+        ("synco", "swin_tiny", partial(run_script, launcher="torchrun")),
+    ],
+)
+def test_two_processes_train(imagenet, tmp_path, method, encoder, run):
     opts = arguments(method, imagenet, tmp_path, "MODEL.ENCODER", encoder, "TRAIN.EPOCHS", "1")
-    if method == "synco":
-        launcher = "launch" if encoder == "vit_nano" else "torchrun"
-        done = run_script("main_pretrain.py", *opts, processes=2, launcher=launcher)
-    else:
-        done = run_forked("main_pretrain.py", *opts, processes=2)
+    done = run("main_pretrain.py", *opts, processes=2)
     assert done.returncode == 0, done.stdout
     assert "Train: [0/1][3/3]" in done.stdout
     assert (tmp_path / "run" / "default" / "log_rank1.txt").exists()
