@@ -13,12 +13,12 @@ import numpy as np
 CLASSES = (
     ("disc", "stripes"),
     ("square", "checks"),
-    ("triangle", "dots"),
+    ("triangle", "eye"),
     ("cross", "rings"),
     ("star", "zigzag"),
     ("ellipse", "grid"),
     ("disc", "spokes"),
-    ("square", "blobs"),
+    ("square", "quarters"),
     ("triangle", "bricks"),
     ("cross", "dartboard"),
     ("star", "spiral"),
@@ -113,26 +113,24 @@ def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray
         light = a % 1 < 0.5
     elif texture == "checks":
         light = (np.floor(2 * a) + np.floor(2 * b)) % 2
-    elif texture == "dots":
-        light = (a % 1 - 0.5) ** 2 + (b % 1 - 0.5) ** 2 < 0.3**2
+    elif texture == "eye":
+        light = np.hypot(u, v) < 0.7 * step
     elif texture == "rings":
         light = radius % 1 < 0.5
     elif texture == "zigzag":
-        light = (a + np.abs(b % 1 - 0.5)) % 1 < 0.5
+        light = (0.7 * a + 1.2 * np.abs(0.7 * b % 1 - 0.5)) % 1 < 0.5
     elif texture == "grid":
         light = np.minimum(a % 1, b % 1) < 0.25
     elif texture == "spokes":
         light = 7 * turn % 1 < 0.5
-    elif texture == "blobs":
-        noise = rng.normal(size=(9, 9)).astype(np.float32)
-        x, y = ((2 * place % 8).astype(np.float32) for place in (a, b))
-        light = cv2.remap(noise, x, y, cv2.INTER_LINEAR) > 0
+    elif texture == "quarters":
+        light = u * v > 0
     elif texture == "bricks":
         light = np.minimum(2 * b % 1, (a + 0.5 * np.floor(2 * b)) % 1 / 0.8) < 0.25
     elif texture == "dartboard":
         light = (np.floor(2 * radius) + np.floor(8 * turn)) % 2
     elif texture == "spiral":
-        light = (radius + turn) % 1 < 0.5
+        light = (0.6 * radius + turn) % 1 < 0.5
     elif texture == "halves":
         light = u > 0
     else:

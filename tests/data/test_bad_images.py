@@ -94,11 +94,11 @@ def test_pre_training_replaces_it(source, kind, backend, recwarn):
     assert before[2] == -1
     damage(kind, Path(source.names[BAD]))
     images = two_views(source, backend=backend)
-    *views, replaced = images[3, BAD]
-    assert replaced == BAD
+    *views, replaced, label = images[3, BAD]
+    assert replaced == BAD and label == before[3] == 1  # the stand-in is of the same class here
     assert views[0].shape == (32, 32, 3) and not views[0].equal(before[0])
-    *again, _ = images[3, BAD]
-    *later, _ = images[4, BAD]
+    *again, _, _ = images[3, BAD]
+    *later, _, _ = images[4, BAD]
     assert torch.stack(again).equal(torch.stack(views))
     assert not torch.stack(later).equal(torch.stack(views))  # another epoch, another image
     assert images[3, BAD - 1][2] == -1
@@ -142,8 +142,9 @@ def test_a_bad_replacement_is_replaced_too(source):
     images = two_views(source, replacements=200)
     drawn = list(images._candidates(0, BAD))
     assert drawn[0] == BAD and drawn.index(7) > 1
-    image, replaced = images._decode_or_replace(0, BAD)
-    assert np.array_equal(image, opencv.decode_array(source.read(7), "")) and replaced == BAD
+    image, used = images._decode_or_replace(0, BAD)
+    assert np.array_equal(image, opencv.decode_array(source.read(7), "")) and used == 7
+    assert images[0, BAD][2:] == (BAD, source.labels[7])
     assert image.shape == (good.height, good.width, 3)
 
 
@@ -178,7 +179,7 @@ def test_workers_and_a_resume_replace_alike(source, tmp_path, monkeypatch):
         loader = build_pretraining_loader(config_for(tmp_path / "data", workers))
         loader.start_at(1, 4 * first)
         views, replaced = [], []
-        for ((*batch, third),) in loader:
+        for ((*batch, third, _),) in loader:
             views.append(torch.stack(batch))
             assert third.dtype == torch.int64 and third.shape == (4,)
             replaced.append(third)
@@ -210,7 +211,7 @@ def test_a_damaged_member_of_a_zip_is_replaced(source, tmp_path, cache):
     break_member(tmp_path / "zips/train.zip", "class1/3.jpg")
     config = config_for(tmp_path / "zips", 2, zipped=True)
     config.DATA.CACHE_MODE = cache
-    found = torch.cat([third for ((_, _, third),) in build_pretraining_loader(config)])
+    found = torch.cat([third for ((_, _, third, _),) in build_pretraining_loader(config)])
     assert sorted(found.tolist()) == [-1] * 23 + [BAD]
     with pytest.raises(UserError, match=r"train\.zip: cannot read class1/3\.jpg \(Bad CRC"):
         ZipSource(str(tmp_path / "zips"), "train").read_image(BAD)

@@ -110,11 +110,11 @@ def test_a_part_that_is_none(text):
         study.read_part(text)
 
 
-@pytest.mark.parametrize("name", ["methods", "kinds", "settings"])
+@pytest.mark.parametrize("name", ["demo", "methods", "kinds", "settings"])
 def test_the_shipped_studies_load(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     loaded = study.read_study(f"configs/studies/{name}.yaml")
-    assert "synco" in loaded.settings and len(study.list_jobs(loaded)) >= 15
+    assert len(loaded.settings) >= 2 and len(study.list_jobs(loaded)) >= 6
 
 
 @pytest.mark.slow
