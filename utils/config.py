@@ -201,14 +201,20 @@ def load_config(path: str, opts: list[str] | None = None) -> CfgNode:
     """The defaults, overridden by the YAML file ``path`` (its BASE files first), then by ``opts``.
 
     Args:
-        path: a YAML file.
+        path: a YAML file; where there is none, the name of a shipped recipe, see
+            ``utils.recipes``.
         opts: ``KEY VALUE KEY VALUE ...`` as given to ``--opts``.
 
     Raises:
         UserError: missing or malformed file, unknown key or value of the wrong type.
     """
     config = DEFAULTS.clone()
-    _merge_file(config, Path(path), ())
+    file = Path(path)
+    if file.is_dir() or not file.exists():
+        from utils.recipes import find_recipe  # only here: most runs name a file
+
+        file = find_recipe(path)
+    _merge_file(config, file, ())
     opts = opts or []
     if len(opts) % 2:
         raise UserError(f"--opts takes KEY VALUE pairs, but {opts[-1]!r} has no value")
