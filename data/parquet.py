@@ -36,7 +36,9 @@ class ParquetSource(IndexedSource):
 
     def __init__(self, root: str, split: str, files: list[str]) -> None:
         if not ParquetFile:
-            raise UserError(f"{files[0]}: reading Parquet needs pyarrow: pip install pyarrow")
+            raise UserError(
+                f"{files[0]}: reading Parquet needs pyarrow: pip install pyarrow (extra [parquet])"
+            )
         self.files = files
         try:
             index = open_index(root, f"{split}-parquet", "", partial(_fill, files), files)

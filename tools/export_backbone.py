@@ -189,7 +189,8 @@ def write_onnx(
     try:
         import onnxscript  # noqa: F401 what torch needs for it
     except ImportError as error:
-        raise UserError("--format onnx needs a package: pip install onnxscript") from error
+        needed = "pip install onnxscript onnxruntime (extra [onnx])"
+        raise UserError(f"--format onnx needs packages: {needed}") from error
     example = torch.zeros(2, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
     program = torch.onnx.export(
         encoder,

@@ -103,5 +103,5 @@ def _wandb(config: CfgNode, run: Run, step: int) -> Writer:
 
 TRACKERS = (
     ("TENSORBOARD", "TensorBoard", "tensorboard", _tensorboard),
-    ("WANDB", "Weights & Biases", "wandb", _wandb),
+    ("WANDB", "Weights & Biases", "wandb (extra [wandb])", _wandb),
 )

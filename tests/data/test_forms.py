@@ -242,7 +242,9 @@ def test_pretraining_from_parquet_says_what_an_image_costs(in_form, logged):
 
 def test_without_pyarrow_parquet_is_refused_in_one_line(in_form, monkeypatch):
     monkeypatch.setattr(parquet, "ParquetFile", None)
-    with pytest.raises(UserError, match="needs pyarrow: pip install pyarrow"):
+    with pytest.raises(
+        UserError, match=r"needs pyarrow: pip install pyarrow \(extra \[parquet\]\)$"
+    ):
         open_source(str(in_form("parquet")), "train")
 
 

@@ -85,7 +85,10 @@ def test_nothing_is_opened_unasked(run_main, imagenet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flag", "module", "package"),
-    [("--tensorboard", "torch.utils.tensorboard", "tensorboard"), ("--wandb", "wandb", "wandb")],
+    [
+        ("--tensorboard", "torch.utils.tensorboard", "tensorboard"),
+        ("--wandb", "wandb", r"wandb \(extra \[wandb\]\)"),
+    ],
 )
 def test_a_missing_package_is_named(
     run_main, imagenet, tmp_path, monkeypatch, flag, module, package
