@@ -4,9 +4,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo demo-real test coverage test-gpu lint clean
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -38,4 +38,4 @@ test-gpu: $(VENV)/installed
 	$(BIN)/python -m tools.gpu_page gpu.md
 
 clean:
-	rm -rf demo demo-real .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
+	rm -rf build dist *.egg-info demo demo-real .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis

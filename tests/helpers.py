@@ -32,7 +32,16 @@ REFERENCE = Path(__file__).parent / "reference"
 # the project's own; data sets and outputs may lie beside them
 SOURCES = sorted(
     path
-    for folder in (".", "data", "evaluation", "models", "tools", "tools/benchmark", "utils")
+    for folder in (
+        ".",
+        "data",
+        "evaluation",
+        "models",
+        "synco_vit",
+        "tools",
+        "tools/benchmark",
+        "utils",
+    )
     for path in (ROOT / folder).glob("*.py")
 )
 

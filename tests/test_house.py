@@ -19,7 +19,7 @@ def room(name: str) -> str | None:
     first = name.split(".")[0]
     if first in RANKS:
         return first
-    if first == "tools":
+    if first in ("synco_vit", "tools"):
         return "scripts"
     return FILES.get(f"{first}.py", "scripts") if (ROOT / f"{first}.py").exists() else None
 
