@@ -11,6 +11,7 @@ from helpers import ROOT, TINY, write_images, write_run
 
 from data.transfer import TRANSFER_SETS
 from models import build_method
+from synco_vit.__main__ import COMMANDS as INSTALLED
 from tools import make_tiny_davis, make_tiny_retrieval, make_tiny_transfer, pack_images
 from utils.config import load_config
 
@@ -30,11 +31,11 @@ SMALLER = {
 
 
 def commands() -> dict[str, list[str]]:
-    """The words of each command that begins with python or torchrun, by its place."""
+    """The words of each command of python, torchrun or the installed project, by its place."""
     found = {}
     for document in DOCUMENTS:
         text = document.read_text().replace("\\\n", " ")
-        for line in re.findall(r"^    ((?:python|torchrun) .*)$", text, re.MULTILINE):
+        for line in re.findall(r"^    ((?:python|torchrun|synco-[a-z-]+) .*)$", text, re.MULTILINE):
             words = shlex.split(line, comments=True)
             if not any(key in words for key in ELSEWHERE):
                 found[f"{document.name}-{len(found)}"] = words
@@ -85,6 +86,12 @@ def places(imagenet, tmp_path_factory):
 
 def filled_in(words: list[str], places: dict, folder) -> tuple[str, list[str]]:
     """The module of a command, and its arguments on miniature data."""
+    if words[0].startswith("synco-"):
+        words = ["-m", "synco_vit", words[0].removeprefix("synco-"), *words[1:]]
+    if "synco_vit" in words:  # the module that its command is
+        at = words.index("synco_vit") + 1
+        name = INSTALLED.get(words[at], words[at])
+        words = [name if name.startswith("tools.") else f"{name}.py", *words[at + 1 :]]
     script = next(i for i, w in enumerate(words) if w.endswith(".py") or w.startswith("tools."))
     if words[:2] == ["python", "-m"] and words[2].startswith("data."):
         script = 2
