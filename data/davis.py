@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.image import open_image, read_file, read_rgb
 from data.listing import HIDDEN, OTHER, is_hidden, log_left_out, read_lines
+from data.source import check_root
 from utils.errors import UserError
 
 RESOLUTION = "480p"
@@ -44,8 +45,7 @@ def read_videos(root: str, split: str = "val") -> list[Video]:
     Raises:
         UserError: a missing list, video, frame or annotation, or a name that is not plain.
     """
-    if not root:
-        raise UserError("no data set given: set --data-path to the folder of DAVIS 2017")
+    check_root(root, "the folder of DAVIS 2017")
     place = os.path.join("ImageSets", "2017", f"{split}.txt")
     for top in (root, os.path.join(root, "DAVIS")):
         if os.path.exists(listing := os.path.join(top, place)):

@@ -13,6 +13,7 @@ from functools import partial
 from scipy.io import loadmat
 
 from data.archives import MOST_CLASSES, ShardSource, TarSource, ZipSource
+from data.hints import nearest_split
 from data.index import Listing, open_index
 from data.listing import list_images, log_left_out, read_lines
 from data.source import FolderSource, IndexedSource, has_classes
@@ -115,7 +116,10 @@ class FlatSource(IndexedSource):
             listing.add(images, 0)
             listing.classes = ["all"]
             if not images:
-                raise UserError(f"{root}: no folder {split}/ in the data path, nor any images")
+                hint = nearest_split(root, split)
+                raise UserError(
+                    f"{root}: no folder {split}/ in the data path, nor any images{hint}"
+                )
 
         try:
             index = open_index(root, f"{split}-flat", folder, fill)

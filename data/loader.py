@@ -206,6 +206,11 @@ def build_labelled_sources(
     val = build_source(config, "val", download, val_cache_mode)
     if np.ndim(val.labels) == 1:
         _name_numbered(train, val)
+        if len(np.unique(train.labels)) < 2:
+            raise UserError(
+                f"{config.DATA.DATA_PATH}: the training images are of one class alone, "
+                f"{train.classes[train.labels[0]]}: lay them out as train/<class>/<image>"
+            )
         known = {train.classes[label] for label in np.unique(train.labels)}
         for name in (val.classes[label] for label in np.unique(val.labels)):
             if name not in known:

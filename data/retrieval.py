@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from data.dataset import to_tensor
 from data.image import read_rgb
 from data.listing import list_images, log_left_out
+from data.source import check_root
 from utils.errors import UserError
 from utils.unpickle import load_plain_pickle
 
@@ -91,8 +92,7 @@ def read_ground_truth(root: str, dataset: str) -> GroundTruth:
     Raises:
         UserError: a file that is missing, damaged or hostile, or has impossible contents.
     """
-    if not root:
-        raise UserError(f"no data set given: set --data-path to the folder that holds {dataset}/")
+    check_root(root, f"the folder that holds {dataset}/")
     folder = os.path.join(root, dataset)
     path = os.path.join(folder, f"gnd_{dataset}.pkl")
     if not os.path.exists(path):

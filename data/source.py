@@ -116,7 +116,10 @@ class FolderSource(IndexedSource):
         check_root(root)
         folder = os.path.join(root, split)
         if not os.path.isdir(folder):
-            raise UserError(f"{root}: no folder {split}/ in the data path")
+            from data.hints import nearest_split
+
+            hint = nearest_split(root, split)
+            raise UserError(f"{root}: no folder {split}/ in the data path{hint}")
         try:
             index = open_index(root, split, folder, lambda listing: fill_classes(listing, folder))
         except OSError as error:
@@ -125,12 +128,23 @@ class FolderSource(IndexedSource):
         super().__init__(index)
 
 
-def check_root(root: str) -> None:
-    """Refuse a data path that is not there."""
+def check_root(root: str, holds: str = "a folder with train/ and val/") -> None:
+    """Refuse a data path that is not there.
+
+    Args:
+        root: the data path.
+        holds: what it should be.
+
+    Raises:
+        UserError: it is not given, or no folder; with the nearest one that there is.
+    """
     if not root:
-        raise UserError("no data set given: set --data-path to a folder with train/ and val/")
+        raise UserError(f"no data set given: set --data-path to {holds}")
     if not os.path.isdir(root):
-        raise UserError(f"{root}: the data path does not exist or is no folder")
+        from data.hints import nearest_path
+
+        hint = nearest_path(root)
+        raise UserError(f"{root}: the data path does not exist or is no folder{hint}")
 
 
 def open_source(root: str, split: str, zipped: bool = False, labelled: bool = True) -> FileSource:

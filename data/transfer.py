@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torchvision import datasets
 
+from data.hints import nearest_path
 from data.source import FolderSource
 from data.transfer_readers import (
     CALTECH101_SPLITS,
@@ -200,6 +201,7 @@ def open_transfer_set(
             how = "--download fetches it" if row.download else "it has to be fetched by hand"
             path = getattr(error, "filename", None)
             missing = f" (no {path})" if path else ""
+            missing += "" if os.path.isdir(root) else nearest_path(root)
             raise UserError(
                 f"{root}: {name} is not there{missing}; expected {row.layout} "
                 f"from {row.origin}; {how}"
