@@ -1,11 +1,12 @@
 """Check a data set before a long run: what is missing, which images are bad, how many there are.
 
-Prints a line for each problem (missing, bad) and oddity (warning), and a summary of each split.
-The exit code is 1 if there is a problem. Run as ``python -m tools.check_data DATASET DATA_PATH``
-from the root of the repository.
+Prints a line for each problem (missing, bad) and oddity (warning), a summary of each split, and
+which scripts can use the data set as it is. The exit code is 1 if there is a problem. Run as
+``python -m tools.check_data DATASET DATA_PATH`` from the root of the repository.
 """
 
 import argparse
+import contextlib
 import sys
 
 import numpy as np
@@ -17,8 +18,9 @@ from data import davis, retrieval
 from data.image import check_head, read_file
 from data.loader import quiet_worker
 from data.source import FileSource, ImageSource, open_source
-from data.transfer import TRANSFER_SETS, open_transfer_set
+from data.transfer import MAP, TRANSFER_SETS, open_transfer_set
 from data.transfer_readers import ImageFiles
+from utils.config import DEFAULTS
 from utils.distributed import processors
 from utils.errors import UserError
 from utils.run import run_script
@@ -64,21 +66,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.zip and args.dataset != "imagenet":
         raise UserError(f"--zip is for imagenet, not for {args.dataset}")
-    sources, missing, bad = {}, 0, 0
-    for split in SPLITS.get(args.dataset, TRAIN_AND_TEST):
-        try:
-            sources[split] = open_split(args, split)
-        except UserError as error:
-            print(f"missing: {split}: {error}")
-            missing += 1
+    sources, missing = open_splits(args)
+    bad = {}
     for split, source in sources.items():
-        found = check_images(source, split, args)
-        bad += found
-        summarize(args.dataset, split, source, found)
-    missing += untrained_classes(sources)
-    if missing or bad:
-        raise UserError(f"{args.data_path}: {missing} missing, {bad} bad, see above")
-    print(f"{args.data_path}: ready")
+        bad[split] = check_images(source, split, args)
+        summarize(args.dataset, split, source, bad[split])
+    untrained = untrained_classes(sources)
+    scripts = ready_for(args.dataset, sources, bad, untrained > 0)
+    ready = f"ready for {', '.join(scripts) or 'no script'}"
+    missing, bad_images = missing + untrained, sum(bad.values())
+    if missing or bad_images:
+        raise UserError(
+            f"{args.data_path}: {missing} missing, {bad_images} bad, see above; {ready}"
+        )
+    print(f"{args.data_path}: {ready}")
 
 
 class Frames(ImageFiles):
@@ -125,6 +126,54 @@ class Problems(Dataset):
         except UserError as error:
             return str(error)
         return None
+
+
+def open_splits(args: argparse.Namespace) -> tuple[dict[str, ImageSource], int]:
+    """The splits that can be opened, and how many cannot; prints a line for each of those.
+
+    Training images without classes need no validation images.
+    """
+    sources: dict[str, ImageSource] = {}
+    lines = []
+    for split in SPLITS.get(args.dataset, TRAIN_AND_TEST):
+        try:
+            sources[split] = open_split(args, split)
+        except UserError as error:
+            lines.append(f"missing: {split}: {error}")
+    if args.dataset == "imagenet" and not (sources or args.zip):
+        with contextlib.suppress(UserError):
+            sources["train"] = open_source(args.data_path, "train", labelled=False)
+            lines = ["warning: train: images without classes are for pre-training alone"]
+    for line in lines:
+        print(line)
+    return sources, sum(line.startswith("missing") for line in lines)
+
+
+def ready_for(
+    dataset: str, sources: dict[str, ImageSource], bad: dict[str, int], untrained: bool
+) -> list[str]:
+    """The scripts that can use the data set as it is.
+
+    Args:
+        dataset: its name.
+        sources: the splits that could be opened.
+        bad: unreadable images in each. Pre-training replaces a few, evaluations stop.
+        untrained: whether a class has validation images alone.
+    """
+    scripts = []
+    train = sources.get("train")
+    most_bad = DEFAULTS.DATA.MAX_BAD_FRACTION
+    if isinstance(train, FileSource) and bad["train"] <= most_bad * len(train.names):
+        scripts.append("main_pretrain.py")
+    if any(bad.values()) or len(sources) < len(SPLITS.get(dataset, TRAIN_AND_TEST)):
+        return scripts
+    if dataset not in TRANSFER_SETS:
+        return ["eval_video_seg.py" if dataset == "davis" else "eval_retrieval.py"]
+    if TRANSFER_SETS[dataset].metric == MAP:
+        return [*scripts, "eval_linear.py"]
+    if untrained or len(np.unique(sources["train"].labels)) < 2:
+        return scripts
+    return [*scripts, "eval_knn.py", "eval_linear.py"]
 
 
 def open_split(args: argparse.Namespace, split: str) -> ImageSource:

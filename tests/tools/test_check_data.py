@@ -55,11 +55,21 @@ def test_every_data_set_is_known():
         assert len(counts) == len(check_data.SPLITS.get(name, check_data.TRAIN_AND_TEST))
 
 
+# what can use each whole set; arrays in a file are no images that pre-training reads
+ALL = ("main_pretrain.py", "eval_knn.py", "eval_linear.py")
+SCRIPTS = {
+    **dict.fromkeys(("cifar10", "cifar100", "stl10"), ALL[1:]),
+    **dict.fromkeys(("roxford5k", "rparis6k"), ("eval_retrieval.py",)),
+    **{"voc2007": (ALL[0], ALL[2]), "davis": ("eval_video_seg.py",)},
+}
+
+
 @pytest.mark.parametrize("name", check_data.OFFICIAL)
 def test_each_data_set_in_its_layout(tmp_path, check, name):
     write_set(name, tmp_path)
     lines, error = check(name, tmp_path)
-    assert error is None and lines[-1] == f"{tmp_path}: ready"
+    assert error is None
+    assert lines[-1] == f"{tmp_path}: ready for {', '.join(SCRIPTS.get(name, ALL))}"
     splits = check_data.SPLITS.get(name, check_data.TRAIN_AND_TEST)
     for split, count in zip(splits, check_data.OFFICIAL[name], strict=True):
         (summary,) = [line for line in lines if line.startswith(f"{split}: ")]
@@ -77,7 +87,7 @@ def test_an_empty_folder_is_missing_everything(tmp_path, check, name):
     splits = check_data.SPLITS.get(name, check_data.TRAIN_AND_TEST)
     assert [line.split(": ")[:2] for line in lines] == [["missing", split] for split in splits]
     assert all(str(tmp_path) in line for line in lines)
-    assert error == f"{tmp_path}: {len(splits)} missing, 0 bad, see above"
+    assert error == f"{tmp_path}: {len(splits)} missing, 0 bad, see above; ready for no script"
 
 
 @pytest.mark.parametrize("fast", [(), ("--fast",)])
@@ -103,23 +113,48 @@ def test_bad_images_are_listed(data, tmp_path, check, monkeypatch, zipped, fast)
         split, name = image.split(": ")
         assert line.startswith(f"bad: {split}: ") and f"{name}: not a readable image" in line
     assert "train: 24 images of 2 classes, 2 bad" in lines
-    assert error.endswith(f"0 missing, {len(expected)} bad, see above")
+    assert error.endswith(f"0 missing, {len(expected)} bad, see above; ready for no script")
 
 
 def test_a_split_without_folder_does_not_hide_the_other(data, check):
     shutil.rmtree(data / "val")
     (data / "train/class1/5.jpg").write_text("no image")
     lines, error = check("imagenet", data)
-    assert lines[0] == f"missing: val: {data}: no folder val/ in the data path"
+    missing = f"missing: val: {data}: no folder val/ in the data path, only train/; "
+    assert lines[0].startswith(missing)
     assert lines[1].startswith(f"bad: train: {data}/train/class1/5.jpg")
-    assert error.endswith("1 missing, 1 bad, see above")
+    assert error.endswith("1 missing, 1 bad, see above; ready for no script")
+
+
+def test_what_is_enough_to_train_on_is_not_enough_to_judge_by(data, tmp_path, check, monkeypatch):
+    (data / "val/class0").rename(tmp_path / "class0")
+    (data / "train/class0").rename(tmp_path / "class0_of_train")
+    lines, error = check("imagenet", data)
+    assert error is None and lines[-1] == f"{data}: ready for main_pretrain.py"  # one class
+    (tmp_path / "class0_of_train").rename(data / "train/class0")
+    (data / "val/class1/1.jpg").write_text("no image")
+    assert check("imagenet", data)[1].endswith("0 missing, 1 bad, see above; ready for " + ALL[0])
+    (data / "val/class1/1.jpg").unlink()
+    (data / "train/class1/1.jpg").write_text("no image")
+    assert check("imagenet", data)[1].endswith("see above; ready for no script")
+    monkeypatch.setattr(check_data, "DEFAULTS", check_data.DEFAULTS.clone())
+    check_data.DEFAULTS.DATA.MAX_BAD_FRACTION = 1 / 24  # of 24 images, pre-training replaces one
+    assert check("imagenet", data)[1].endswith("see above; ready for " + ALL[0])
+    shutil.rmtree(data / "val")
+    assert check("imagenet", data)[1].endswith("1 missing, 1 bad, see above; ready for " + ALL[0])
+
+
+def test_images_without_classes_are_for_pretraining(data, check):
+    lines, error = check("imagenet", data / "train/class0")
+    assert error is None and lines[-1] == f"{data}/train/class0: ready for main_pretrain.py"
+    assert lines[0] == "warning: train: images without classes are for pre-training alone"
 
 
 def test_classes_without_training_images_are_listed(data, check):
     (data / "val/class0").rename(data / "val/a_cat")
     lines, error = check("imagenet", data)
     assert "missing: train: class a_cat is among the validation images alone" in lines
-    assert error.endswith("1 missing, 0 bad, see above")
+    assert error.endswith("1 missing, 0 bad, see above; ready for main_pretrain.py")
 
 
 def test_missing_images_of_a_list_are_listed(tmp_path, check):
@@ -130,7 +165,7 @@ def test_missing_images_of_a_list_are_listed(tmp_path, check):
     lines, error = check("roxford5k", tmp_path)
     bad = [line for line in lines if line.startswith("bad: ")]
     assert [b.split(": ")[2] for b in bad] == [str(images[0]), str(images[-1])]
-    assert error.endswith("0 missing, 2 bad, see above")
+    assert error.endswith("0 missing, 2 bad, see above; ready for no script")
 
 
 def test_an_annotation_of_another_size_is_bad(tmp_path, check):
@@ -160,4 +195,7 @@ def test_workers_and_the_exit_code(data):
     done = run()
     assert done.returncode == 1
     assert f"bad: train: {data}/train/class1/5.jpg: not a readable image" in done.stdout
-    assert done.stderr == f"check_data.py: error: {data}: 0 missing, 1 bad, see above\n"
+    assert (
+        done.stderr
+        == f"check_data.py: error: {data}: 0 missing, 1 bad, see above; ready for no script\n"
+    )
