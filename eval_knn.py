@@ -1,4 +1,10 @@
-"""Judge an encoder by weighted k-nearest neighbours of its features."""
+"""Judge an encoder by weighted k-nearest neighbours of its features.
+
+    python eval_knn.py --cfg synco_vit_small --data-path DATA --output OUT --tag TAG
+
+It judges the checkpoint.pth of that run, or --pretrained FILE of this project or another.
+DATA holds train/<class>/<image> and val/<class>/<image>; --dataset NAME reads other sets.
+"""
 
 import argparse
 import math
@@ -34,8 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pretrained_arguments(parser)
     add_dataset_arguments(parser)
     add_subset_argument(parser)
-    parser.add_argument("--nb-knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K")
-    parser.add_argument("--temperature", type=float, default=0.07)
+    parser.add_argument(
+        "--nb-knn",
+        type=int,
+        nargs="+",
+        default=[10, 20, 100, 200],
+        metavar="K",
+        help="numbers of neighbours",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.07, help="of the neighbours' weights"
+    )
     parser.add_argument(
         "--baseline", choices=list(BASELINES), help="judge these features instead of an encoder's"
     )

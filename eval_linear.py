@@ -1,4 +1,10 @@
-"""Judge an encoder by a linear classifier on its features, or by fine-tuning it."""
+"""Judge an encoder by a linear classifier on its features, or by fine-tuning it.
+
+    python eval_linear.py --cfg synco_vit_small --data-path DATA --output OUT --tag TAG --lr 0.3 1 3
+
+It judges the checkpoint.pth of that run, or --pretrained FILE of this project or another.
+DATA holds train/<class>/<image> and val/<class>/<image>; --dataset NAME reads other sets.
+"""
 
 import argparse
 import math

@@ -1,4 +1,10 @@
-"""Judge an encoder by image retrieval on revisited Oxford and Paris."""
+"""Judge an encoder by image retrieval on revisited Oxford and Paris.
+
+    python eval_retrieval.py --cfg synco_vit_small --data-path DATA --output OUT --tag TAG
+
+It judges the checkpoint.pth of that run, or --pretrained FILE of this project or another.
+DATA holds roxford5k/gnd_roxford5k.pkl and roxford5k/jpg/, or those of rparis6k (--dataset).
+"""
 
 import argparse
 import math
@@ -31,7 +37,13 @@ SCALES = (1, 1 / math.sqrt(2), 1 / 2)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this script."""
     add_pretrained_arguments(parser)
-    parser.add_argument("--dataset", dest="DATA.DATASET", choices=DATASETS, default=DATASETS[0])
+    parser.add_argument(
+        "--dataset",
+        dest="DATA.DATASET",
+        choices=DATASETS,
+        default=DATASETS[0],
+        help="which of the two",
+    )
     parser.add_argument(
         "--imsize", type=int, default=224, help="longest side of an image in pixels"
     )

@@ -1,4 +1,10 @@
-"""Judge an encoder by video object segmentation on DAVIS 2017."""
+"""Judge an encoder by video object segmentation on DAVIS 2017.
+
+    python eval_video_seg.py --cfg synco_vit_small --data-path DATA --output OUT --tag TAG
+
+It judges the checkpoint.pth of that run, or --pretrained FILE of this project or another.
+DATA is the folder of DAVIS 2017, which holds ImageSets/, JPEGImages/ and Annotations/.
+"""
 
 import argparse
 import csv

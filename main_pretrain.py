@@ -1,4 +1,10 @@
-"""Pre-train an encoder with MoBY, BYOL or SynCo."""
+"""Pre-train an encoder with MoBY, BYOL or SynCo.
+
+    python main_pretrain.py --cfg synco_vit_small --data-path DATA --output OUT --tag TAG
+
+DATA holds train/<class>/<image>, or another form of docs/data.md. --cfg takes recipes of configs/.
+--dry-run says what would be trained and how long it takes; torchrun starts one process a GPU.
+"""
 
 import argparse
 import math
@@ -17,7 +23,7 @@ from evaluation.knn_monitor import KnnMonitor
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
-from models.encoder import choose_attention
+from models.encoder import add_encoder_list, choose_attention
 from models.momentum import MomentumMethod, Output, key_momentum
 from models.network import check_network, network_changes, network_of, network_said
 from models.synco import SynCo
@@ -149,6 +155,7 @@ def main() -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this script."""
+    add_encoder_list(parser)
     add_tracker_arguments(parser)
     parser.add_argument(
         "--pretrained",

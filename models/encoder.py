@@ -1,6 +1,8 @@
 """The backbones by name."""
 
+import argparse
 import difflib
+import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -106,6 +108,31 @@ RESNETS = ("resnet50", "resnet101", "resnet152", "resnet200")
 def full_name(name: str) -> str:
     """``timm/`` before the published name of a ResNet, other names as they are."""
     return f"{PREFIX}{name}" if name in RESNETS else name
+
+
+class _ListEncoders(argparse.Action):
+    """Prints the names that MODEL.ENCODER takes, and ends."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pattern = str(values or "")
+        own = fnmatch.filter([*ENCODERS, *RESNETS], pattern or "*")
+        of_timm = [f"{PREFIX}{name}" for name in timm.list_models(pattern.removeprefix(PREFIX))]
+        print("\n".join(own + of_timm if pattern else own))
+        if not pattern:
+            print(f"{PREFIX}<name>: {len(of_timm)} of timm, such as --list-encoders 'convnext*'")
+        parser.exit()
+
+
+def add_encoder_list(parser: argparse.ArgumentParser) -> None:
+    """Add ``--list-encoders``."""
+    parser.add_argument(
+        "--list-encoders",
+        action=_ListEncoders,
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="PATTERN",
+        help="print the names of MODEL.ENCODER, or those that fit, and end",
+    )
 
 
 def create_encoder(

@@ -10,7 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models import build_encoder
-from models.encoder import Backbone
+from models.encoder import Backbone, add_encoder_list
 from models.families import LEFT_OUT, Found, find_weights
 from models.network import (
     adapt,
@@ -30,7 +30,7 @@ from utils.weights_file import read_weights
 
 
 def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--pretrained``, ``--random-weights`` and ``--key``."""
+    """Add ``--pretrained``, ``--random-weights``, ``--key`` and ``--list-encoders``."""
     parser.add_argument(
         "--pretrained", metavar="PATH", help="weights to judge (default: the run's checkpoint.pth)"
     )
@@ -43,6 +43,7 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
         default="encoder",
         help="which encoder of a pre-training checkpoint: online or momentum",
     )
+    add_encoder_list(parser)
 
 
 def load_pretrained_encoder(

@@ -1,6 +1,9 @@
 """The command line that all scripts share, and its way into the configuration."""
 
 import argparse
+import os
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,15 +19,30 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults: of a flag that sets a key, the key's."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        if default is None and action.dest in KEYS:
+            default = KEYS[action.dest].default
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        if default in (None, False, "", argparse.SUPPRESS):
+            return text
+        return f"{text} (default: {default})"
+
+
 def parse_arguments(
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: list[str] | None = None,
 ) -> tuple[argparse.Namespace, CfgNode]:
-    """Read the command line.
+    """Read the command line; without any, say what to do and end.
 
     Args:
-        description: first line of ``--help``.
+        description: the script's docstring: what it does, and after a blank line how it is called.
         add_arguments: adds the flags of one script.
         argv: the arguments, by default those of the process.
 
@@ -35,16 +53,31 @@ def parse_arguments(
         UserError: unknown flag, missing file, unknown key or value of the wrong type;
             LOCAL_RANK is no number.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    purpose, _, example = description.partition("\n\n")
+    called = os.path.basename(sys.argv[0])
+    if not called.endswith(".py"):  # an installed command
+        example = re.sub(r"python \w+\.py", called, example)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        lines = [purpose, *filter(None, example.splitlines()), "--help lists the flags."]
+        print("\n".join(lines), file=sys.stderr)
+        raise SystemExit(1)
+    parser = _Parser(description=purpose, epilog=example, formatter_class=_Help, allow_abbrev=False)
+    parser._optionals.title = "of this script alone"
     # fmt: off
-    add = parser.add_argument  # a flag whose ``dest`` is a key sets that key
-    add("--cfg", required=True, metavar="FILE", help="configuration file (YAML)")
+    # a flag whose ``dest`` is a key sets that key
+    add = parser.add_argument_group("what to run; a recipe may have other defaults").add_argument
+    add("--cfg", required=True, metavar="FILE",
+        help="recipe: a YAML file, or the name of one that comes with the code")
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override configuration keys")
-    add("--batch-size", dest="DATA.BATCH_SIZE", type=int, metavar="N", help="images per process")
     add("--data-path", dest="DATA.DATA_PATH", metavar="DIR", help="folder of the data set")
-    add("--output", dest="OUTPUT", metavar="DIR", help="root of the run folders (default: output)")
-    add("--tag", dest="TAG", help="name of the run (default: default)")
+    add("--output", dest="OUTPUT", metavar="DIR", help="root of the run folders")
+    add("--tag", dest="TAG", help="name of the run")
     add("--resume", dest="MODEL.RESUME", metavar="PATH", help="continue from this checkpoint")
+    add("--eval", dest="EVAL_MODE", action="store_true", help="evaluate only")
+    add("--throughput", dest="THROUGHPUT_MODE", action="store_true", help="measure the speed only")
+    add = parser.add_argument_group("batches and precision").add_argument
+    add("--batch-size", dest="DATA.BATCH_SIZE", type=int, metavar="N", help="images per process")
     add("--accumulation-steps", dest="TRAIN.ACCUMULATION_STEPS", type=int, metavar="N",
         help="micro-batches for one update")
     add("--use-checkpoint", dest="TRAIN.USE_CHECKPOINT", action="store_true",
@@ -52,15 +85,14 @@ def parse_arguments(
     add("--amp-opt-level", dest="AMP_OPT_LEVEL",
         choices=KEYS["AMP_OPT_LEVEL"].allowed,
         help="O0: float32; bfloat16, float16 (with loss scaling): autocast; O1, O2: autocast to "
-        "bfloat16, or float16 on older GPUs; auto, the default: what the device computes in for "
+        "bfloat16, or float16 on older GPUs; auto: what the device computes in for "
         "pre-training and fine-tuning, else O0")
     add("--compile", dest="COMPILE", action="store_true",
         help="compile the encoders of pre-training: slow start")
+    add = parser.add_argument_group("reading images").add_argument
     add("--zip", dest="DATA.ZIP_MODE", action="store_true", help="read train.zip and val.zip")
     add("--cache-mode", dest="DATA.CACHE_MODE", choices=["no", "full", "part"],
         help="zipped images kept in memory: none, all, or a share that each process has of its own")
-    add("--eval", dest="EVAL_MODE", action="store_true", help="evaluate only")
-    add("--throughput", dest="THROUGHPUT_MODE", action="store_true", help="measure the speed only")
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     # fmt: on
     if add_arguments:

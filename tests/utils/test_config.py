@@ -210,7 +210,7 @@ def test_both_spellings_of_local_rank(flag, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--cfg"),
+        (["--tag", "x"], "--cfg"),
         (["--cfg", "nowhere.yaml"], "nowhere.yaml: no such configuration"),
         (["--cfg", str(RECIPES[0]), "--frobnicate"], "--frobnicate"),
         (["--cfg", str(RECIPES[0]), "--batch", "3"], "--batch"),
