@@ -7,9 +7,11 @@ DATA holds train/<class>/<image>, or another form of docs/data.md. --cfg takes r
 """
 
 import argparse
+import contextlib
 import math
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from data.loader import BadImages, TrainingLoader, build_pretraining_loader, normalize
+from data.loader import BadImages, TrainingLoader, build_pretraining_loader, build_source, normalize
 from evaluation.knn_monitor import KnnMonitor
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_method
@@ -51,13 +53,19 @@ PARTS = ("encoder", "projector", "predictor")  # whose gradient norms are report
 
 def main() -> None:
     """Data, model, optimizer, resume, loop; a signal stops the run so that it can be resumed."""
-    with StopSignals() as signals:
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
         args, config = parse_arguments(__doc__, add_arguments)
         if not config.AUG.SSL_AUG:
             raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
-        if args.profile and (config.EVAL_MODE or config.THROUGHPUT_MODE):
-            raise UserError("--profile needs updates: leave out --eval and --throughput")
-        run = start(config, trains=True)
+        for flag, given in (("--profile", args.profile), ("--dry-run", args.dry_run)):
+            if given and (config.EVAL_MODE or config.THROUGHPUT_MODE):
+                raise UserError(f"{flag} needs updates: leave out --eval and --throughput")
+        folder = None
+        if args.dry_run:
+            from utils.dry_run import rehearse, scratch_folder  # few runs need it
+
+            folder = stack.enter_context(scratch_folder())
+        run = start(config, folder, trains=True)
         config, weights = read_starting_weights(config, args.pretrained, run)
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
@@ -92,6 +100,10 @@ def main() -> None:
             return throughput(config, ddp, loader, update, run)
         if config.EVAL_MODE:
             return evaluate(model, loader, run)
+        if args.dry_run:
+            val = partial(build_source, config, "val", cache_mode="no")
+            step = single_update(config, ddp, update, run)
+            return rehearse(effective, loader, val, progress, step, run)
 
         began_with = resumed_from or args.pretrained
         provenance = describe_run(effective, model, data, began_with, run)
@@ -162,7 +174,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="weights that the encoder starts from, of any family that the evaluations read",
     )
-    parser.add_argument(
+    once = parser.add_mutually_exclusive_group()
+    once.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be trained, time three updates, estimate the end; write nothing",
+    )
+    once.add_argument(
         "--profile",
         type=number_in(1, math.inf),
         metavar="N",
@@ -341,7 +359,13 @@ def throughput(
     config: CfgNode, ddp: DistributedDataParallel, loader: TrainingLoader, update: Update, run: Run
 ) -> None:
     """Log images a second of the loader alone and of the update alone; saves nothing."""
-    # with synthetic negatives, if the method makes any
+    measure_throughput(loader, loader.size, single_update(config, ddp, update, run), run)
+
+
+def single_update(
+    config: CfgNode, ddp: DistributedDataParallel, update: Update, run: Run
+) -> Callable[[list], None]:
+    """One update from its micro-batches, with synthetic negatives if the method makes any."""
     forward = partial(forward_views, ddp, run.device, config.MODEL.WARMUP_EPOCHS)
 
     def step(micro_batches: list) -> None:
@@ -351,7 +375,7 @@ def throughput(
             ddp.module.enqueue(*output.keys, result.finite)
 
     ddp.train()
-    measure_throughput(loader, loader.size, step, run)
+    return step
 
 
 if __name__ == "__main__":
