@@ -243,15 +243,10 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
     DATA.BACKEND device the draws of both views follow.
 
     Raises:
-        UserError: no data, images that are not files, an unknown augmentation, or a batch larger
-            than the data set.
+        UserError: no data, an unknown augmentation, or a batch larger than the data set.
     """
     source = build_source(config, split, labelled=False)
-    if not isinstance(source, FileSource):
-        raise UserError(
-            f"DATA.DATASET {config.DATA.DATASET}: its images are no files, which pre-training "
-            "needs: lay them out as DATA.DATASET imagenet"
-        )
+    assert isinstance(source, FileSource)  # as all are that ``build_source`` opens
     if isinstance(source, CostlySource):
         source.log_cost()
     try:

@@ -4,6 +4,7 @@ torchvision fetches the archives. Its readers are not used: they know one folder
 lists from Windows, and compare checksums of gigabytes at every start.
 """
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -66,6 +67,12 @@ class ImageArrays:
 
     def __post_init__(self) -> None:
         self.labels = np.asarray(self.labels, np.int64)
+
+    def read(self, index: int) -> bytes:
+        """Image ``index`` as a file, for pre-training, which decodes files."""
+        file = io.BytesIO()
+        self.read_image(index).save(file, "PNG", compress_level=0)
+        return file.getvalue()
 
     def read_image(self, index: int) -> Image.Image:
         """Image ``index`` in RGB."""

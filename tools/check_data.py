@@ -121,7 +121,7 @@ class Problems(Dataset):
         try:
             if not self.fast:
                 self.source.read_image(index)
-            elif isinstance(self.source, FileSource):  # an array was read on opening
+            elif isinstance(self.source, FileSource):
                 check_head(self.source.read(index), self.source.names[index])
         except UserError as error:
             return str(error)
@@ -163,7 +163,7 @@ def ready_for(
     scripts = []
     train = sources.get("train")
     most_bad = DEFAULTS.DATA.MAX_BAD_FRACTION
-    if isinstance(train, FileSource) and bad["train"] <= most_bad * len(train.names):
+    if train and bad["train"] <= most_bad * len(train.names):
         scripts.append("main_pretrain.py")
     if any(bad.values()) or len(sources) < len(SPLITS.get(dataset, TRAIN_AND_TEST)):
         return scripts

@@ -34,6 +34,7 @@ from data.loader import (
     num_workers,
 )
 from data.source import FolderSource, open_source
+from data.transfer import open_transfer_set
 from tools.make_tiny_transfer import write_tiny
 from utils.config import DEFAULTS, load_config
 from utils.errors import UserError
@@ -395,12 +396,31 @@ def test_test_images_are_cropped_in_the_middle(tmp_path, crop):
     assert abs(float(image[:, 0].float().mean()) - top) < 6
 
 
-def test_pretraining_needs_images_that_are_files(tmp_path, process_group):
-    write_tiny("cifar10", str(tmp_path))
-    opts = [*TINY, "DATA.DATASET", "cifar10", "DATA.DATA_PATH", str(tmp_path)]
-    config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
-    with pytest.raises(UserError, match=r"DATA\.DATASET cifar10: its images are no files"):
-        build_pretraining_loader(config)
+@pytest.mark.parametrize("backend", ["opencv", "pil", "device"])
+@pytest.mark.parametrize("name", ["cifar10", "stl10"])
+def test_pretraining_reads_images_of_arrays(tmp_path, process_group, name, backend):
+    """As it reads the same images as files."""
+    write_tiny(name, str(tmp_path / name))
+    images = open_transfer_set(name, str(tmp_path / name), "train")
+    for index, label in enumerate(images.labels):
+        folder = tmp_path / "files/train" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        images.read_image(index).save(folder / f"{index:04}.png")
+    order = np.argsort(images.labels, kind="stable")
+    assert len(set(images.labels)) > 1
+
+    def dataset(*opts):
+        opts = [*TINY, "DATA.BACKEND", backend, "DATA.NUM_WORKERS", "0", *opts]
+        config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
+        return build_pretraining_loader(config).dataset
+
+    arrays = dataset("DATA.DATASET", name, "DATA.DATA_PATH", str(tmp_path / name))
+    files = dataset("DATA.DATA_PATH", str(tmp_path / "files"))
+    assert len(arrays) == len(files) == len(order)
+    files.source.names = [files.source.names[i] for i in np.argsort(order)]  # and their draws
+    for index in range(len(order)):
+        for one, other in zip(arrays[0, index], files[0, index], strict=True):
+            assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 @pytest.mark.parametrize(("own", "asked", "workers"), [(4, 8, 4), (4, 3, 3), (1, 8, 1), (4, 0, 0)])

@@ -55,10 +55,9 @@ def test_every_data_set_is_known():
         assert len(counts) == len(check_data.SPLITS.get(name, check_data.TRAIN_AND_TEST))
 
 
-# what can use each whole set; arrays in a file are no images that pre-training reads
+# what can use each whole set
 ALL = ("main_pretrain.py", "eval_knn.py", "eval_linear.py")
 SCRIPTS = {
-    **dict.fromkeys(("cifar10", "cifar100", "stl10"), ALL[1:]),
     **dict.fromkeys(("roxford5k", "rparis6k"), ("eval_retrieval.py",)),
     **{"voc2007": (ALL[0], ALL[2]), "davis": ("eval_video_seg.py",)},
 }
