@@ -97,7 +97,8 @@ def main() -> None:
         if weights and not resumed_from:
             start_from(weights, model, run)
         if config.THROUGHPUT_MODE:
-            return throughput(config, ddp, loader, update, run)
+            step = single_update(config, ddp, update, run)
+            return measure_throughput(loader, loader.size, step, run)
         if config.EVAL_MODE:
             return evaluate(model, loader, run)
         if args.dry_run:
@@ -353,13 +354,6 @@ def evaluate(model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
             batches += 1
     loss, accuracy, positive = mean_over_processes(sums / batches).tolist()
     run.logger.info("Eval: loss %.4f accuracy %.4f positive %.4f", loss, accuracy, positive)
-
-
-def throughput(
-    config: CfgNode, ddp: DistributedDataParallel, loader: TrainingLoader, update: Update, run: Run
-) -> None:
-    """Log images a second of the loader alone and of the update alone; saves nothing."""
-    measure_throughput(loader, loader.size, single_update(config, ddp, update, run), run)
 
 
 def single_update(
