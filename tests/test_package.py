@@ -119,13 +119,21 @@ def test_an_installed_project_trains_judges_and_exports(installed, imagenet, tmp
     results = (folder / "knn_imagenet/results.json").read_text()
     assert f'"version": "{version()}"' in results and '"command": "synco-knn ' in results
     run("synco-export", *recipe, "--format", "pth", "--out", "vit.pth", *opts)
+    run("synco-report", folder)
     run("python", "-m", "synco_vit", "tools.plot_run", folder, "--out", "run.png")
-    assert all((tmp_path / name).exists() for name in ("vit.pth", "run.png"))
+    for path in ("vit.pth", "run.png", folder / "report/index.html"):
+        assert (tmp_path / path).exists()
     run("python", "-c", "import synco_vit, sys; assert 'torch' not in sys.modules")
 
 
 def version() -> str:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_one_version_everywhere():
+    """Of the package, of the citation, and at the head of the changes."""
+    assert f"\nversion: {version()}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"# Changes\n\n## {version()}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_only_the_thin_package_is_installed_under_a_name_of_its_own():
