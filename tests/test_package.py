@@ -120,9 +120,7 @@ def test_an_installed_project_trains_judges_and_exports(installed, imagenet, tmp
     assert f'"version": "{version()}"' in results and '"command": "synco-knn ' in results
     run("synco-export", *recipe, "--format", "pth", "--out", "vit.pth", *opts)
     run("synco-report", folder)
-    run("python", "-m", "synco_vit", "tools.plot_run", folder, "--out", "run.png")
-    for path in ("vit.pth", "run.png", folder / "report/index.html"):
-        assert (tmp_path / path).exists()
+    assert (tmp_path / "vit.pth").exists() and (folder / "report/index.html").exists()
     run("python", "-c", "import synco_vit, sys; assert 'torch' not in sys.modules")
 
 
