@@ -21,6 +21,7 @@ ELSEWHERE = {
     "mocov3": "test_extending.py",
     "tools.soak": "test_soak.py",
     "tools.benchmark": "test_benchmark.py",
+    "tools.study": "test_study.py",
 }
 SMALLER = {
     "tools.make_fake_imagenet": ["--train", "1", "--val", "1"],
@@ -79,7 +80,7 @@ def places(imagenet, tmp_path_factory):
         write_run(words["OUT"] / run)
         (words["OUT"] / run / "config.json").write_text('{"SEED": 0}')
         words[f"OUT/{run}/TAG"] = words["OUT"] / run
-        words[f"demo/runs/demo__{run}__vit_nano/trained"] = words["OUT"] / run
+        words[f"demo/runs/demo__{run}/trained"] = words["OUT"] / run
     write_images(root / "photos")
     return words | {"PHOTOS": root / "photos"}
 
