@@ -5,24 +5,71 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.distributed import all_gather_batch, mean_over_processes, world_size
+from utils.distributed import all_gather_batch, world_size
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class _MeanOverProcesses(torch.autograd.Function):
-    """The average over the processes, whose gradient reaches the inputs of all of them."""
+class _BatchNormOfRows(torch.autograd.Function):
+    """BatchNorm with the statistics of all processes, for any device and group.
+
+    Each direction exchanges once: a wait for the other processes costs more than what is sent.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
-        return mean_over_processes(x.clone())
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        momentum: float,
+        eps: float,
+        channels: int,
+    ) -> torch.Tensor:
+        """Normalise over all dimensions but ``channels``; running statistics change in place."""
+        dims = [d for d in range(x.ndim) if d != channels % x.ndim]
+        var, mean = torch.var_mean(x.float(), dims, correction=0)  # C
+        means, variances = all_gather_batch(torch.stack([mean, var])[None]).unbind(1)  # PxC
+        mean = means.mean(0)
+        # no difference of sums of squares, which would cancel in float32
+        var = (variances + (means - mean).square()).mean(0)
+        ctx.rows = x.numel() // len(mean) * world_size()
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (ctx.rows / max(ctx.rows - 1, 1)), momentum)
+        ctx.dims, deviation = dims, torch.rsqrt(var + eps)
+        mean, deviation, scale, shift = (
+            _along(v, x, channels) for v in (mean, deviation, weight, bias)
+        )
+        ctx.save_for_backward(x, mean, deviation, scale)
+        return ((x.float() - mean) * (deviation * scale) + shift).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
-        return mean_over_processes(gradient.clone())
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, mean, deviation, scale = ctx.saved_tensors
+        own = gradient.float()
+        normalized = (x.float() - mean) * deviation
+        sums = torch.stack([own.sum(ctx.dims), (own * normalized).sum(ctx.dims)])
+        of_bias, of_weight = sums.clone()
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            dist.all_reduce(sums)
+            mean_own, mean_product = (v.view_as(mean) / ctx.rows for v in sums)
+            of_x = (own - mean_own - normalized * mean_product) * (deviation * scale)
+            of_x = of_x.to(x.dtype)
+        return of_x, of_weight, of_bias, None, None, None, None, None
+
+
+def _along(values: torch.Tensor, x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Values of the channels, (C,), in a shape that broadcasts with ``x``."""
+    shape = [1] * x.ndim
+    shape[channels] = -1
+    return values.view(shape)
 
 
 class _BatchNormOfAll(torch.autograd.Function):
@@ -89,11 +136,10 @@ class SyncBatchNorm(nn.BatchNorm1d):
         together = self.training and world_size() > 1
         if together and x.is_cuda:
             return self._forward_cuda(x)
-        rows = x.movedim(self.channels, -1)
         if together:
-            y = self._forward_gloo(rows.float()).to(x.dtype)
-        else:
-            y = super().forward(rows.reshape(-1, self.num_features)).view_as(rows)
+            return self._forward_gloo(x)
+        rows = x.movedim(self.channels, -1)
+        y = super().forward(rows.reshape(-1, self.num_features)).view_as(rows)
         return y.movedim(-1, self.channels)
 
     def _forward_cuda(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,19 +149,14 @@ class SyncBatchNorm(nn.BatchNorm1d):
         statistics = self.running_mean, self.running_var, self.momentum, self.eps
         return _BatchNormOfAll.apply(rows, self.weight, self.bias, *statistics).view_as(x)
 
-    def _forward_gloo(self, rows: torch.Tensor) -> torch.Tensor:
-        dims = tuple(range(rows.ndim - 1))
-        # two reductions, because a difference of sums of squares would cancel in float32
-        mean = _MeanOverProcesses.apply(rows.mean(dims))
-        centered = rows - mean
-        var = _MeanOverProcesses.apply(centered.square().mean(dims))
-        with torch.no_grad():
-            n = rows.numel() // self.num_features * world_size()
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
-        scaled = centered * torch.rsqrt(var + self.eps)
-        return scaled * self.weight + self.bias if self.affine else scaled
+    def _forward_gloo(self, x: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
+        if not self.affine:
+            weight, bias = torch.ones_like(self.running_mean), torch.zeros_like(self.running_mean)
+        self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var, self.momentum, self.eps
+        return _BatchNormOfRows.apply(x, weight, bias, *statistics, self.channels)
 
 
 class _SyncBatchNormAct(SyncBatchNorm):

@@ -1,7 +1,7 @@
 """Synchronised BatchNorm against torch's on the batch of all processes, in one process.
 
-Two processes with the same images stand in for any two: the mean over processes changes nothing
-then, and torch's BatchNorm gets the images twice. tests/utils/test_distributed.py has real ones.
+Two processes with the same images stand in for any two: what they exchange is twice their own then,
+and torch's BatchNorm gets the images twice. tests/utils/test_distributed.py has real ones.
 """
 
 import pytest
@@ -18,12 +18,17 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def two_alike(monkeypatch):
     """Two processes that hold the same."""
-    reductions = []
+    exchanged = []
     monkeypatch.setattr(models.batch_norm, "world_size", lambda: 2)
     monkeypatch.setattr(
-        models.batch_norm, "mean_over_processes", lambda x: reductions.append(x.shape) or x
+        models.batch_norm,
+        "all_gather_batch",
+        lambda x: exchanged.append(x.shape[1:]) or torch.cat([x, x]),
     )
-    return reductions
+    monkeypatch.setattr(
+        models.batch_norm.dist, "all_reduce", lambda x: exchanged.append(x.shape) or x.mul_(2)
+    )
+    return exchanged
 
 
 def randomised(layer: nn.Module) -> nn.Module:
@@ -66,7 +71,7 @@ def test_rows_of_two_processes_are_normalised_as_one_batch(two_alike):
     x = x + torch.arange(7.0)
     ours, plain = randomised(SyncBatchNorm(7)), randomised(nn.BatchNorm1d(7))
     assert_alike(ours, plain, x, direction)
-    assert set(two_alike) == {(7,)} and len(two_alike) == 3 * 4
+    assert set(two_alike) == {(2, 7)} and len(two_alike) == 3 * 2  # one in each direction
 
 
 def test_one_image_a_process_is_enough(two_alike):
@@ -99,7 +104,7 @@ def test_alone_it_is_torchs_own(monkeypatch):
     def refuse(x):
         raise AssertionError("nothing to exchange")
 
-    monkeypatch.setattr(models.batch_norm, "mean_over_processes", refuse)
+    monkeypatch.setattr(models.batch_norm, "all_gather_batch", refuse)
     ours, plain = randomised(SyncBatchNorm(6)), randomised(nn.BatchNorm1d(6))
     x = torch.randn(2, 4, 6)
     torch.testing.assert_close(ours(x), plain(x.flatten(0, 1)).view_as(x))
