@@ -1,45 +1,24 @@
 """The backbones for ``torch.hub.load``, of a clone or of a repository."""
 
 import collections.abc
-import os
-import sys
+
+from synco_vit import load_encoder  # noqa: F401 an entry, too
+from synco_vit.own import own_modules as _own_modules
 
 dependencies = ["torch", "timm", "yacs", "yaml", "safetensors"]
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_PACKAGES = ("models", "utils", "data", "logger")
-
-
-def _import_own():
-    """Import from here, though the caller may have modules of the same names, and leave those."""
-
-    def own_names() -> list[str]:
-        return [name for name in sys.modules if name.split(".")[0] in _PACKAGES]
-
-    file = getattr(sys.modules.get("models"), "__file__", None) or ""
-    inside = os.path.abspath(file) == os.path.join(_HERE, "models", "__init__.py")
-    aside = {} if inside else {name: sys.modules.pop(name) for name in own_names()}
-    sys.path.insert(0, _HERE)
-    try:
-        from models.encoder import ENCODERS, create_encoder
-        from models.pretrained import load_encoder_weights
-    finally:
-        sys.path.remove(_HERE)
-        if not inside:
-            for name in own_names():
-                del sys.modules[name]
-            sys.modules.update(aside)
-    return ENCODERS, create_encoder, load_encoder_weights
-
-
-_ENCODERS, _create, _load = _import_own()
+with _own_modules():
+    from models.encoder import ENCODERS as _ENCODERS
+    from models.encoder import create_encoder as _create
+    from models.pretrained import load_encoder_weights as _load
 
 
 def _entry(encoder: str) -> collections.abc.Callable:
     def create(checkpoint=None, key="encoder", **options):
-        model = _create(encoder, **options)
-        if checkpoint is not None:
-            _load(model, str(checkpoint), key)
+        with _own_modules():
+            model = _create(encoder, **options)
+            if checkpoint is not None:
+                _load(model, str(checkpoint), key)
         return model.eval()
 
     create.__name__ = create.__qualname__ = encoder

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torch import nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 from yacs.config import CfgNode
@@ -187,6 +188,14 @@ class RandAugmented:
         return self.transform(image)
 
 
+def resize_and_crop(size: int, interpolation: str, crop: bool) -> list[nn.Module]:
+    """The steps from a PIL image to one of ``size`` x ``size``, see ``TestImages``."""
+    mode = transforms.InterpolationMode(interpolation)
+    if crop:
+        return [transforms.Resize(size + 32, mode), transforms.CenterCrop(size)]
+    return [transforms.Resize((size, size), mode)]
+
+
 class TestImages(Dataset):
     """Each image once, resized and cropped in the middle, with its label.
 
@@ -208,12 +217,7 @@ class TestImages(Dataset):
         crop: bool = True,
     ) -> None:
         self.source = source
-        mode = transforms.InterpolationMode(interpolation)
-        if crop:
-            steps = [transforms.Resize(size + 32, mode), transforms.CenterCrop(size)]
-        else:
-            steps = [transforms.Resize((size, size), mode)]
-        self.transform = transforms.Compose(steps)
+        self.transform = transforms.Compose(resize_and_crop(size, interpolation, crop))
 
     def __len__(self) -> int:
         return len(self.source.names)

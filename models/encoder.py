@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
@@ -33,6 +34,7 @@ class Backbone(nn.Module):
     no_weight_decay: Callable[[], set[str]]
     forward_intermediates: Callable[..., Any]
     set_grad_checkpointing: Callable[[bool], None]
+    transform: Callable[[Any], torch.Tensor]  # of ``evaluation.encoder``
 
 
 def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str, Any]]:

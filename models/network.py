@@ -10,14 +10,14 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 from yacs.config import CfgNode
 
-from models.encoder import ENCODERS
+from models.encoder import ENCODERS, PREFIX
 from models.vit import VisionTransformer, are_fixed_positions
 from utils.config import with_values
 from utils.errors import UserError
 
-# the section of the configuration in a checkpoint, and its lines
-MODEL = re.compile(r"^MODEL:$((?:\n .*)*)", re.MULTILINE)
-LINE = re.compile(r"^  (\w+): (\w+)$", re.MULTILINE)
+# the sections of the configuration in a checkpoint, and their lines
+SECTION = re.compile(r"^(\w+):$((?:\n .*)*)", re.MULTILINE)
+LINE = re.compile(r"^  (\w+): ([\w/.-]+)$", re.MULTILINE)
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 QKV = "blocks.0.attn.qkv.weight"
 TABLE = re.compile(r"^layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$")
@@ -63,8 +63,7 @@ def network_of(encoder: nn.Module) -> Network:
 
 def network_said(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its network, for ``network_in``; it may hold anything."""
-    stored = state.get("provenance")
-    said = stored.get("network") if isinstance(stored, Mapping) else None
+    said = _within(state, "provenance", "network")
     if isinstance(said, Mapping):
         return dict(said)
     told = state.get("hugging_face")
@@ -75,15 +74,48 @@ def network_said(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_heads": int(heads) if heads.isdigit() else 0, "encoder": model.get("ENCODER")}
 
 
-def configured(state: Mapping[str, Any]) -> dict[str, str]:
-    """The plain keys of MODEL in a checkpoint's configuration: text here, a CfgNode elsewhere."""
+def encoder_said(state: Mapping[str, Any]) -> str | None:
+    """The MODEL.ENCODER that a checkpoint names; it may hold anything."""
+    of_timm = _within(state, "hugging_face", "architecture")
+    for name in (
+        _within(state, "provenance", "encoder"),
+        configured(state).get("ENCODER"),
+        f"{PREFIX}{of_timm}" if of_timm else None,
+    ):
+        if isinstance(name, str) and name:
+            return name
+    return None
+
+
+def image_size_said(state: Mapping[str, Any]) -> int:
+    """The side of the images that a checkpoint names, 0 if it names none."""
+    input_size = _within(state, "hugging_face", "pretrained_cfg", "input_size")
+    for size in (
+        configured(state, "DATA").get("IMG_SIZE"),
+        _within(state, "metadata", "image_size"),
+        _within(state, "hugging_face", "image_size"),
+        input_size[-1] if isinstance(input_size, list) and input_size else None,
+    ):
+        if str(size).isdecimal():
+            return int(str(size))
+    return 0
+
+
+def _within(node: Any, *names: str) -> Any:
+    """An entry of nested dictionaries, None where there is none."""
+    for name in names:
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
+def configured(state: Mapping[str, Any], section: str = "MODEL") -> dict[str, str]:
+    """The plain keys of a section of a checkpoint's configuration: text, or a CfgNode elsewhere."""
     config = state.get("config")
     if isinstance(config, str):
-        block = MODEL.search(config)
-        return dict(LINE.findall(block[1])) if block else {}
+        return dict(LINE.findall(dict(SECTION.findall(config)).get(section, "")))
     from utils.stand_in import entries_of  # only here: this project's own are text
 
-    entries = entries_of(entries_of(config).get("MODEL"))
+    entries = entries_of(entries_of(config).get(section))
     return {str(k): str(v) for k, v in entries.items() if isinstance(v, (str, int))}
 
 

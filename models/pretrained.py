@@ -10,19 +10,21 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models import build_encoder
-from models.encoder import Backbone, add_encoder_list
+from models.encoder import ENCODERS, Backbone, add_encoder_list
 from models.families import LEFT_OUT, Found, find_weights
 from models.network import (
     adapt,
     check_network,
     configured,
+    encoder_said,
+    image_size_said,
     name_encoder,
     network_changes,
     network_of,
     network_said,
 )
 from utils.checkpoint import LATEST, load_model
-from utils.config import run_folder
+from utils.config import DEFAULTS, check_ranges, run_folder, with_values
 from utils.errors import UserError
 from utils.provenance import weights_digest
 from utils.run import Run
@@ -171,7 +173,10 @@ def read_encoder(path: str, key: str, encoder: nn.Module) -> EncoderFile:
     Raises:
         UserError: not a checkpoint, or none with an encoder.
     """
-    state = read_weights(path)
+    return _encoder_in(read_weights(path), path, key, encoder)
+
+
+def _encoder_in(state: dict[str, Any], path: str, key: str, encoder: nn.Module) -> EncoderFile:
     # a backbone of timm may have another name for its first convolution
     stem = next((name for name, value in encoder.state_dict().items() if value.ndim == 4), "")
     found = find_weights(state, stem, key, path)
@@ -181,8 +186,16 @@ def read_encoder(path: str, key: str, encoder: nn.Module) -> EncoderFile:
     return EncoderFile(path, found, network_said(state), origin)
 
 
-def read_encoder_for(config: CfgNode, path: str, key: str) -> tuple[EncoderFile, CfgNode]:
+def read_encoder_for(
+    config: CfgNode, path: str, key: str, state: dict[str, Any] | None = None
+) -> tuple[EncoderFile, CfgNode]:
     """Read the weights of the configured encoder.
+
+    Args:
+        config: the configuration.
+        path: of the file.
+        key: ``encoder`` or ``encoder_k``.
+        state: what the file holds, if it has been read.
 
     Returns:
         the weights, and the configuration with the heads, patches and windows that they have.
@@ -192,8 +205,46 @@ def read_encoder_for(config: CfgNode, path: str, key: str) -> tuple[EncoderFile,
     """
     with torch.device("meta"):  # which takes neither time nor memory
         encoder = build_encoder(config, 0.0)
-    file = read_encoder(path, key, encoder)
+    file = _encoder_in(state or read_weights(path), path, key, encoder)
     return file, adapt(config, encoder, file.found.weights, file.network, path)
+
+
+def open_encoder(
+    path: str, key: str = "encoder", encoder: str | None = None, img_size: int | None = None
+) -> tuple[Backbone, CfgNode]:
+    """The encoder of a file without a configuration beside it.
+
+    Args:
+        path: weights of any family.
+        key: ``encoder`` or ``encoder_k``, of a pre-training checkpoint.
+        encoder: its MODEL.ENCODER, by default what the file says or its shapes tell.
+        img_size: side of the images in pixels, by default what the file says, else that of
+            ``DEFAULTS``.
+
+    Returns:
+        the encoder with the weights, and the configuration that builds it.
+
+    Raises:
+        UserError: nothing tells which encoder it is, or as ``read_encoder_for``.
+    """
+    state = read_weights(path)
+    name = encoder or encoder_said(state)
+    changes: dict[str, Any] = {}
+    if size := img_size or image_size_said(state):
+        changes["DATA.IMG_SIZE"] = size
+    if not name or name in ENCODERS:
+        weights = find_weights(state, "", key, path).weights
+        name = name or name_encoder(weights)
+        replaced = any(weight.endswith(".norm2.running_mean") for weight in weights)
+        changes["MODEL.REPLACE_LN_WITH_BN"] = replaced
+    if not name:
+        raise UserError(f"{path}: nothing tells which encoder its weights are of: name it")
+    config = with_values(DEFAULTS, {"MODEL.ENCODER": name, **changes})
+    check_ranges(config)
+    file, adapted = read_encoder_for(config, path, key, state)
+    loaded = build_encoder(adapted, 0.0)
+    file.load(loaded)
+    return loaded, adapted
 
 
 def _origin(state: dict, key: str) -> dict[str, Any]:

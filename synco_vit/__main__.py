@@ -4,6 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from synco_vit.own import CODE
+
 COMMANDS = {
     "pretrain": "main_pretrain",
     "knn": "eval_knn",
@@ -29,9 +31,7 @@ def main() -> None:
     if not (tool or command in COMMANDS):
         sys.exit(f"usage: python -m synco_vit {{{','.join(COMMANDS)},tools.NAME}} ...")
     sys.argv[0] = command if tool else f"synco-{command}"
-    here = Path(__file__).resolve().parent
-    packed = here / "_code"  # of a wheel; in a checkout the code lies beside this package
-    sys.path.insert(0, str(packed if packed.is_dir() else here.parent))
+    sys.path.insert(0, str(CODE))
     try:
         module = importlib.import_module(COMMANDS.get(command, command))
     except ModuleNotFoundError as error:

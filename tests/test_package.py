@@ -70,7 +70,8 @@ def test_the_wheel_holds_the_code_and_the_recipes_alone(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     code = {f"synco_vit/_code/{path.relative_to(ROOT)}" for path in OWN}
     code |= {f"synco_vit/_code/{p.relative_to(ROOT)}" for p in ROOT.glob("configs/**/*.yaml")}
-    own = {"synco_vit/__init__.py", "synco_vit/__main__.py", "synco_vit/_code/pyproject.toml"}
+    own = {f"synco_vit/{name}.py" for name in ("__init__", "__main__", "own")}
+    own.add("synco_vit/_code/pyproject.toml")
     assert names == code | own
 
 
@@ -122,6 +123,13 @@ def test_an_installed_project_trains_judges_and_exports(installed, imagenet, tmp
     run("synco-report", folder)
     assert (tmp_path / "vit.pth").exists() and (folder / "report/index.html").exists()
     run("python", "-c", "import synco_vit, sys; assert 'torch' not in sys.modules")
+    program = (
+        "from synco_vit import load_encoder\n"
+        f"encoder = load_encoder({str(folder)!r})\n"
+        "import torch\n"
+        "print(tuple(encoder(torch.zeros(1, 3, 32, 32)).shape))"
+    )
+    assert run("python", "-c", program).strip() == "(1, 128)"
 
 
 def version() -> str:

@@ -26,8 +26,9 @@ def read_weights(path: str) -> dict[str, Any]:
     the index of either's shards, or a folder with one of these.
 
     Returns:
-        what the file holds. Of safetensors: the tensors, and their ``provenance`` if they have
-        one. ``hugging_face`` is what config.json beside a file of Hugging Face says.
+        what the file holds. Of safetensors: the tensors, their ``metadata``, and the
+        ``provenance`` in it if there is one. ``hugging_face`` is what config.json beside a file
+        of Hugging Face says.
 
     Raises:
         UserError: none of these, or a shard is missing.
@@ -81,12 +82,12 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            said = (file.metadata() or {}).get("provenance", "null")
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read the weights ({error})") from error
     with contextlib.suppress(ValueError, RecursionError):
-        state["provenance"] = json.loads(said)
-    return state
+        state["provenance"] = json.loads(metadata.get("provenance", "null"))
+    return state | {"metadata": metadata}
 
 
 def _read_json(path: str) -> dict[str, Any]:
