@@ -37,6 +37,23 @@ TRANSFORMERS = (
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
 )
+# and back, as transformers writes them, after q, k and v were parted
+INTO_TRANSFORMERS = (
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^cls_token$", "embeddings.cls_token"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^patch_embed\.norm\.", "embeddings.norm."),
+    (r"^norm\.", "layernorm."),
+    (r"^(blocks\.\d+|layers\.\d+\.blocks\.\d+)\.attn\.proj\.", r"\1.attention.output.dense."),
+    (r"^(blocks\.\d+)\.attn\.", r"\1.attention.attention."),
+    (r"^(layers\.\d+\.blocks\.\d+)\.attn\.", r"\1.attention.self."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"^layers\.", "encoder.layers."),
+)
 # places of torchvision's ResNet in a Sequential of its children
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -53,6 +70,23 @@ def from_transformers(weights: Named) -> dict[str, torch.Tensor]:
         if all(part in renamed for part in three):
             fused = torch.cat([renamed.pop(part) for part in three])
             renamed[name.replace(".q_proj.", ".qkv.")] = fused
+    return renamed
+
+
+def to_transformers(weights: Named) -> dict[str, torch.Tensor]:
+    """timm's ViT, or Microsoft's Swin without buffers -> Hugging Face's, as written."""
+    parted: dict[str, torch.Tensor] = {}
+    for name, value in weights.items():
+        if ".qkv." in name:
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                parted[name.replace(".qkv.", f".{part}.")] = third
+        else:
+            parted[name] = value
+    renamed: dict[str, torch.Tensor] = {}
+    for name, value in parted.items():
+        for pattern, replacement in INTO_TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
     return renamed
 
 

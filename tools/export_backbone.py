@@ -1,4 +1,4 @@
-"""Write a checkpoint's backbone for other programs: timm, those that read .pth, and ONNX.
+"""Write a checkpoint's backbone for other programs: timm, transformers, .pth, and ONNX.
 
 Run as ``python -m tools.export_backbone ...`` from the root of the repository.
 """
@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 from data.augmentation import MEAN, STD
 from models import build_encoder
 from models.encoder import ENCODERS, PREFIX, create_timm_backbone, full_name
+from models.families import to_transformers
 from models.network import LEARNED, Network, network_asked, network_of
 from models.pretrained import (
     add_pretrained_arguments,
@@ -28,6 +29,7 @@ from models.pretrained import (
     load_encoder_weights,
 )
 from models.swin import WINDOW, microsoft_weights
+from tools import hugging_face
 from utils.arguments import parse_arguments
 from utils.checkpoint import save_checkpoint
 from utils.config import with_values
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this tool."""
     add_pretrained_arguments(parser)
     parser.add_argument("--format", choices=list(WRITERS), required=True)
-    parser.add_argument("--out", metavar="PATH", required=True, help="the file to write")
+    parser.add_argument("--out", metavar="PATH", required=True, help="the file or folder to write")
     parser.add_argument("--size", type=int, help="side of the images (default: DATA.IMG_SIZE)")
 
 
@@ -72,9 +74,11 @@ def main() -> None:
     encoder, origin = build_pretrained_encoder(args, config, print)
     computed = {"AMP_OPT_LEVEL": "O0"}  # whatever the machine has
     config = with_values(config, Network(**origin["network"]).by_key() | computed)
-    suffix = {"timm": ".safetensors", "pth": ".pth", "onnx": ".onnx"}[args.format]
+    suffix, write = WRITERS[args.format]
     if not args.out.endswith(suffix):
         raise UserError(f"--out {args.out}: the name of a file of {args.format} ends in {suffix}")
+    if not suffix and os.path.isfile(args.out):
+        raise UserError(f"--out {args.out}: {args.format} is a folder, this is a file")
     try:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         cpu = torch.device("cpu")
@@ -82,7 +86,7 @@ def main() -> None:
             cpu, started
         )
         metadata = describe(args, config, origin)
-        written = WRITERS[args.format](encoder, config, args.out, metadata, provenance)
+        written = write(encoder, config, args.out, metadata, provenance)
     except OSError as error:
         raise UserError(f"{args.out}: cannot write ({error})") from error
     if written is not None:
@@ -138,12 +142,71 @@ def write_timm(
     """Write safetensors under timm's names and print the call that reads them."""
     name, options = timm_call(config)
     metadata = metadata | {"timm_model": name, "timm_options": json.dumps(options)}
-    metadata |= {"provenance": json.dumps(provenance)}
     weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
-    save_file(weights, path, metadata | {"format": "pt"})
+    save_file(weights, path, header(metadata, provenance))
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     print(f"timm.create_model({name!r}{arguments}, checkpoint_path={path!r})")
     return timm.create_model(name, **options, checkpoint_path=path).eval()
+
+
+def write_timm_hub(
+    encoder: nn.Module, config: CfgNode, path: str, metadata: dict, provenance: dict
+) -> Features:
+    """Write a folder that timm reads from a disk, and from the Hub once it was uploaded."""
+    name, options = timm_call(config)
+    shown = os.path.basename(os.path.normpath(path))
+    usage = f'import timm\n\nmodel = timm.create_model("local-dir:{shown}", pretrained=True)'
+    hugging_face.write_folder(
+        path,
+        encoder.state_dict(),
+        header(metadata, provenance),
+        {"config.json": hugging_face.timm_config(config, name, options)},
+        hugging_face.model_card("timm", usage, metadata, provenance),
+    )
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+
+def write_transformers(
+    encoder: nn.Module, config: CfgNode, path: str, metadata: dict, provenance: dict
+) -> Features | None:
+    """Write a folder for ``ViTModel`` or ``SwinModel`` of transformers, without a pooler."""
+    described = hugging_face.transformers_config(config, encoder)
+    (kind,) = described["architectures"]
+    vit = kind == "ViTModel"
+    pooler = ", add_pooling_layer=False" if vit else ""
+    feature = "last_hidden_state[:, 0]" if vit else "pooler_output"
+    shown = os.path.basename(os.path.normpath(path))
+    usage = (
+        f"from transformers import AutoImageProcessor, {kind}\n\n"
+        f'processor = AutoImageProcessor.from_pretrained("{shown}")\n'
+        f'model = {kind}.from_pretrained("{shown}"{pooler})\n'
+        f'features = model(**processor(images, return_tensors="pt")).{feature}'
+    )
+    hugging_face.write_folder(
+        path,
+        to_transformers(hugging_face.plain_weights(encoder)),
+        header(metadata, provenance),
+        {
+            "config.json": described,
+            "preprocessor_config.json": hugging_face.image_processor(config),
+        },
+        hugging_face.model_card("transformers", usage, metadata, provenance),
+    )
+    try:
+        import transformers
+    except ImportError:
+        print(f"{path} written, not compared: transformers is not installed")
+        return None
+    if vit:
+        reader = transformers.ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
+        return lambda images: reader(images).last_hidden_state[:, 0]
+    swin = transformers.SwinModel.from_pretrained(path).eval()
+    return lambda images: swin(images).pooler_output
+
+
+def header(metadata: dict[str, str], provenance: dict[str, Any]) -> dict[str, str]:
+    """The metadata of a safetensors file, which are text."""
+    return metadata | {"provenance": json.dumps(provenance), "format": "pt"}
 
 
 def write_pth(
@@ -228,7 +291,14 @@ def compare(encoder: nn.Module, written: Features, size: int) -> float:
     return difference
 
 
-WRITERS = {"timm": write_timm, "pth": write_pth, "onnx": write_onnx}
+# by format: what the name of the file ends in, nothing for a folder, and what writes it
+WRITERS: dict[str, tuple[str, Callable[..., Features | None]]] = {
+    "timm": (".safetensors", write_timm),
+    "timm-hub": ("", write_timm_hub),
+    "transformers": ("", write_transformers),
+    "pth": (".pth", write_pth),
+    "onnx": (".onnx", write_onnx),
+}
 
 if __name__ == "__main__":
     run_script(main)
