@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-real test coverage test-gpu lint clean
+SITE := .venv-site
+
+.PHONY: demo demo-real test coverage test-gpu lint site clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,5 +39,14 @@ coverage: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m tools.gpu_page gpu.md
 
+# the documentation as web pages in site/; a warning is an error
+site: $(SITE)/installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build
+
+$(SITE)/installed: requirements-site.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet -r requirements-site.txt
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info demo demo-real .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
+	rm -rf site build dist *.egg-info demo demo-real .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis
