@@ -32,8 +32,10 @@ class _BatchNormOfRows(torch.autograd.Function):
         channels: int,
     ) -> torch.Tensor:
         """Normalise over all dimensions but ``channels``; running statistics change in place."""
-        dims = [d for d in range(x.ndim) if d != channels % x.ndim]
-        var, mean = torch.var_mean(x.float(), dims, correction=0)  # C
+        dims, rows = [d for d in range(x.ndim) if d != channels % x.ndim], x.float()
+        mean = rows.mean(dims)  # C
+        # on the CPU 10 times as fast as torch.var
+        var = (rows - _along(mean, x, channels)).square_().mean(dims)
         means, variances = all_gather_batch(torch.stack([mean, var])[None]).unbind(1)  # PxC
         mean = means.mean(0)
         # no difference of sums of squares, which would cancel in float32
@@ -46,7 +48,7 @@ class _BatchNormOfRows(torch.autograd.Function):
             _along(v, x, channels) for v in (mean, deviation, weight, bias)
         )
         ctx.save_for_backward(x, mean, deviation, scale)
-        return ((x.float() - mean) * (deviation * scale) + shift).to(x.dtype)
+        return ((rows - mean) * (deviation * scale) + shift).to(x.dtype)
 
     @staticmethod
     @once_differentiable
