@@ -57,7 +57,7 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
     """One image, height x width x 3 of uint8."""
     short = min(width, height)
     # a background of smooth patches around one tint
-    coarse = tint(rng, rng.uniform(40, 215)) + rng.normal(0, 6, (3, 3, 3))
+    coarse = tint(rng, rng.uniform(40, 215)) + rng.normal(0, 8, (3, 3, 3))
     image = cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     # coordinates around the object's centre, turned, in units of its radius
     radius = short * rng.uniform(0.4, 0.5)
@@ -74,7 +74,7 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
     first, second = tint(rng, levels[0]), tint(rng, levels[1])
     image = image * (1 - mask) + (first * light + second * (1 - light)) * mask
     # lighting falls off across the image, and the sensor adds noise
-    slope = rng.uniform(-0.2, 0.2, 2)
+    slope = rng.uniform(-0.3, 0.3, 2)
     yy, xx = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     image = image * (rng.uniform(0.7, 1.1) + slope[0] * xx + slope[1] * yy)[..., None]
     image += rng.normal(0, rng.uniform(2, 5), image.shape)
@@ -83,7 +83,7 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
 
 def tint(rng: np.random.Generator, level: float) -> np.ndarray:
     """A colour of about the given brightness, 0 to 255."""
-    return level + rng.normal(0, 22, 3)
+    return level + rng.normal(0, 30, 3)
 
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
