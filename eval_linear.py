@@ -87,7 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="base rates for 512 images; a probe trains a head for each at once",
     )
-    parser.add_argument("--probe", choices=["sgd", "lbfgs"], default="sgd")
+    parser.add_argument(
+        "--probe",
+        choices=["sgd", "lbfgs"],
+        default="sgd",
+        help="steps on augmented images, or logistic regression on features",
+    )
     parser.add_argument(
         "--select",
         choices=["held-out"],
