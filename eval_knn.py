@@ -9,6 +9,7 @@ DATA holds train/<class>/<image> and val/<class>/<image>; --dataset NAME reads o
 import argparse
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from yacs.config import CfgNode
 
 from data.loader import add_dataset_arguments, build_labelled_sources
+from data.source import ImageSource
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import TRANSFER_SETS
 from evaluation.baselines import BASELINES
@@ -29,7 +31,7 @@ from utils.config import run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, run_script, start, write_results
+from utils.run import Run, run_script, start, write_pictures, write_results
 
 # features and labels of the training images, then of the test images
 FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
@@ -54,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", choices=list(BASELINES), help="judge these features instead of an encoder's"
     )
+    parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="draw right and wrong neighbours, and the classes that are confused most",
+    )
     add_feature_arguments(parser)
 
 
@@ -64,34 +71,41 @@ def main() -> None:
         raise UserError(f"--temperature must be positive and finite, got {args.temperature}")
     if args.subset and args.load_features:
         raise UserError("--subset chooses among images: leave it out with --load-features")
+    if args.pictures and args.load_features:
+        raise UserError("--pictures shows images: leave it out with --load-features")
     name = f"knn_{config.DATA.DATASET}{subset_suffix(args.subset)}"
     run = start(config, os.path.join(run_folder(config), name))
     if args.load_features:
-        parts, about = load_features(args.load_features, FILES, run.logger)
+        images, (parts, about) = None, load_features(args.load_features, FILES, run.logger)
     else:
-        parts, about = encode(args, config, run)
+        images, parts, about = encode(args, config, run)
         if args.dump_features and rank() == 0:
             dump_features(args.dump_features, dict(zip(FILES, parts, strict=True)), about)
     train, train_labels, test, test_labels = parts
     check(train, train_labels, test, test_labels)
     train, train_labels = train.to(run.device), train_labels.to(run.device)
     try:
-        figures = accuracies(train, train_labels, test, test_labels, args.nb_knn, args.temperature)
+        ranked = classify(train, train_labels, test, args.nb_knn, args.temperature)
     except ValueError as error:
         raise UserError(str(error)) from error
 
+    figures = accuracies(ranked, test_labels, run.device)
     for k, figure in figures.items():
         run.logger.info("%s-NN: top-1 %.2f%% top-5 %.2f%%", k, figure["top1"], figure["top5"])
     results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
     origin = about["provenance"]  # of the encoder, and the images
     provenance = gather_provenance(run.config, run.device, origin, origin.get("data"))
     write_results(run, results | {"protocol": about["protocol"]}, provenance)
+    if args.pictures and images:
+        k = args.nb_knn[0]
+        judged = everyones(ranked[k][:, 0], len(test), run.device)
+        write_pictures(run, partial(draw, images, (train, test), judged, k, config.SEED))
 
 
 def encode(
     args: argparse.Namespace, config: CfgNode, run: Run
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Features and labels of the training images, then of the test images, and what they are of.
+) -> tuple[tuple[ImageSource, ImageSource], list[torch.Tensor], dict[str, Any]]:
+    """The training and the test images, the tensors of ``FILES``, and what these are of.
 
     The latter are the ``protocol`` and the ``provenance`` of a manifest.
     """
@@ -117,7 +131,8 @@ def encode(
         for tensor in encode_images(config, encoder, source, run, normalize=True)
     ]
     provenance |= moment(run.device, run.started)
-    return parts, {"protocol": {"image_size": config.DATA.IMG_SIZE}, "provenance": provenance}
+    about = {"protocol": {"image_size": config.DATA.IMG_SIZE}, "provenance": provenance}
+    return sources, parts, about
 
 
 def check(
@@ -136,32 +151,55 @@ def check(
         raise UserError(f"class {unknown[0]} is among the test images, but has no training image")
 
 
-def accuracies(
+def classify(
     train_features: torch.Tensor,
     train_labels: torch.Tensor,
     test_features: torch.Tensor,
-    test_labels: torch.Tensor,
     ks: list[int],
     temperature: float,
+) -> dict[int, torch.Tensor]:
+    """The best classes of this process's part of the tests for each k, see ``knn_classify``."""
+    own = test_features[rank() :: world_size()]
+    classes = int(train_labels.max()) + 1
+    return knn_classify(train_features, train_labels, own, sorted(set(ks)), temperature, classes)
+
+
+def accuracies(
+    ranked: dict[int, torch.Tensor], test_labels: torch.Tensor, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Top-1 and top-5 in per cent for each k; each process classifies its part of the tests."""
-    own = slice(rank(), None, world_size())
-    ranked = knn_classify(
-        train_features,
-        train_labels,
-        test_features[own],
-        sorted(set(ks)),
-        temperature,
-        int(train_labels.max()) + 1,
-    )
+    """Top-1 and top-5 in per cent for each k, from the classes that each process has found."""
     figures = {}
     for k, classes in ranked.items():
-        hits = classes == test_labels[own, None]
-        right = torch.stack([hits[:, :1].sum(), hits.sum()]).to(train_features.device)
+        hits = classes == test_labels[rank() :: world_size(), None]
+        right = torch.stack([hits[:, :1].sum(), hits.sum()]).to(device)
         dist.all_reduce(right)
         top1, top5 = (100 * right.double() / len(test_labels)).tolist()
         figures[str(k)] = {"top1": top1, "top5": top5}
     return figures
+
+
+def everyones(own: torch.Tensor, total: int, device: torch.device) -> torch.Tensor:
+    """The numbers of all test images, (total,), from those of each process's part."""
+    numbers = torch.zeros(total, dtype=own.dtype, device=device)
+    numbers[rank() :: world_size()] = own.to(device)
+    dist.all_reduce(numbers)
+    return numbers.cpu()
+
+
+def draw(
+    images: tuple[ImageSource, ImageSource],
+    features: tuple[torch.Tensor, torch.Tensor],
+    judged: torch.Tensor,
+    k: int,
+    seed: int,
+    folder: str,
+) -> None:
+    """Draw what k-NN has found into ``folder``, see ``Judged``."""
+    from tools.knn_pictures import Judged, draw_confusion, draw_neighbours  # few runs need it
+
+    found = Judged(*images, *features, judged.numpy(), k)
+    draw_neighbours(found, seed).save(os.path.join(folder, "neighbours.png"))
+    draw_confusion(found, os.path.join(folder, "confusion.png"))
 
 
 if __name__ == "__main__":

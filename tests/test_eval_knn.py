@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from helpers import ROOT, figures, reference, run_forked, run_script
+from PIL import Image
 
 import eval_knn
 from tools.make_tiny_transfer import write_tiny
@@ -96,6 +97,25 @@ def test_classes_of_a_transfer_set_are_found(run_main, tmp_path):
     assert found["knn"]["1"]["top1"] > 50  # each class has a colour of its own
 
 
+def test_pictures_come_after_the_figures(run_main, imagenet, tmp_path, monkeypatch):
+    flags = ["--random-weights", "--nb-knn", "5", "1"]
+    run_main(eval_knn, *arguments(imagenet, tmp_path / "a", *flags))
+    run_main(eval_knn, *arguments(imagenet, tmp_path / "b", *flags, "--pictures"))
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    folder = tmp_path / "b/run/default/knn_imagenet/pictures"
+    assert {path.name for path in folder.iterdir()} == {"neighbours.png", "confusion.png"}
+    assert not (tmp_path / "a/run/default/knn_imagenet/pictures").exists()
+
+    def fails(*_):
+        raise RuntimeError("no room\nfor it")
+
+    monkeypatch.setattr(eval_knn, "draw", fails)
+    run_main(eval_knn, *arguments(imagenet, tmp_path / "c", *flags, "--pictures"))
+    assert results(tmp_path / "c") == results(tmp_path / "a")
+    log = (tmp_path / "c/run/default/knn_imagenet/log_rank0.txt").read_text()
+    assert "not all pictures could be drawn (RuntimeError: no room for it)\n" in log
+
+
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same(imagenet, tmp_path):
     """7 and 24 images, of which neither 2 nor 3 processes with batches of 4 make equal parts."""
@@ -105,12 +125,13 @@ def test_any_number_of_processes_gives_the_same(imagenet, tmp_path):
     found = []
     for processes in (0, 2, 3):
         output = tmp_path / str(processes)
-        flags = ["--random-weights", "--nb-knn", "1", "5", "20"]
+        flags = ["--random-weights", "--nb-knn", "1", "5", "20", "--pictures"]
         # one by a launcher of torch
         run = partial(run_script, launcher="launch") if processes == 2 else run_forked
         done = run("eval_knn.py", *arguments(root, output, *flags), processes=processes)
         assert done.returncode == 0, done.stdout
-        found.append(results(output))
+        picture = Image.open(output / "run/default/knn_imagenet/pictures/confusion.png")
+        found.append((results(output), picture.tobytes()))
     assert found[0] == found[1] == found[2]
 
 
@@ -148,6 +169,7 @@ MISTAKES = {
     "temperature": (["--temperature", "0"], None, "--temperature must be positive and finite"),
     "temperature of NaN": (["--temperature", "nan"], None, "--temperature must be positive"),
     "a subset of features": (["--subset", "0.5"], None, "--subset chooses among images"),
+    "pictures of features": (["--pictures"], None, "--pictures shows images"),
     "endless temperature": (["--temperature", "inf"], None, "--temperature must be positive"),
     "labels": ([], ("testlabels", lambda t: t.float()), "labels must be dense whole numbers"),
     "kind": ([], ("trainfeat", lambda t: t.to(torch.float8_e4m3fn)), "must be dense real numbers"),

@@ -6,7 +6,7 @@ Run as ``python -m tools.visualize attention --cfg ...`` from the root of the re
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -298,20 +298,35 @@ def draw_neighbours(subject: Subject, train: ImageSource, count: int = 8) -> Ima
     keys, _ = encode_images(config, encoder, train, run, normalize=True)
     queries, _ = encode_images(config, encoder, images, run, normalize=True)
     best, nearest = (queries @ keys.T).topk(min(count, len(keys)), dim=1)
+    known = has_classes(images) and has_classes(train)
     rows = []
     for index in range(len(images.names)):
         own = caption(images, index)
+        found = zip(best[index].tolist(), nearest[index].tolist(), strict=True)
         row = [Tile(fit(images.read_image(index)), own, NEUTRAL)]
-        for similarity, key in zip(best[index].tolist(), nearest[index].tolist(), strict=True):
-            name = caption(train, key)
-            mark, colour = ("✓", RIGHT) if name == own else ("✗", WRONG)
-            if not (has_classes(images) and has_classes(train)):
-                mark, colour = "", NEUTRAL
-            text = f"{mark} {similarity:.2f} {name}"
-            row.append(Tile(fit(train.read_image(key)), text, colour))
-        rows.append(row)
+        rows.append(row + neighbour_tiles(train, found, own if known else None))
     note = "Left the query, then the nearest training images with their cosine similarity."
     return draw_sheet(rows, (note,))
+
+
+def neighbour_tiles(
+    train: ImageSource, found: Iterable[tuple[float, int]], own: str | None
+) -> list[Tile]:
+    """The neighbours of a query, each with its similarity and class.
+
+    Args:
+        train: the training images.
+        found: cosine similarity and number of each.
+        own: the query's class, which is right; None if nothing is right or wrong.
+    """
+    tiles = []
+    for similarity, key in found:
+        name = caption(train, key)
+        mark, colour = ("✓", RIGHT) if name == own else ("✗", WRONG)
+        if own is None:
+            mark, colour = "", NEUTRAL
+        tiles.append(Tile(fit(train.read_image(key)), f"{mark} {similarity:.2f} {name}", colour))
+    return tiles
 
 
 def draw_features(subject: Subject, method: str = METHODS[0]) -> Image.Image:

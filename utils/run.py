@@ -194,6 +194,24 @@ def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any])
     run.logger.info("%s written", path)
 
 
+def write_pictures(run: Run, draw: Callable[[str], None]) -> None:
+    """Call ``draw`` with the folder ``pictures/`` below the run's, on the first process.
+
+    It comes after the figures: a picture that fails ends nothing, and the log has a warning.
+    """
+    if rank() > 0:
+        return
+    folder = os.path.join(run.folder, "pictures")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        draw(folder)
+    except Exception as error:  # whatever it is, the evaluation has succeeded
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        run.logger.warning("%s: not all pictures could be drawn (%s)", folder, reason)
+    else:
+        run.logger.info("pictures written into %s", folder)
+
+
 # what a full memory is called: by torch, the processor's allocator, nccl, cuBLAS and cuDNN
 FULL = ("out of memory", "allocate memory", "STATUS_ALLOC_FAILED")
 
