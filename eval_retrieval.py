@@ -9,6 +9,7 @@ DATA holds roxford5k/gnd_roxford5k.pkl and roxford5k/jpg/, or those of rparis6k 
 import argparse
 import math
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from utils.config import run_folder
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, run_script, start, write_results
+from utils.run import Run, run_script, start, write_pictures, write_results
 
 FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
 SCALES = (1, 1 / math.sqrt(2), 1 / 2)
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop-query", action="store_true", help="crop queries to their box, as is official"
     )
+    parser.add_argument(
+        "--pictures", action="store_true", help="draw the images that rank first for some queries"
+    )
     add_feature_arguments(parser)
 
 
@@ -76,9 +80,13 @@ def main() -> None:
     if about["provenance"].get("data", data) != data:
         run.logger.warning("the features are of other images than those of %s", dataset)
     if rank() == 0:
-        results = score(database, queries, truth) | {"protocol": about["protocol"]}
+        rankings = rank_images(F.normalize(database).numpy(), F.normalize(queries).numpy())
+        results = score(rankings, truth) | {"protocol": about["protocol"]}
         provenance = gather_provenance(run.config, run.device, about["provenance"], data)
         report({"dataset": dataset} | results, provenance, run)
+        if args.pictures:
+            scored = [name for name, figure in results["mAP"].items() if figure is not None]
+            write_pictures(run, partial(draw, truth, rankings, scored))
 
 
 def facts(truth: GroundTruth) -> dict[str, Any]:
@@ -168,9 +176,8 @@ def check(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> 
         )
 
 
-def score(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> dict:
+def score(rankings: np.ndarray, truth: GroundTruth) -> dict:
     """``mAP`` and ``mP@k`` by difficulty in per cent; None where no query has positives."""
-    rankings = rank_images(F.normalize(database).numpy(), F.normalize(queries).numpy())
     results: dict[str, dict[str, Any]] = {"mAP": {}, "mP@k": {}}
     for difficulty in DIFFICULTIES:
         scores = score_difficulty(rankings, truth.labels, difficulty)
@@ -194,6 +201,24 @@ def report(results: dict, provenance: dict[str, Any], run: Run) -> None:
         listed = " ".join(f"mP@{k} {value:.2f}%" for k, value in at_k)
         run.logger.info("%s: mAP %.2f%% %s", difficulty, precision, listed)
     write_results(run, results, provenance)
+
+
+def draw(truth: GroundTruth, rankings: np.ndarray, difficulties: list[str], folder: str) -> None:
+    """Draw the images that rank first for queries evenly spread over the list, for each difficulty.
+
+    Args:
+        truth: names, labels and boxes.
+        rankings: (Q, N), numbers of images, the best first.
+        difficulties: keys of ``DIFFICULTIES``.
+        folder: gets the sheets.
+    """
+    from tools.show_ranking import QUERIES, TOP, draw_rankings  # few runs need it
+
+    count = min(QUERIES, len(rankings))
+    numbers = [i * len(rankings) // count for i in range(count)]
+    for difficulty in difficulties:
+        sheet = draw_rankings(truth, numbers, rankings[numbers, :TOP], difficulty)
+        sheet.save(os.path.join(folder, f"ranking_{difficulty}.png"))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from helpers import ROOT, figures, run_forked
+from PIL import Image
 from torch import nn
 
 import eval_retrieval
@@ -13,6 +15,7 @@ from data.retrieval import RetrievalImages, read_ground_truth
 from eval_retrieval import FILES, MultiScale, shrink
 from models.encoder import create_encoder
 from tools.make_tiny_retrieval import write_retrieval
+from tools.show_ranking import TILE
 from utils.errors import UserError
 
 
@@ -60,6 +63,26 @@ def test_results_say_which_encoder_and_images_they_are_of(run_main, revisited, t
     assert [read[n] for n in ("key", "weights", "data")] == [
         made[n] for n in ("key", "weights", "data")
     ]
+
+
+def test_pictures_are_a_sheet_for_each_difficulty(run_main, revisited, tmp_path):
+    """They need the images also where the features are read."""
+    flags = ("--random-weights", "--dump-features", tmp_path / "f")
+    run_main(eval_retrieval, *arguments(revisited, tmp_path, *flags))
+    expected, folder = results(tmp_path), tmp_path / "run/default/retrieval_roxford5k"
+    assert not (folder / "pictures").exists()
+    flags = ("--load-features", tmp_path / "f", "--pictures")
+    run_main(eval_retrieval, *arguments(revisited, tmp_path, *flags))
+    sheets = {f"ranking_{difficulty}.png" for difficulty in ("easy", "medium", "hard")}
+    assert {path.name for path in (folder / "pictures").iterdir()} == sheets
+    with Image.open(folder / "pictures" / "ranking_hard.png") as sheet:
+        assert sheet.size == (11 * TILE, 4 * TILE)  # the query and ten images, four queries
+    alone = tmp_path / "alone/roxford5k"
+    alone.mkdir(parents=True)
+    shutil.copy(revisited / "roxford5k/gnd_roxford5k.pkl", alone)
+    run_main(eval_retrieval, *arguments(alone.parent, tmp_path, *flags))
+    assert results(tmp_path) == expected
+    assert "not all pictures could be drawn" in (folder / "log_rank0.txt").read_text()
 
 
 def test_right_features_are_judged_right(run_main, revisited, tmp_path):

@@ -1,6 +1,7 @@
 """Draw the images that rank first for some queries, right ones green, wrong red, junk grey.
 
-Needs the features that ``eval_retrieval.py --dump-features`` writes.
+Needs the features that ``eval_retrieval.py --dump-features`` writes; the evaluation draws such
+sheets itself with ``--pictures``.
 Run as ``python -m tools.show_ranking ...`` from the root of the repository.
 """
 
@@ -19,6 +20,7 @@ from utils.errors import UserError
 from utils.run import run_script
 
 TILE, BORDER = 128, 6  # pixels
+QUERIES, TOP = 8, 10  # rows, and images that rank first
 COLOURS = {"right": (30, 160, 60), "wrong": (210, 40, 40), "junk": (150, 150, 150)}
 
 
@@ -28,13 +30,17 @@ def main() -> None:
     parser.add_argument("--data-path", required=True, help="folder of the data sets")
     parser.add_argument("--dataset", choices=DATASETS, default=DATASETS[0])
     parser.add_argument("--load-features", required=True, metavar="DIR")
-    parser.add_argument("--queries", type=int, nargs="+", help="numbers (default: the first 8)")
-    parser.add_argument("--top", type=int, default=10, help="images a query")
+    parser.add_argument(
+        "--queries", type=int, nargs="+", help=f"numbers (default: the first {QUERIES})"
+    )
+    parser.add_argument("--top", type=int, default=TOP, help="images a query")
     parser.add_argument("--difficulty", choices=list(DIFFICULTIES), default="medium")
     parser.add_argument("--output", default="ranking.png", help="the picture (.png or .jpg)")
     args = parser.parse_args()
     truth = read_ground_truth(args.data_path, args.dataset)
-    numbers = list(range(min(8, len(truth.queries)))) if args.queries is None else args.queries
+    numbers = (
+        list(range(min(QUERIES, len(truth.queries)))) if args.queries is None else args.queries
+    )
     if args.top < 1 or not all(0 <= number < len(truth.queries) for number in numbers):
         raise UserError(f"--queries must be from 0 to {len(truth.queries) - 1}, --top at least 1")
     names = ("train_features.pth", "query_features.pth")
