@@ -9,6 +9,7 @@ DATA is the folder of DAVIS 2017, which holds ImageSets/, JPEGImages/ and Annota
 import argparse
 import csv
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.dataset import to_tensor
-from data.davis import (
-    MULTIPLE,
-    Video,
-    draw_mask,
-    fit_frame,
-    read_frame,
-    read_mask,
-    read_videos,
-    write_mask,
-)
+from data.davis import MULTIPLE, Video, fit_frame, read_frame, read_mask, read_videos, write_mask
 from data.loader import normalize
 from evaluation.label_propagation import LabelPropagation
 from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
@@ -39,10 +31,12 @@ from utils.config import run_folder
 from utils.distributed import all_gather_objects, rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance
-from utils.run import Run, run_script, start, write_results
+from utils.run import Run, run_script, start, write_pictures, write_results
 
 METRICS = {"J": region_similarity, "F": contour_accuracy}
 STATISTICS = ("Mean", "Recall", "Decay")
+# of each object of a video by its name: each of METRICS in the frames that count
+Curves = dict[str, dict[str, list[float]]]
 PROTOCOL = ("n_last_frames", "size_mask_neighborhood", "topk", "short_side")  # flags
 
 
@@ -62,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topk", type=int, default=5, help="patches that a patch takes its label from"
     )
     parser.add_argument("--short-side", type=int, default=480, help="of a frame in pixels")
-    parser.add_argument("--overlay", action="store_true", help="draw the masks over the frames")
+    parser.add_argument(
+        "--pictures",
+        "--overlay",  # its old name
+        action="store_true",
+        help="draw the masks over the frames, a film of each video, and J&F over time",
+    )
 
 
 def main() -> None:
@@ -85,24 +84,26 @@ def main() -> None:
     shown = rank() == 0 and os.isatty(2)
     for video in tqdm(videos[rank() :: world_size()], disable=not shown, leave=False):
         own[video.name] = segment(video, encoder, run, args)
-        for name, scores in own[video.name].items():
+        for name, scores in summarize(own[video.name]).items():
             run.logger.info("%s: J %.4f F %.4f", name, scores["J-Mean"], scores["F-Mean"])
     gathered = all_gather_objects(own)
     if rank() == 0:
-        scored = {name: scores for part in gathered for name, scores in part.items()}
-        per_object = {k: v for video in videos for k, v in scored[video.name].items()}
+        found = {name: curves for part in gathered for name, curves in part.items()}
+        scored = {video.name: found[video.name] for video in videos}  # in the order of the list
+        per_object = {k: v for curves in scored.values() for k, v in summarize(curves).items()}
         protocol = {name: getattr(args, name) for name in PROTOCOL}
         report(per_object, {"protocol": protocol}, provenance, run)
+        if args.pictures:
+            write_pictures(run, partial(draw, videos, scored, run.folder))
 
 
 @torch.inference_mode()
-def segment(
-    video: Video, encoder: Backbone, run: Run, args: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+def segment(video: Video, encoder: Backbone, run: Run, args: argparse.Namespace) -> Curves:
     """Carry the first mask through a video and write the masks of all frames.
 
     Returns:
-        for each object of the first frame its J and F; none in a video of less than 3 frames.
+        for each object of the first frame its J and F in each frame but the first and the last;
+        none in a video of less than 3 frames.
     """
     frame = read_frame(video.frames[0])
     shape = frame.shape[:2]
@@ -117,7 +118,7 @@ def segment(
         args.size_mask_neighborhood or None,
         args.topk,
     )
-    write(video, 0, frame, mask, run, args.overlay)
+    write(video, 0, mask, run)
     objects = range(1, int(mask.max()) + 1)
     values: dict[int, dict[str, list[float]]]
     values = {number: {name: [] for name in METRICS} for number in objects}
@@ -128,7 +129,7 @@ def segment(
         truth = read_mask(video.annotations[i], shape)
         labels = propagation.step(encode(encoder, fit_frame(frame, args.short_side), run))
         mask = decide(labels, fitted.shape[:2], shape)
-        write(video, i, frame, mask, run, args.overlay)
+        write(video, i, mask, run)
         if i == len(video.frames) - 1:
             break  # neither the first nor the last frame counts
         for number in objects:
@@ -137,13 +138,18 @@ def segment(
     if len(video.frames) < 3 or not objects:
         run.logger.warning("%s: nothing to score (no third frame, or no object)", video.name)
         return {}
+    return {f"{video.name}_{number}": values[number] for number in objects}
+
+
+def summarize(curves: Curves) -> dict[str, dict[str, float]]:
+    """The statistics of J and F over the frames of each object."""
     return {
-        f"{video.name}_{number}": {
-            f"{name}-{statistic}": figure
-            for name in METRICS
-            for statistic, figure in zip(STATISTICS, statistics(values[number][name]), strict=True)
+        name: {
+            f"{metric}-{statistic}": figure
+            for metric in METRICS
+            for statistic, figure in zip(STATISTICS, statistics(of_object[metric]), strict=True)
         }
-        for number in objects
+        for name, of_object in curves.items()
     }
 
 
@@ -181,18 +187,39 @@ def decide(labels: torch.Tensor, fitted: tuple[int, int], shape: tuple[int, int]
     return np.array(Image.fromarray(objects).resize(shape[::-1], Image.Resampling.NEAREST))
 
 
-def write(
-    video: Video, number: int, frame: np.ndarray, mask: np.ndarray, run: Run, overlay: bool
-) -> None:
-    """Write the mask of frame ``number`` as the official toolkit reads it, and the overlay."""
+def write(video: Video, number: int, mask: np.ndarray, run: Run) -> None:
+    """Write the mask of frame ``number`` as the official toolkit reads it."""
+    path = frame_path(os.path.join(run.folder, "masks"), video, number, "png")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_mask(path, mask)
+
+
+def frame_path(folder: str, video: Video, number: int, ending: str) -> str:
+    """Where something of frame ``number`` lies in ``folder``."""
     stem = os.path.splitext(os.path.basename(video.frames[number]))[0]
-    for part, suffix in (("masks", "png"), ("overlay", "jpg"))[: 1 + overlay]:
-        path = os.path.join(run.folder, part, video.name, f"{stem}.{suffix}")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if part == "masks":
-            write_mask(path, mask)
-        else:
-            Image.fromarray(draw_mask(frame, mask)).save(path, quality=95)
+    return os.path.join(folder, video.name, f"{stem}.{ending}")
+
+
+def draw(videos: list[Video], scored: dict[str, Curves], folder: str, pictures: str) -> None:
+    """Draw what was segmented: ``overlay/`` beside ``masks/``, and films and curves.
+
+    Args:
+        videos: all of them.
+        scored: J and F by the video's name.
+        folder: holds the masks.
+        pictures: the folder of films and curves.
+    """
+    from tools.video_pictures import draw_scores, film, overlays  # few runs need it
+
+    draw_scores(scored, os.path.join(pictures, "j_and_f.png"))
+    masks, overlay = (os.path.join(folder, part) for part in ("masks", "overlay"))
+    for video in videos:
+        numbers = range(len(video.frames))
+        of_masks = [frame_path(masks, video, number, "png") for number in numbers]
+        of_overlay = [frame_path(overlay, video, number, "jpg") for number in numbers]
+        os.makedirs(os.path.dirname(of_overlay[0]), exist_ok=True)
+        overlays(video, of_masks, of_overlay)
+        film(of_overlay, os.path.join(pictures, f"{video.name}.gif"))
 
 
 def report(

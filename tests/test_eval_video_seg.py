@@ -151,7 +151,18 @@ def test_each_frame_is_encoded_once(run_main, short, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_video_seg, "encode", lambda *a: (calls.append(1), encode(*a))[1])
     run_main(eval_video_seg, *arguments(short, tmp_path))
     assert len(calls) == 4
-    assert not (folder(tmp_path) / "overlay").exists()
+    assert not {"overlay", "pictures"} & {path.name for path in folder(tmp_path).iterdir()}
+
+
+def test_films_and_curves_come_with_the_overlays_of_the_old_name(davis, evaluated):
+    videos = read_videos(str(davis))
+    films = {path.stem: path for path in (evaluated / "pictures").glob("*.gif")}
+    assert set(films) == {video.name for video in videos}
+    for video in videos:
+        with Image.open(films[video.name]) as film:
+            assert film.n_frames == len(video.frames)
+            assert film.size == read_frame(video.frames[0]).shape[1::-1]
+    assert (evaluated / "pictures" / "j_and_f.png").exists()
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (7, 5)])
@@ -249,8 +260,11 @@ def test_nothing_to_score(run_main, tmp_path):
 def test_two_processes_give_the_figures_of_one(tmp_path, encoder):
     write_davis(str(tmp_path), ["plain", "portrait", "single"], 4, *SIZE)
     for processes in (0, 2):
-        flags = arguments(tmp_path, tmp_path / str(processes), encoder=encoder)
+        flags = arguments(tmp_path, tmp_path / str(processes), "--pictures", encoder=encoder)
         done = run_forked("eval_video_seg.py", *flags, processes=processes)
         assert done.returncode == 0, done.stdout
     one, two = (figures(folder(tmp_path / n) / "results.json") for n in "02")
     assert one == two
+    drawn = [(folder(tmp_path / n) / "pictures/j_and_f.png").read_bytes() for n in "02"]
+    assert drawn[0] == drawn[1]
+    assert len(list((folder(tmp_path / "2") / "overlay/portrait").iterdir())) == 4
