@@ -28,7 +28,7 @@ from models.patch_features import STRIDE, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.config import run_folder
-from utils.distributed import all_gather_objects, rank, world_size
+from utils.distributed import all_gather_objects, on_terminal, rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance
 from utils.run import Run, run_script, start, write_pictures, write_results
@@ -81,11 +81,14 @@ def main() -> None:
     provenance = gather_provenance(run.config, run.device, origin, data)
 
     own = {}
-    shown = rank() == 0 and os.isatty(2)
-    for video in tqdm(videos[rank() :: world_size()], disable=not shown, leave=False):
-        own[video.name] = segment(video, encoder, run, args)
-        for name, scores in summarize(own[video.name]).items():
-            run.logger.info("%s: J %.4f F %.4f", name, scores["J-Mean"], scores["F-Mean"])
+    mine = videos[rank() :: world_size()]
+    total = sum(len(video.frames) for video in mine)
+    with tqdm(total=total, unit="frame", disable=not on_terminal(), leave=False) as bar:
+        for video in mine:
+            bar.set_description(video.name)
+            own[video.name] = segment(video, encoder, run, args, bar)
+            for name, scores in summarize(own[video.name]).items():
+                run.logger.info("%s: J %.4f F %.4f", name, scores["J-Mean"], scores["F-Mean"])
     gathered = all_gather_objects(own)
     if rank() == 0:
         found = {name: curves for part in gathered for name, curves in part.items()}
@@ -98,8 +101,16 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def segment(video: Video, encoder: Backbone, run: Run, args: argparse.Namespace) -> Curves:
+def segment(
+    video: Video, encoder: Backbone, run: Run, args: argparse.Namespace, bar: tqdm
+) -> Curves:
     """Carry the first mask through a video and write the masks of all frames.
+
+    Args:
+        video: frames, and annotations to judge by.
+        encoder, run: what encodes the frames, and on which device.
+        args: the flags of ``PROTOCOL``.
+        bar: counts the frames.
 
     Returns:
         for each object of the first frame its J and F in each frame but the first and the last;
@@ -119,6 +130,7 @@ def segment(video: Video, encoder: Backbone, run: Run, args: argparse.Namespace)
         args.topk,
     )
     write(video, 0, mask, run)
+    bar.update()
     objects = range(1, int(mask.max()) + 1)
     values: dict[int, dict[str, list[float]]]
     values = {number: {name: [] for name in METRICS} for number in objects}
@@ -130,6 +142,7 @@ def segment(video: Video, encoder: Backbone, run: Run, args: argparse.Namespace)
         labels = propagation.step(encode(encoder, fit_frame(frame, args.short_side), run))
         mask = decide(labels, fitted.shape[:2], shape)
         write(video, i, mask, run)
+        bar.update()
         if i == len(video.frames) - 1:
             break  # neither the first nor the last frame counts
         for number in objects:

@@ -1,6 +1,5 @@
 """The feature extractor of all evaluations."""
 
-import sys
 from collections.abc import Callable, Sized
 from typing import cast
 
@@ -14,7 +13,7 @@ from yacs.config import CfgNode
 from data.loader import build_test_images, num_workers
 from data.loader import normalize as normalize_images
 from data.source import ImageSource
-from utils.distributed import rank, world_size
+from utils.distributed import on_terminal, rank, world_size
 from utils.errors import UserError
 from utils.run import Run
 from utils.signals import shield_workers
@@ -59,10 +58,9 @@ def extract_features(
         pin_memory=run.device.type == "cuda",
     )
     shield_workers(loader)  # so that a training run that measures its encoder ends cleanly
-    shown = rank() == 0 and sys.stderr.isatty()
     features = labels = torch.empty(0)
     filled = 0
-    for images, targets in tqdm(loader, desc=label, disable=not shown, leave=False):
+    for images, targets in tqdm(loader, desc=label, disable=not on_terminal(), leave=False):
         with run.precision.autocast():
             output = encoder(normalize_images(images.to(run.device, non_blocking=True)))
         output = output.float()

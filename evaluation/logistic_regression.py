@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import minimize
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data.source import ImageSource
@@ -19,7 +20,7 @@ from evaluation.judged import TRAIN, last_figures
 from evaluation.linear import LinearClassifiers, score_classifier
 from evaluation.protocols import hold_out
 from models.encoder import Backbone
-from utils.distributed import rank, world_size
+from utils.distributed import on_terminal, rank, world_size
 from utils.errors import UserError
 from utils.run import Run
 
@@ -179,12 +180,17 @@ def choose_strength(
     held_out = hold_out(targets, seed, 5).to(features.device)
     part = LogisticRegression(features[~held_out], targets[~held_out], num_classes)
     best, chosen, fit = -1.0, strengths[0], None
-    for l2 in sorted(strengths, reverse=True):
-        fit = part.fit(l2, fit)
-        value = METRICS[metric](fit.scores(features[held_out]), targets[held_out])
-        if value > best:
-            best, chosen = value, l2
-    return chosen, LogisticRegression(features, targets, num_classes).fit(chosen)
+    fits = len(strengths) + 1
+    with tqdm(total=fits, desc="L-BFGS", disable=not on_terminal(), leave=False) as bar:
+        for l2 in sorted(strengths, reverse=True):
+            bar.set_postfix(l2=l2)
+            fit = part.fit(l2, fit)
+            value = METRICS[metric](fit.scores(features[held_out]), targets[held_out])
+            bar.update()
+            if value > best:
+                best, chosen = value, l2
+        bar.set_postfix(l2=chosen)
+        return chosen, LogisticRegression(features, targets, num_classes).fit(chosen)
 
 
 def probe(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import ROOT, figures, run_forked
 from PIL import Image
+from tqdm import tqdm
 
 import eval_video_seg
 from data.davis import palette, read_frame, read_mask, read_videos
@@ -146,11 +147,13 @@ def test_overlays(davis, evaluated):
 
 
 def test_each_frame_is_encoded_once(run_main, short, tmp_path, monkeypatch):
-    calls = []
+    calls, bars = [], []
+    monkeypatch.setattr(eval_video_seg, "on_terminal", lambda: True)
+    monkeypatch.setattr(eval_video_seg, "tqdm", lambda **o: bars.append(tqdm(**o)) or bars[0])
     encode = eval_video_seg.encode
     monkeypatch.setattr(eval_video_seg, "encode", lambda *a: (calls.append(1), encode(*a))[1])
     run_main(eval_video_seg, *arguments(short, tmp_path))
-    assert len(calls) == 4
+    assert len(calls) == bars[0].n == bars[0].total == 4
     assert not {"overlay", "pictures"} & {path.name for path in folder(tmp_path).iterdir()}
 
 

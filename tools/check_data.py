@@ -21,7 +21,7 @@ from data.source import FileSource, ImageSource, open_source
 from data.transfer import MAP, TRANSFER_SETS, open_transfer_set
 from data.transfer_readers import ImageFiles
 from utils.config import DEFAULTS
-from utils.distributed import processors
+from utils.distributed import on_terminal, processors
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -203,7 +203,7 @@ def check_images(source: ImageSource, split: str, args: argparse.Namespace) -> i
         worker_init_fn=quiet_worker,
     )
     bad = 0
-    with tqdm(total=len(source.names), desc=split, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(source.names), desc=split, disable=not on_terminal()) as bar:
         try:
             for problems in loader:
                 for problem in filter(None, problems):

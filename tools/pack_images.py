@@ -10,7 +10,6 @@ import fcntl
 import io
 import json
 import os
-import sys
 import tarfile
 import zipfile
 from typing import BinaryIO
@@ -21,6 +20,7 @@ from data.archives import CLASSES, class_folders, tar_members
 from data.index import Names
 from data.source import SPLITS, FileSource, open_source
 from utils.checkpoint import replacing
+from utils.distributed import on_terminal
 from utils.errors import UserError
 from utils.run import run_script
 
@@ -153,7 +153,7 @@ def pack_zip(source: FileSource, path: str) -> None:
 
 
 def _bar(numbers: range, what: str) -> tqdm:
-    return tqdm(numbers, desc=what, disable=not sys.stderr.isatty())
+    return tqdm(numbers, desc=what, disable=not on_terminal())
 
 
 if __name__ == "__main__":

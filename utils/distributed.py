@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -147,6 +148,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 outside a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_terminal() -> bool:
+    """Whether this process shows progress bars: the first, if standard error is a terminal."""
+    return rank() == 0 and sys.stderr.isatty()
 
 
 def local_rank(default: int = 0) -> int:

@@ -140,8 +140,8 @@ def test_each_process_encodes_its_share(monkeypatch, rank, expected):
 @pytest.mark.parametrize(("rank", "tty", "hidden"), [(0, 1, False), (0, 0, True), (1, 1, True)])
 def test_one_process_shows_its_progress(monkeypatch, rank, tty, hidden):
     seen = {}
-    monkeypatch.setattr(evaluation.features, "rank", lambda: rank)
-    monkeypatch.setattr(evaluation.features.sys.stderr, "isatty", lambda: tty, raising=False)
+    monkeypatch.setattr("utils.distributed.rank", lambda: rank)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: tty, raising=False)
     monkeypatch.setattr(
         evaluation.features, "tqdm", lambda loader, **options: seen.update(options) or loader
     )

@@ -97,8 +97,9 @@ def test_separable_features_are_told_apart_and_random_labels_are_not():
         assert least <= 100 * hits.double().mean().item() <= most
 
 
-def test_the_strength_is_that_of_the_best_held_out_figure(monkeypatch):
-    """Of equal ones the largest; the final fit has all images."""
+def test_the_strength_is_that_of_the_best_held_out_figure(monkeypatch, capsys):
+    """Of equal ones the largest; the final fit has all images. A bar counts the fits."""
+    monkeypatch.setattr(logistic_regression, "on_terminal", lambda: True)
     fitted = []
     original = LogisticRegression.fit
 
@@ -116,6 +117,8 @@ def test_the_strength_is_that_of_the_best_held_out_figure(monkeypatch):
     assert [f[1] for f in fitted] == [1e2, 1.0, 1e-1, 1e-3, 1.0]
     assert [f[2] for f in fitted] == [False, True, True, True, False]
     assert [f[0] for f in fitted] == [80] * 4 + [100]
+    shown = capsys.readouterr().err
+    assert "L-BFGS:" in shown and "| 4/5 [" in shown and "l2=0.001" in shown
 
 
 @pytest.mark.slow
