@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from utils.checkpoint import replacing
-from utils.distributed import mean_over_processes, on_first_process, rank
+from utils.distributed import mean_over_processes, on_first_process, on_terminal, rank
 from utils.progress import EpochSize, Progress
 from utils.run import Run
 from utils.update import Result
@@ -77,20 +76,27 @@ class TrainingLog:
         self.averages = Averages(names)
         self.longest_rows = [0] * len(names)
         self._collapsed = False
+        self._bar: tqdm | None = None
+        self._shown: dict[str, str] = {}  # beside the bar: figures of the last lines
         self._epoch_started = self._line_started = time.monotonic()
         self._epoch_seconds = 0.0
 
     def watch(self, updates: Iterable[B]) -> Iterator[B]:
-        """The same updates of the epoch, with a progress bar on a terminal."""
+        """The same updates of the epoch, with a progress bar on a terminal.
+
+        Beside the bar are figures that have been read for a line: it waits for no device.
+        """
         self._epoch_started = self._line_started = time.monotonic()
-        yield from tqdm(
+        self._bar = tqdm(
             updates,
             desc=f"epoch {self.progress.epoch}",
             total=self.progress.size.updates,
             initial=self.progress.steps_of_epoch,
-            disable=rank() > 0 or not sys.stderr.isatty(),
+            disable=not on_terminal(),
             leave=False,
+            postfix=self._shown,
         )
+        yield from self._bar
 
     def record(self, result: Result, also: dict[str, float], stopping: bool = False) -> bool:
         """Take an update's figures; every PRINT_FREQ updates, those since the last line become one.
@@ -132,6 +138,8 @@ class TrainingLog:
             figures: of the encoder after the epoch.
         """
         self._write("epoch", {"seconds": self._epoch_seconds, **figures})
+        if (knn := figures.get("knn")) is not None:
+            self._shown["knn"] = f"{knn:.4f}"
         listed = "".join(f" {name} {v:.4f}" for name, v in figures.items() if v is not None)
         place, took = self.progress, duration(self._epoch_seconds)
         self.run.logger.info(f"EPOCH {place.epoch} training takes {took}{listed}")
@@ -152,11 +160,20 @@ class TrainingLog:
         self._write("train", {**means, **speed})
         self.run.logger.info(
             f"Train: [{place.epoch}/{epochs}][{place.steps_of_epoch}/{place.size.updates}] "
-            f"eta {duration(speed['eta_s'])} time {seconds:.4f} "
+            f"eta {duration(speed['eta_s'])} ends {moment_in(speed['eta_s'])} time {seconds:.4f} "
             f"images/s {speed['images_per_s']:.1f} mem {speed['memory_mb']:.0f}MB "
             + " ".join(f"{name} {value:.6g}" for name, value in means.items())
         )
         self._warn(means)
+        self._show(means, speed)
+
+    def _show(self, means: dict[str, float], speed: dict[str, float]) -> None:
+        losses = [means[_named("loss", name)] for name in self.names]
+        self._shown["images/s"] = f"{speed['images_per_s']:.1f}"
+        self._shown["loss"] = f"{min(losses):.4g}"  # of the best head
+        self._shown["left"] = duration(speed["eta_s"])
+        if self._bar is not None:
+            self._bar.set_postfix(**self._shown)
 
     def _place(self) -> dict[str, float]:
         place = self.progress
@@ -370,6 +387,11 @@ def memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def moment_in(seconds: float) -> str:
+    """The date and hour so many seconds from now, in the time of this place."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ import logging
 import math
 import resource
 from dataclasses import replace
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -80,16 +81,21 @@ def test_a_line_every_so_many_updates_and_at_the_ends(tmp_path, monkeypatch):
     }
 
 
-def test_the_text_of_a_line(tmp_path, caplog):
+def test_the_text_of_a_line(tmp_path, caplog, monkeypatch):
     progress, log = log_of(tmp_path, print_freq=1)
     progress.advance()
+    ends = datetime(2026, 11, 26, 3, 12, 30)
+    # 9 updates are left, of 1000 s each
+    monkeypatch.setattr("utils.training_log.time.time", lambda: ends.timestamp() - 9000)
+    monkeypatch.setattr("utils.training_log.time.monotonic", lambda: log._line_started + 1000)
     with caplog.at_level(logging.INFO):
         log.record(result_of(1.5), {})
         log.end_epoch({"knn": 0.5})
     first, last = (record.getMessage() for record in caplog.records)
-    assert first.startswith("Train: [0/2][1/5] eta 0:00:00 time 0.0")
+    said = "Train: [0/2][1/5] eta 2:30:00 ends 2026-11-26 03:12 time 1000.0000 images/s 0.0"
+    assert first.startswith(said)
     assert first.endswith("lr 0.5 loss 1.5 skipped 0")
-    assert last == "EPOCH 0 training takes 0:00:00 knn 0.5000"
+    assert last == "EPOCH 0 training takes 0:16:40 knn 0.5000"
 
 
 def test_figures_of_several_optimizers_are_named(tmp_path, caplog):
@@ -290,7 +296,7 @@ def test_the_bar_is_for_the_first_process_on_a_terminal(
     tmp_path, monkeypatch, terminal, number, shown
 ):
     seen = {}
-    monkeypatch.setattr("utils.training_log.rank", lambda: number)
+    monkeypatch.setattr("utils.distributed.rank", lambda: number)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
     monkeypatch.setattr("utils.training_log.tqdm", lambda updates, **o: seen.update(o) or updates)
     progress, log = log_of(tmp_path)
@@ -298,3 +304,33 @@ def test_the_bar_is_for_the_first_process_on_a_terminal(
     assert list(log.watch(iter("abc"))) == ["a", "b", "c"]
     assert seen["disable"] is not shown
     assert (seen["total"], seen["initial"], seen["desc"]) == (5, 1, "epoch 0")
+
+
+def test_the_bar_shows_the_figures_of_the_last_lines(tmp_path, monkeypatch):
+    """Those of the epoch before are there from the first update on; several heads show the best."""
+    now, said = [0.0], []
+
+    class Bar(list):
+        def __init__(self, updates, postfix, **_):
+            super().__init__(updates)
+            said.append(dict(postfix))
+
+        def set_postfix(self, **figures):
+            said.append(figures)
+
+    monkeypatch.setattr("utils.training_log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("utils.training_log.tqdm", Bar)
+    progress, log = log_of(tmp_path, names=("0.1", "3"), print_freq=2)
+    for number in log.watch(range(5)):
+        now[0] += 4
+        progress.advance()
+        log.record(result_of([7.0, 1.0 + number]), {})
+    assert said == [
+        {},
+        {"images/s": "2.0", "loss": "1.5", "left": "0:00:32"},
+        {"images/s": "2.0", "loss": "3.5", "left": "0:00:24"},
+        {"images/s": "2.0", "loss": "5", "left": "0:00:20"},
+    ]
+    log.end_epoch({"knn": 0.25, "probe": None})
+    list(log.watch([]))
+    assert said[-1] == {**said[-2], "knn": "0.2500"}
