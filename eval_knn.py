@@ -31,7 +31,7 @@ from utils.config import run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, run_script, start, write_pictures, write_results
+from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 # features and labels of the training images, then of the test images
 FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
@@ -90,8 +90,8 @@ def main() -> None:
         raise UserError(str(error)) from error
 
     figures = accuracies(ranked, test_labels, run.device)
-    for k, figure in figures.items():
-        run.logger.info("%s-NN: top-1 %.2f%% top-5 %.2f%%", k, figure["top1"], figure["top5"])
+    rows = [[k, f"{figure['top1']:.2f}", f"{figure['top5']:.2f}"] for k, figure in figures.items()]
+    log_table(run, [["k", "top-1 %", "top-5 %"], *rows])
     results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
     origin = about["provenance"]  # of the encoder, and the images
     provenance = gather_provenance(run.config, run.device, origin, origin.get("data"))

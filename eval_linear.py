@@ -26,7 +26,7 @@ from data.source import ImageSource
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
-from evaluation.judged import TEST, TRAIN, Judged, by_name, summary
+from evaluation.judged import TEST, TRAIN, Judged, by_name, summary, table
 from evaluation.linear import (
     LinearClassifiers,
     build_mixup,
@@ -65,7 +65,7 @@ from utils.distributed import data_parallel, rank
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, locate, warn_of_changes
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, keep_precision, run_script, start, write_config, write_results
+from utils.run import Run, keep_precision, log_table, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.signals import StopSignals, end_stopped
 from utils.training_log import TrainingLog, duration, measure_throughput
@@ -346,6 +346,7 @@ def report(
     if "probe" not in found:
         protocol["epochs"] = config.TRAIN.EPOCHS
     protocol |= {name: value for name, value in how.items() if name != "protocol" and value}
+    log_table(run, table(metric, found["best"], found["last"]))
     write_results(run, names | found | {"protocol": protocol}, provenance)
     run.logger.info(summary(metric, found["best"], found["last"]))
 

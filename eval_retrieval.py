@@ -29,7 +29,7 @@ from utils.config import run_folder
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, run_script, start, write_pictures, write_results
+from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
 SCALES = (1, 1 / math.sqrt(2), 1 / 2)
@@ -193,13 +193,17 @@ def per_cent(share: float) -> float | None:
 
 def report(results: dict, provenance: dict[str, Any], run: Run) -> None:
     """Log the figures and write results.json."""
+    rows: list[list[str]] = []
     for difficulty, precision in results["mAP"].items():
         if precision is None:
             run.logger.warning("%s: no query has images to find", difficulty)
             continue
-        at_k = results["mP@k"][difficulty].items()
-        listed = " ".join(f"mP@{k} {value:.2f}%" for k, value in at_k)
-        run.logger.info("%s: mAP %.2f%% %s", difficulty, precision, listed)
+        figures = {"mAP": precision}
+        figures |= {f"mP@{k}": value for k, value in results["mP@k"][difficulty].items()}
+        rows = rows or [["", *(f"{name} %" for name in figures)]]
+        rows.append([difficulty, *(f"{value:.2f}" for value in figures.values())])
+    if rows:
+        log_table(run, rows)
     write_results(run, results, provenance)
 
 

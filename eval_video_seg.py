@@ -31,7 +31,7 @@ from utils.config import run_folder
 from utils.distributed import all_gather_objects, on_terminal, rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance
-from utils.run import Run, run_script, start, write_pictures, write_results
+from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 METRICS = {"J": region_similarity, "F": contour_accuracy}
 STATISTICS = ("Mean", "Recall", "Decay")
@@ -247,7 +247,9 @@ def report(
         for column in columns
     }
     results = {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2} | means
-    run.logger.info(" ".join(f"{name} {value:.4f}" for name, value in results.items()))
+    rows = [[m, *(f"{means[f'{m}-{name}']:.4f}" for name in STATISTICS)] for m in METRICS]
+    rows.append(["J&F", f"{results['J&F-Mean']:.4f}", "", ""])
+    log_table(run, [["", *STATISTICS], *rows])
     two = {
         name: {column: scores[column] for column in ("J-Mean", "F-Mean")}
         for name, scores in per_object.items()

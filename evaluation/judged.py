@@ -109,6 +109,18 @@ def last_figures(
     return figures | {"epoch": epoch, "lr": rate}
 
 
+def table(metric: str, best: dict[str, Any], last: dict[str, Any]) -> list[list[str]]:
+    """Rows of figures, the head first, from ``best`` and ``last`` of results.json."""
+    kinds = {"value": ".4f", "top5": ".4f", "loss": ".4f", "epoch": "d", "lr": "g"}
+    head = ["", f"{metric} %", "top5 %", "loss", "epoch", "rate"]
+
+    def row(figures: dict[str, Any]) -> list[str]:
+        values = ((figures.get(kind), form) for kind, form in kinds.items())
+        return ["-" if value is None else format(value, form) for value, form in values]
+
+    return [head, ["last", *row(last)], ["best", *row(best)]]
+
+
 def summary(metric: str, best: dict[str, Any], last: dict[str, Any]) -> str:
     """The line that says which figure is which, from ``best`` and ``last`` of results.json."""
 

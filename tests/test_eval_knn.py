@@ -101,7 +101,11 @@ def test_pictures_come_after_the_figures(run_main, imagenet, tmp_path, monkeypat
     flags = ["--random-weights", "--nb-knn", "5", "1"]
     run_main(eval_knn, *arguments(imagenet, tmp_path / "a", *flags))
     run_main(eval_knn, *arguments(imagenet, tmp_path / "b", *flags, "--pictures"))
-    assert results(tmp_path / "a") == results(tmp_path / "b")
+    found = results(tmp_path / "a")
+    assert found == results(tmp_path / "b")
+    log = (tmp_path / "a/run/default/knn_imagenet/log_rank0.txt").read_text()
+    five = [f"{found['knn']['5'][name]:.2f}" for name in ("top1", "top5")]
+    assert "\nk  top-1 %  top-5 %\n1 " in log and f"\n5    {five[0]}   {five[1]}\n" in log
     folder = tmp_path / "b/run/default/knn_imagenet/pictures"
     assert {path.name for path in folder.iterdir()} == {"neighbours.png", "confusion.png"}
     assert not (tmp_path / "a/run/default/knn_imagenet/pictures").exists()

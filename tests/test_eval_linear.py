@@ -98,6 +98,8 @@ def test_separable_classes_are_told_apart(run_main, tinted, tmp_path):
     assert (found["dataset"], found["metric"], found["weights"]) == ("imagenet", "top1", "freeze")
     assert found["best"]["value"] == 100 and found["best"]["lr"] == 30
     assert found["last"]["top1"] == found["last"]["top5"] == 100 and found["last"]["loss"] < 0.5
+    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert re.search(r"^best +100\.0000 +- +- +\d+ +30$", log, re.MULTILINE)
     state = checkpoint(tmp_path)
     assert state["epoch"] == 11
     assert checkpoint(tmp_path, name="best.pth")["epoch"] == found["best"]["epoch"]

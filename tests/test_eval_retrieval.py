@@ -49,6 +49,10 @@ def test_results(run_main, revisited, tmp_path):
     for difficulty, precision in found["mAP"].items():
         assert 0 < precision <= 100
         assert list(found["mP@k"][difficulty]) == ["1", "5", "10"]
+    log = (tmp_path / "run/default/retrieval_roxford5k/log_rank0.txt").read_text()
+    (easy,) = [line.split() for line in log.splitlines() if line.startswith("easy")]
+    figures = [found["mAP"]["easy"], *found["mP@k"]["easy"].values()]
+    assert easy == ["easy", *(f"{figure:.2f}" for figure in figures)]
 
 
 def test_results_say_which_encoder_and_images_they_are_of(run_main, revisited, tmp_path):

@@ -76,6 +76,12 @@ def test_results(evaluated):
         mean = np.mean([scores[metric] for scores in results["per_object"].values()])
         assert results[metric] == pytest.approx(mean)
     assert results["J&F-Mean"] == pytest.approx((results["J-Mean"] + results["F-Mean"]) / 2)
+    lines = [x.split() for x in (evaluated / "log_rank0.txt").read_text().splitlines()]
+    table = lines.index(["Mean", "Recall", "Decay"])
+    for line, metric in zip(lines[table + 1 :], "JF", strict=False):
+        shown = [f"{results[f'{metric}-{name}']:.4f}" for name in ("Mean", "Recall", "Decay")]
+        assert line == [metric, *shown]
+    assert lines[table + 3] == ["J&F", f"{results['J&F-Mean']:.4f}"]
     with open(evaluated / "per_object.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["object"] for row in rows] == names

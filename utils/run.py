@@ -194,6 +194,16 @@ def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any])
     run.logger.info("%s written", path)
 
 
+def log_table(run: Run, rows: list[list[str]]) -> None:
+    """Log figures as a table: the first row is the head, the first column says what is in a row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    run.logger.info("results:\n%s", "\n".join(lines))
+
+
 def write_pictures(run: Run, draw: Callable[[str], None]) -> None:
     """Call ``draw`` with the folder ``pictures/`` below the run's, on the first process.
 

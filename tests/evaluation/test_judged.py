@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import evaluation.judged
-from evaluation.judged import TEST, TRAIN, Judged, by_name, describe, last_figures, summary
+from evaluation.judged import TEST, TRAIN, Judged, by_name, describe, last_figures, summary, table
 from evaluation.linear import LinearClassifiers, score_heads
 from models.encoder import create_encoder
 from utils.errors import UserError
@@ -130,3 +130,15 @@ def test_the_line_says_what_chose():
     chosen = {"epoch": None, "lr": None, "selected_on": TRAIN}
     line = summary("top1", {"value": 3.0, **chosen}, last_figures(None, None, None) | chosen)
     assert line.startswith("last: top1 none on the test images (strength chosen on held-out")
+
+
+def test_the_table_has_the_last_figures_and_the_best():
+    """A probe by L-BFGS has neither epoch nor rate, one head of mAP no top-5."""
+    best = {"value": 60.0, "epoch": 3, "lr": 0.1}
+    last = last_figures({"value": 50.0, "top5": 90.0, "loss": 1.5}, 9, 0.1)
+    assert table("top1", best, last) == [
+        ["", "top1 %", "top5 %", "loss", "epoch", "rate"],
+        ["last", "50.0000", "90.0000", "1.5000", "9", "0.1"],
+        ["best", "60.0000", "-", "-", "3", "0.1"],
+    ]
+    assert table("mAP", best, last_figures(None, None, None))[1] == ["last"] + ["-"] * 5

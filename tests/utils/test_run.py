@@ -1,6 +1,8 @@
 """How a script starts and ends."""
 
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from helpers import ROOT
 from utils import run as run_module
 from utils.config import load_config, with_values
 from utils.errors import UserError
-from utils.run import fault, run_script, start, write_config
+from utils.run import fault, log_table, run_script, start, write_config
 
 
 @pytest.mark.parametrize(
@@ -119,3 +121,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
             start(tiny("OUTPUT", tmp_path / "file"))
     finally:
         dist.destroy_process_group()
+
+
+def test_columns_of_a_table_stand_in_line(caplog):
+    run = SimpleNamespace(logger=logging.getLogger("table"))
+    with caplog.at_level(logging.INFO):
+        log_table(run, [["k", "top-1 %"], ["10", "9.50"], ["200", "12.25"]])
+    assert caplog.messages == ["results:\nk    top-1 %\n10      9.50\n200    12.25"]
