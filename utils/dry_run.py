@@ -1,7 +1,6 @@
 """What ``--dry-run`` does: a few updates, from which it tells how long a run would take."""
 
 import contextlib
-import datetime
 import itertools
 import os
 import statistics
@@ -18,7 +17,7 @@ from utils.distributed import all_gather_objects
 from utils.errors import UserError
 from utils.progress import EpochSize, Progress
 from utils.run import Run
-from utils.training_log import duration, memory, synchronize
+from utils.training_log import duration, memory, moment_in, synchronize
 
 UPDATES = 3  # that are timed, after one that is not
 
@@ -91,10 +90,9 @@ def rehearse(
     each, peak = statistics.median(seconds), max(all_gather_objects(memory(run.device)))
     times = ", ".join(f"{second:.3g}" for second in seconds)
     say(f"{UPDATES} updates took {times} s: {size.images_per_update / each:.4g} images/s")
-    end = datetime.datetime.now() + datetime.timedelta(seconds=to_go * each)
     say(
-        f"estimated end: {end:%Y-%m-%d %H:%M}, after {duration(to_go * each)} of such updates. "
-        "Checkpoints and k-NN come on top; --throughput says whether the images come as fast"
+        f"estimated end: {moment_in(to_go * each)}, after {duration(to_go * each)} of such "
+        "updates. Checkpoints and k-NN come on top; --throughput says whether images come as fast"
     )
     of = "a GPU" if run.device.type == "cuda" else "a process"
     say(f"peak memory of {of}: {peak:.0f} MB")
