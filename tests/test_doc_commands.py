@@ -22,6 +22,7 @@ ELSEWHERE = {
     "tools.soak": "test_soak.py",
     "tools.benchmark": "test_benchmark.py",
     "tools.study": "test_study.py",
+    "tools.report": "test_report.py",
 }
 SMALLER = {
     "tools.make_fake_imagenet": ["--train", "1", "--val", "1"],
@@ -72,7 +73,7 @@ def places(imagenet, tmp_path_factory):
     patch.undo()
     for recipe in ("demo", "moby_swin_tiny", "moby_vit_small", "moby_vit_tiny"):
         config = load_config(str(ROOT / f"configs/{recipe}.yaml"), TINY)
-        for tag in ("TAG", "trained"):
+        for tag in ("TAG", "trained", "transformer"):
             folder = words["OUT"] / config.MODEL.NAME / tag
             folder.mkdir(parents=True)
             torch.save({"model": build_method(config).state_dict()}, folder / "weights.pth")

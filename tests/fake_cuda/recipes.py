@@ -302,7 +302,7 @@ def updates(recipe: Recipe, config, mode: FakeTensorMode) -> Iterator[list]:
         sample = {
             "probe": (view.permute(2, 0, 1).contiguous(), 1),
             "finetune": (torch.zeros(3, size, size), 1),
-        }.get(recipe.method, (view, view, -1))
+        }.get(recipe.method, (view, view, -1, 1))
         if config.DATA.BACKEND == "device":
             drawn = ViewParameters((0, 0, size, size), False, (), False, 0.0, False)
             sample = (*sample, pack(drawn, 2.0), pack(drawn, 2.0))
