@@ -18,7 +18,7 @@ from typing import Any
 
 from tools.plot_run import run_names
 from utils.errors import UserError
-from utils.run import run_script, write_text
+from utils.run import aligned, run_script, write_text
 
 CONFIG, RESULTS = "config.json", "results.json"
 # entries of results.json that say how was measured; the others are figures
@@ -74,7 +74,7 @@ def main() -> None:
     paths = list(dict.fromkeys(str(Path(run).resolve()) for run in args.runs))
     rows = table(run_names(paths), [read_run(Path(path)) for path in paths])
     marks = remarks(rows)
-    print(as_text(rows), *marks, sep="\n")
+    print(aligned(rows), *marks, sep="\n")
     for path, text in ((args.csv, as_csv(rows)), (args.markdown, as_markdown(rows, marks))):
         if path:
             try:
@@ -200,13 +200,6 @@ def cell(value: Any, known: bool = True) -> str:
         return MISSING
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isprintable() else " " for c in text)
-
-
-def as_text(rows: list[list[str]]) -> str:
-    """Columns in line."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def as_csv(rows: list[list[str]]) -> str:

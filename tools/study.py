@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,12 +24,11 @@ from typing import Any
 import yaml
 
 from tools import plot_run
-from tools.compare import as_csv, as_markdown, as_text, read_json
+from tools.compare import as_csv, as_markdown, read_json
 from utils.arguments import number_in
 from utils.config import load_config
 from utils.errors import UserError
-from utils.run import run_script, write_text
-from utils.signals import RESUMABLE
+from utils.run import aligned, run_script, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "study.json"  # in a run folder: what it was started with
@@ -68,16 +68,86 @@ class Job:
         seed: of the run.
         opts: all keys that differ from the recipe.
         folder: the run folder.
+        dataset: the data set on which it is judged, by its name.
     """
 
     setting: str
     seed: int
     opts: dict[str, Any]
     folder: Path
+    dataset: str
 
     def results(self) -> Path:
         """Where its k-NN figures are written."""
-        return self.folder / "knn_imagenet" / "results.json"
+        return self.folder / f"knn_{self.dataset}" / "results.json"
+
+
+class Runs:
+    """Runs the jobs of a study, several at a time, in processes that a signal to stop reaches.
+
+    Args:
+        study: what the jobs share.
+        at_a_time: how many.
+    """
+
+    def __init__(self, study: Study, at_a_time: int) -> None:
+        self.study, self.at_a_time = study, at_a_time
+        self.stopped = False
+        self._running: set[subprocess.Popen] = set()
+
+    def make(self, jobs: list[Job]) -> list[str]:
+        """Make the runs; returns what went wrong, a line each.
+
+        SIGTERM and Ctrl-C let those that are under way save and end, and begin no other.
+        """
+        before = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.at_a_time) as pool:
+                return [said for said in pool.map(self._make, jobs) if said]
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.stopped = True
+        for process in list(self._running):
+            process.terminate()
+
+    def _make(self, job: Job) -> str | None:
+        """Train and judge; returns what went wrong, in a line, or None."""
+        if self.stopped:
+            return None
+        study = self.study
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_text(str(job.folder / SETTINGS), json.dumps(job.opts, indent=2))
+        common = ["--cfg", study.cfg, "--data-path", study.data_path, "--output", study.output]
+        common += ["--tag", job.folder.name, "--opts", *flat(job.opts)]
+        launch = [sys.executable]
+        if study.processes > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone"]
+            launch += [f"--nproc_per_node={study.processes}"]
+        knn = [sys.executable, str(ROOT / "eval_knn.py"), "--nb-knn", str(NEIGHBOURS), *common]
+        for command in ([*launch, str(ROOT / "main_pretrain.py"), *common], knn):
+            if self._run(command, job.folder / LOG):
+                why = "stopped, the same command continues it" if self.stopped else "failed"
+                return f"{job.setting}, seed {job.seed}: {why} (see {job.folder / LOG})"
+        print(f"{job.setting}, seed {job.seed}: {figure(job):.2f}", flush=True)
+        return None
+
+    def _run(self, command: list[str], log: Path) -> int:
+        """The exit code of a command, whose output goes to the end of ``log``."""
+        with open(log, "ab") as file:
+            # in a session of its own, so that a Ctrl-C of the terminal comes from here alone
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            self._running.add(process)
+            try:
+                if self.stopped:  # while it was started
+                    process.terminate()
+                return process.wait()
+            finally:
+                self._running.discard(process)
 
 
 def main() -> None:
@@ -106,10 +176,12 @@ def main() -> None:
         part, parts = read_part(args.part)
         own = [job for job in jobs[part - 1 :: parts] if not finished(job)]
         print(f"{len(jobs)} runs, {len(own)} of them to do here", flush=True)
-        with ThreadPoolExecutor(int(args.jobs)) as pool:
-            failed = [said for said in pool.map(lambda job: run(study, job), own) if said]
+        runs = Runs(study, int(args.jobs))
+        failed = runs.make(own)
+        if runs.stopped:
+            failed = [*failed, "stopped: the same command goes on with the study"]
     rows = table(jobs)
-    print(as_text(rows))
+    print(aligned(rows))
     tables = os.path.join(study.output, Path(args.file).stem)  # studies may share an output
     os.makedirs(study.output, exist_ok=True)
     write_text(f"{tables}.csv", as_csv(rows))
@@ -155,6 +227,8 @@ def read_study(path: str) -> Study:
     as_mapping(path, "opts", content.get("opts", {}))
     if not settings:
         raise UserError(f"{path}: settings has none, and a study needs at least one")
+    if len({folder_name(name) for name in settings}) < len(settings):
+        raise UserError(f"{path}: two settings have names that differ in signs alone")
     processes = content.get("processes", 1)
     if not isinstance(processes, int) or processes < 1:
         raise UserError(f"{path}: processes must be a number from 1, got {processes!r}")
@@ -199,11 +273,17 @@ def list_jobs(study: Study) -> list[Job]:
     for seed in sorted({seed for seeds in study.seeds.values() for seed in seeds}):
         for setting, keys in study.settings.items():
             if seed in study.seeds[setting]:
-                name = re.sub(r"\W+", "_", setting)
+                name = folder_name(setting)
                 opts = study.opts | keys | {"SEED": seed, "MODEL.NAME": name}
                 folder = Path(study.output, name, f"seed{seed}")
-                jobs.append(Job(setting, seed, opts, folder))
+                dataset = load_config(study.cfg, flat(opts)).DATA.DATASET
+                jobs.append(Job(setting, seed, opts, folder, dataset))
     return jobs
+
+
+def folder_name(setting: str) -> str:
+    """The folder of the runs of a setting."""
+    return re.sub(r"\W+", "_", setting)
 
 
 def finished(job: Job) -> bool:
@@ -216,28 +296,6 @@ def finished(job: Job) -> bool:
     if path.exists() and read_json(path) != json.loads(json.dumps(job.opts)):
         raise UserError(f"{job.folder}: a run with other settings is there: choose another output")
     return job.results().exists()
-
-
-def run(study: Study, job: Job) -> str | None:
-    """Train and judge; returns what went wrong, in a line, or None."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_text(str(job.folder / SETTINGS), json.dumps(job.opts, indent=2))
-    common = ["--cfg", study.cfg, "--data-path", study.data_path, "--output", study.output]
-    common += ["--tag", job.folder.name, "--opts", *flat(job.opts)]
-    launch = [sys.executable]
-    if study.processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone"]
-        launch += [f"--nproc_per_node={study.processes}"]
-    knn = [sys.executable, str(ROOT / "eval_knn.py"), "--nb-knn", str(NEIGHBOURS), *common]
-    with open(job.folder / LOG, "ab") as log:
-        for command in ([*launch, str(ROOT / "main_pretrain.py"), *common], knn):
-            made = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-            if made.returncode:
-                stopped = made.returncode == RESUMABLE
-                why = "stopped, the same command continues it" if stopped else "failed"
-                return f"{job.setting}, seed {job.seed}: {why} (see {job.folder / LOG})"
-    print(f"{job.setting}, seed {job.seed}: {figure(job):.2f}", flush=True)
-    return None
 
 
 def flat(opts: Mapping[str, Any]) -> list[str]:

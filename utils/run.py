@@ -196,12 +196,20 @@ def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any])
 
 def log_table(run: Run, rows: list[list[str]]) -> None:
     """Log figures as a table: the first row is the head, the first column says what is in a row."""
+    run.logger.info("results:\n%s", aligned(rows, figures=True))
+
+
+def aligned(rows: list[list[str]], figures: bool = False) -> str:
+    """Rows of cells as text with columns in line; figures, beside a first column, on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    run.logger.info("results:\n%s", "\n".join(lines))
+    for row in rows:
+        cells = [
+            cell.rjust(width) if figures and number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def write_pictures(run: Run, draw: Callable[[str], None]) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
-from helpers import ROOT, TINY, run_tool
+from helpers import ROOT, TINY, run_tool, wait_for
 
 from tools import study
 from utils.errors import UserError
@@ -96,12 +97,19 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
         ({"settings": {"moby": {"MODEL.TYP": "moby"}}}, r"MODEL\.TYP"),
         ({"settings": {}}, "settings has none"),
         ({"epochs": 3}, "unknown key epochs"),
+        ({"settings": {"a b": {}, "a-b": {}}}, "names that differ in signs alone"),
         ({"processes": 0}, "processes must be"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         study.read_study(str(write(tmp_path, **changes)))
+
+
+def test_figures_are_of_the_data_set_of_the_run(tmp_path):
+    settings = {"own": {}, "other": {"DATA.DATASET": "cifar10"}}
+    jobs = study.list_jobs(study.read_study(str(write(tmp_path, seeds=1, settings=settings))))
+    assert [job.results().parent.name for job in jobs] == ["knn_imagenet", "knn_cifar10"]
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0"])
@@ -142,3 +150,26 @@ def test_a_study_runs_goes_on_and_tells_of_failures(imagenet, tmp_path):
     assert (tmp_path / "out/moby/seed0/knn_imagenet/results.json").stat().st_mtime_ns == made
     rows = (tmp_path / "out/small.csv").read_text().splitlines()
     assert len(rows) == 3 and not any("not run" in row for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_study_which_then_goes_on(imagenet, tmp_path, number):
+    """The run under way saves, no other begins, and nothing stays behind."""
+    opts = {**dict(zip(TINY[::2], TINY[1::2], strict=True)), "PRINT_FREQ": 1}
+    opts |= {"TRAIN.EPOCHS": 400, "TRAIN.SAVE_STEPS": 0}
+    settings = {"moby": {"MODEL.TYPE": "moby"}, "byol": {"MODEL.TYPE": "byol"}}
+    path = write(tmp_path, data_path=str(imagenet), seeds=1, opts=opts, settings=settings)
+    command = [sys.executable, "-m", "tools.study", path]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "out/moby/seed0"
+    wait_for(lambda: (folder / "metrics.jsonl").exists(), 120)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error.count("\n") == 1, error
+    assert "moby, seed 0: stopped, the same command continues it" in error
+    assert "the same command goes on with the study" in error
+    assert (folder / "checkpoint.pth").exists()
+    assert not (tmp_path / "out/byol").exists()
