@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from fake_cuda.device import (
@@ -95,6 +96,7 @@ class Counts:
 CHECKPOINT = ("TRAIN.USE_CHECKPOINT", "True")
 NORM = ("MODEL.REPLACE_LN_WITH_BN", "True")
 DEVICE = ("DATA.BACKEND", "device")
+PROBE = ("TRAIN.PROBE", "True")
 UNCLIPPED = ("TRAIN.CLIP_GRAD", "0.0")
 RECIPES = [
     Recipe("synco", "vit_tiny", 2055),
@@ -105,6 +107,7 @@ RECIPES = [
     Recipe("synco", "vit_nano", 1415, more=CHECKPOINT),
     Recipe("synco", "vit_nano", 1178, processes=1),
     Recipe("synco", "vit_nano", 1479, more=DEVICE),
+    Recipe("synco", "vit_nano", 1274, more=PROBE),
     Recipe("synco", "swin_tiny", 2625),
     Recipe("synco", "timm/resnet18", 2136, optimizer="lars"),
     Recipe("moby", "vit_nano", 976, precision="float16", optimizer="sgd"),
@@ -189,6 +192,7 @@ def configured(recipe: Recipe):
 def pretraining(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLog):
     """What makes one update as ``main_pretrain.py`` does, and what writes a line of the log."""
     import main_pretrain
+    from evaluation.online_probe import OnlineProbe
     from models import build_method
     from optimizer import build_optimizer
     from utils.seed import seed_step
@@ -205,6 +209,12 @@ def pretraining(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
     watch_kept(update, log)
     training_log = log_of(config, run, [optimizer], model)
     forward = partial(main_pretrain.forward_views, ddp, CUDA, config.MODEL.WARMUP_EPOCHS)
+    probe = None
+    if config.TRAIN.PROBE:
+        labelled = SimpleNamespace(classes=["a", "b", "c"], labels=np.zeros(3))
+        with mode:
+            probe = OnlineProbe(model.encoder.num_features, labelled, CUDA)
+        forward = probe.learning(forward)
 
     def make(micro_batches, step):
         seed_step(config.SEED, 0, step)
@@ -212,6 +222,8 @@ def pretraining(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
         result = update(micro_batches, forward)
         for output in result.outputs:
             model.enqueue(*output.keys, result.finite)
+        if probe:
+            probe.step(result.finite)
         training_log.progress.advance()
         training_log.averages.add(result.figures, result.finite)
         return result
