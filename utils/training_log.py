@@ -71,7 +71,7 @@ class TrainingLog:
             from utils.trackers import open_trackers  # only here: few runs need it
 
             self.trackers = open_trackers(config, run, progress.step)
-        if progress.step:  # the run goes on here
+        if progress.step and progress.epoch < config.TRAIN.EPOCHS:  # the run goes on here
             self.metrics.write("start", self._place())
         self.averages = Averages(names)
         self.longest_rows = [0] * len(names)
