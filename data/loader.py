@@ -238,9 +238,9 @@ def _name_numbered(train: ImageSource, val: ImageSource) -> None:
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingLoader:
     """Batches of ``TwoViews`` through an EpochBatches sampler.
 
-    A batch has two uint8 views, (B, S, S, 3) each, and the indices of bad training images that
-    were replaced, (B,), -1 where none was. A bad image of another split is an error. With
-    DATA.BACKEND device the draws of both views follow.
+    A batch has two uint8 views, (B, S, S, 3) each, the indices of bad training images that were
+    replaced, (B,), -1 where none was, and the labels, (B,). A bad image of another split is an
+    error. With DATA.BACKEND device the draws of both views follow.
 
     Raises:
         UserError: no data, an unknown augmentation, or a batch larger than the data set.

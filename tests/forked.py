@@ -4,7 +4,6 @@ Each starts in a fraction of a second, and is a process of its own, which can be
 a new interpreter or a launcher of torch is started by ``helpers.run_script``.
 """
 
-import atexit
 import multiprocessing
 import os
 import runpy
@@ -102,10 +101,7 @@ def _run(words: list[str], ignored, variables: dict[str, str], output: str) -> N
     torch.set_num_threads(1)
     sys.argv = words
     sys.path.insert(0, str(ROOT))
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # as Python does at its end, and multiprocessing does not
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def as_in_a_script() -> None:

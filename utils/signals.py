@@ -1,6 +1,5 @@
 """Stopping at a signal: all processes after the same update, with a checkpoint."""
 
-import atexit
 import datetime
 import logging
 import multiprocessing
@@ -11,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any, NoReturn, cast
 
 import torch
@@ -143,8 +143,8 @@ def shield_workers(loader: DataLoader) -> None:
 
     The workers end with their process.
     """
-    atexit.unregister(_end_workers)  # once, however many loaders there are
-    atexit.register(_end_workers)
+    # unlike atexit, this is also called at the end of a process of multiprocessing
+    Finalize(None, _end_workers, exitpriority=0)
     loader.worker_init_fn = partial(_start_shielded, loader.worker_init_fn)
 
 

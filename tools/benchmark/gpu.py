@@ -216,7 +216,7 @@ def load(backend: str, args: argparse.Namespace) -> dict:
     found = {"images_per_s": rate, "workers": workers}
     if backend == "device":
         views, draws = (
-            [part.to(args.device) for part in parts] for parts in (batch[:2], batch[3:])
+            [part.to(args.device) for part in parts] for parts in (batch[:2], batch[4:])
         )
         pairs = [(v.permute(0, 3, 1, 2), d) for v, d in zip(views, draws, strict=True)]
         seconds = compare(args.rounds, colours=lambda: [finish(*pair) for pair in pairs])
