@@ -6,7 +6,6 @@ the whole batch, from the draws that come along. Nothing here waits for the devi
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,21 +27,29 @@ def pack(view: ViewParameters, most_sigma: float) -> torch.Tensor:
         view: what was drawn.
         most_sigma: the largest deviation that a blur can have, in pixels; 0 for no blur.
     """
-    steps = np.ones((2 * STEPS, len(FACTORS)), np.float32)
+    factors = [1.0] * (6 * STEPS)
     names = [name for name, _ in view.jitter]
     middle = names.index("hue") if "hue" in names else len(names)
+    turn = 0.0
     for rank, (name, amount) in enumerate(view.jitter):
-        if name in FACTORS:
-            row = rank if rank < middle else STEPS + rank - middle - 1
-            steps[row, FACTORS.index(name)] = amount
-    turn = dict(view.jitter).get("hue", 0.0)
+        if name == "hue":
+            turn = amount
+        else:
+            step = rank if rank < middle else STEPS + rank - middle - 1
+            factors[step * len(FACTORS) + FACTORS.index(name)] = amount
     start = view.solarize_from if view.solarize else 256
-    place = np.arange(-_reach(most_sigma), _reach(most_sigma) + 1)
-    weights = np.equal(place, 0).astype(np.float64)
-    if view.sigma:
-        weights = np.exp(-0.5 * (place / view.sigma) ** 2) * (abs(place) <= _reach(view.sigma))
-    numbers = [steps.ravel(), [turn, view.grey, start], weights / weights.sum()]
-    return torch.from_numpy(np.concatenate(numbers).astype(np.float32))
+    return torch.tensor([*factors, turn, view.grey, start, *_blur_weights(view.sigma, most_sigma)])
+
+
+def _blur_weights(sigma: float, most_sigma: float) -> list[float]:
+    """Of the pixels from one side to the other, as many as the largest deviation needs."""
+    most, reach = _reach(most_sigma), _reach(sigma)
+    if not sigma:
+        return [0.0] * most + [1.0] + [0.0] * most
+    half = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(reach + 1)]
+    total = 2 * sum(half) - 1
+    half = [weight / total for weight in half] + [0.0] * (most - reach)
+    return [*half[:0:-1], *half]
 
 
 def _reach(sigma: float) -> int:
