@@ -18,6 +18,7 @@ INTERPOLATION = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
+Box = tuple[float, float, float, float]  # left, top, width and height in pixels
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class ViewParameters:
     """What was drawn for one view.
 
     Attributes:
-        box: left, top, width and height of the crop in pixels.
+        box: left, top, width and height of the crop in pixels; whole ones, where an image has its
+            own size.
         flip: mirror left and right.
         jitter: (operation, amount) in the order in which they are applied.
         grey: reduce to luminance.
@@ -74,7 +76,7 @@ class ViewParameters:
         interpolation: of the resize of the crop.
     """
 
-    box: tuple[int, int, int, int]
+    box: Box
     flip: bool
     jitter: tuple[tuple[str, float], ...]
     grey: bool
@@ -214,14 +216,16 @@ _JITTER = {
 }
 
 
+def resized_crop(image: Image.Image, box: Box, size: int, mode: str = "bilinear") -> Image.Image:
+    """Crop left, top, width, height, which may end within pixels, and resize to size x size."""
+    left, top, width, height = box
+    edges = (left, top, left + width, top + height)
+    return image.resize((size, size), INTERPOLATION[mode], edges)
+
+
 def apply_view(image: Image.Image, view: ViewParameters, size: int) -> np.ndarray:
     """Apply what was drawn to an RGB image with PIL; returns size x size x 3 of uint8."""
-    left, top, width, height = view.box
-    image = image.resize(
-        (size, size),
-        INTERPOLATION[view.interpolation],
-        (left, top, left + width, top + height),
-    )
+    image = resized_crop(image, view.box, size, view.interpolation)
     if view.flip:
         image = TF.hflip(image)
     for name, amount in view.jitter:

@@ -13,11 +13,22 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from data import opencv
-from data.augmentation import MEAN, STD, Augmentation, apply_view, draw_view, geometry
+from data.augmentation import (
+    MEAN,
+    STD,
+    Augmentation,
+    ViewParameters,
+    apply_view,
+    draw_view,
+    geometry,
+)
 from data.image import decode_rgb
 from data.source import FileSource, ImageSource
 from utils.errors import UserError
 from utils.seed import seed_libraries
+
+
+Decoded = tuple[Image.Image | np.ndarray, list[ViewParameters]]  # with the views drawn for it
 
 
 class TwoViews(Dataset):
@@ -66,30 +77,33 @@ class TwoViews(Dataset):
             UserError: neither the image nor its replacements can be read.
         """
         epoch, index = key
-        image, used = self._decode_or_replace(epoch, index)
-        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        (image, drawn), used = self._decode_or_replace(epoch, index)
         views, draws = [], []
-        for number, augmentation in enumerate(self.augmentations):
-            rng = np.random.default_rng((self.seed, epoch, index, number))
-            drawn = draw_view(rng, width, height, augmentation)
+        for view, augmentation in zip(drawn, self.augmentations, strict=True):
             if self.backend == "device":
                 from data.device_views import pack  # which most runs do not need
 
-                draws.append(pack(drawn, augmentation.sigma[1] if augmentation.blur_prob else 0))
-                drawn = geometry(drawn)
+                draws.append(pack(view, augmentation.sigma[1] if augmentation.blur_prob else 0))
+                view = geometry(view)
             if isinstance(image, Image.Image):
-                view = apply_view(image, drawn, self.size)
+                made = apply_view(image, view, self.size)
             else:
-                view = opencv.apply_view(image, drawn, self.size)
-            views.append(torch.from_numpy(np.ascontiguousarray(view)))
+                made = opencv.apply_view(image, view, self.size)
+            views.append(torch.from_numpy(np.ascontiguousarray(made)))
         replaced = -1 if used == index else index
         return *views, replaced, self.source.labels[used], *draws
 
-    def _decode_or_replace(self, epoch: int, index: int) -> tuple[Image.Image | np.ndarray, int]:
+    def _decode_or_replace(self, epoch: int, index: int) -> tuple[Decoded, int]:
+        def draw(width: int, height: int) -> list[ViewParameters]:
+            return [
+                draw_view(np.random.default_rng((self.seed, epoch, index, n)), width, height, a)
+                for n, a in enumerate(self.augmentations)
+            ]
+
         errors: list[UserError] = []
         for candidate in self._candidates(epoch, index):
             try:
-                return self._decode(candidate), candidate
+                return self._decode(candidate, draw), candidate
             except UserError as error:
                 errors.append(error)
         if len(errors) == 1:
@@ -104,9 +118,12 @@ class TwoViews(Dataset):
         rng = np.random.default_rng((self.seed, epoch, index, len(self.augmentations)))
         yield from rng.integers(len(self), size=self.replacements).tolist()
 
-    def _decode(self, index: int) -> Image.Image | np.ndarray:
-        decode = decode_rgb if self.backend == "pil" else opencv.decode_array
-        return decode(self.source.read(index), self.source.names[index])
+    def _decode(self, index: int, draw: Callable[[int, int], list[ViewParameters]]) -> Decoded:
+        content, name = self.source.read(index), self.source.names[index]
+        if self.backend == "pil":
+            image = decode_rgb(content, name)
+            return image, draw(*image.size)
+        return opencv.decode_for_views(content, name, draw, self.size)
 
 
 class TrainImages(Dataset):

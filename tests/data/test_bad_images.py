@@ -143,7 +143,7 @@ def test_a_bad_replacement_is_replaced_too(source):
     images = two_views(source, replacements=200)
     drawn = list(images._candidates(0, BAD))
     assert drawn[0] == BAD and drawn.index(7) > 1
-    image, used = images._decode_or_replace(0, BAD)
+    (image, _), used = images._decode_or_replace(0, BAD)
     assert np.array_equal(image, opencv.decode_array(source.read(7), "")) and used == 7
     assert images[0, BAD][2:] == (BAD, source.labels[7])
     assert image.shape == (good.height, good.width, 3)

@@ -1,5 +1,6 @@
 """The fast path of the views against torchvision's operations, on photographs."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -143,9 +144,9 @@ HUFFMAN = bytes([0xFF, 0xC4, 0, 5, 1, 2, 3])  # the tables of a code, of length 
     ],
 )
 def test_what_opencv_may_decode(content, plain):
-    assert opencv._plain_jpeg(content) == plain
+    assert bool(opencv.jpeg_size(content)) == plain
     for marker in (0xC4, 0xC8, 0xCC):  # no frame's header, whatever stands there
-        assert not opencv._plain_jpeg(header(marker=marker, components=3, after=0))
+        assert not opencv.jpeg_size(header(marker=marker, components=3, after=0))
 
 
 @pytest.mark.parametrize("end", [b"", b"\0", b"\0\0\0"])
@@ -196,3 +197,57 @@ def test_a_view_does_what_was_drawn_in_its_order(monkeypatch):
     assert np.array_equal(opencv.apply_view(pixels, plain, 32), crop)
     flipped = augmentation.ViewParameters((10, 20, 30, 40), True, (), False, 0.0, False)
     assert np.array_equal(opencv.apply_view(pixels, flipped, 32), crop[:, ::-1])
+
+
+def test_the_size_is_read_from_the_header():
+    assert opencv.jpeg_size(encoded(Image.new("RGB", (300, 200)), "JPEG")) == (300, 200)
+
+
+LARGE_BOX = (101, 203, 1190, 937)  # of an image of 2001 x 1503
+SMALL_BOX = (300, 300, 250, 250)
+
+
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    """A photograph of 2001 x 1503 pixels, which no scale divides."""
+    return encoded(
+        PHOTOGRAPHS[0].resize((2001, 1503), Image.Resampling.BICUBIC), "JPEG", quality=90
+    )
+
+
+def views_of(*boxes):
+    plain = augmentation.ViewParameters(boxes[0], False, (), False, 0.0, False)
+    return lambda width, height: [dataclasses.replace(plain, box=box) for box in boxes]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "size", "scale"),
+    [
+        ((LARGE_BOX, LARGE_BOX), 313, 1),
+        ((LARGE_BOX, LARGE_BOX), 312, 2),
+        ((LARGE_BOX, LARGE_BOX), 156, 4),
+        ((LARGE_BOX, LARGE_BOX), 64, 8),
+        ((LARGE_BOX, SMALL_BOX), 84, 1),
+        ((SMALL_BOX, LARGE_BOX), 83, 2),
+    ],
+)
+def test_a_large_jpeg_is_decoded_as_finely_as_its_views_need(large, boxes, size, scale):
+    image, views = opencv.decode_for_views(large, "x", views_of(*boxes), size)
+    assert image.shape == (-(-1503 // scale), -(-2001 // scale), 3)
+    whole = opencv.decode_array(large, "x")
+    for view, box in zip(views, boxes, strict=True):
+        made = opencv.apply_view(image, view, size)
+        assert difference(made, opencv.resized_crop(whole, box, size)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["small", "png", "text after the end"])
+def test_others_are_decoded_whole(large, kind):
+    photograph = Image.open(io.BytesIO(large))
+    content = {
+        "small": lambda: encoded(photograph.resize((1500, 1000)), "JPEG"),
+        "png": lambda: encoded(photograph, "PNG"),
+        "text after the end": lambda: large + b"text",
+    }[kind]()
+    image, views = opencv.decode_for_views(content, "x", views_of(LARGE_BOX), 96)
+    assert image.shape[1] == (1500 if kind == "small" else 2001)
+    assert views[0].box == LARGE_BOX

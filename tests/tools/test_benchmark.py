@@ -11,7 +11,7 @@ from tools.benchmark import __main__ as benchmark
 
 KEYS = """head.speedup head.extra_memory_ratio head.share_of_step step.vit_nano.O0.ratio
 step.vit_nano.O1.ratio step.vit_nano.O0.share_of_limit pipeline.speedup pipeline.share_of_decode
-momentum.speedup knn.ratio
+pipeline.device_over_opencv pipeline.large_speedup momentum.speedup knn.ratio
 listing.first.seconds listing.kept.own_mb listing.order.seconds scaling.two_processes"""
 COMMAND = re.compile(r"^    python -m tools\.benchmark (.*)$", re.MULTILINE)
 SMALL = ["--quick", "--encoders", "vit_nano", "--json"]

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,22 +10,23 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import opencv
-from data.augmentation import draw_view, geometry, view_augmentations
+from data.augmentation import ViewParameters, draw_view, geometry, view_augmentations
 from data.device_views import pack
 from evaluation.knn import knn_classify
 from tools.benchmark.plain import pil_views
 from tools.benchmark.timing import compare
 
 
-def photographs(count: int) -> list[bytes]:
-    """JPEGs of 500 x 375 with the detail of photographs: noise of all scales."""
+def photographs(count: int, width: int = 500) -> list[bytes]:
+    """JPEGs of ``width`` x 3/4 of it, with the detail of photographs: noise of all scales."""
     rng = np.random.default_rng(0)
+    size = (width, width * 3 // 4)
     files = []
     for _ in range(count):
-        image = np.zeros((375, 500, 3), np.float32)
+        image = np.zeros((*size[::-1], 3), np.float32)
         for side in (3, 8, 20, 60, 150):
             layer = Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8))
-            image += np.asarray(layer.resize((500, 375), Image.Resampling.BICUBIC)) / side**0.5
+            image += np.asarray(layer.resize(size, Image.Resampling.BICUBIC)) / side**0.5
         image *= 255 / image.max()
         file = io.BytesIO()
         Image.fromarray(image.astype(np.uint8)).save(file, "JPEG", quality=90)
@@ -33,28 +35,36 @@ def photographs(count: int) -> list[bytes]:
 
 
 def pipeline(args: argparse.Namespace) -> dict:
-    """Two views of each JPEG on one core: PIL, OpenCV, and decoding alone."""
+    """Two views of each JPEG on one core: PIL, OpenCV, and decoding alone; large JPEGs too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a data worker has it
-    files = photographs(args.images)
+    files, large = photographs(args.images), photographs(-(-args.images // 8), 2000)
     kinds = view_augmentations("byol", 0.08)
 
-    def fast() -> None:
+    def draw(number: int, width: int, height: int) -> list[ViewParameters]:
+        return [
+            draw_view(np.random.default_rng((0, 0, number, view)), width, height, kind)
+            for view, kind in enumerate(kinds)
+        ]
+
+    def fast(files: list[bytes]) -> None:
         for i, content in enumerate(files):
+            image, views = opencv.decode_for_views(content, "image", partial(draw, i), args.size)
+            for view in views:
+                opencv.apply_view(image, view, args.size)
+
+    def decoded_whole() -> None:
+        """As ``fast`` without JPEGs at reduced scale."""
+        for i, content in enumerate(large):
             image = opencv.decode_array(content, "image")
-            for number, kind in enumerate(kinds):
-                rng = np.random.default_rng((0, 0, i, number))
-                height, width = image.shape[:2]
-                view = draw_view(rng, width, height, kind)
+            for view in draw(i, image.shape[1], image.shape[0]):
                 opencv.apply_view(image, view, args.size)
 
     def on_device() -> None:
         """What is left to a worker when the device changes the colours."""
         for i, content in enumerate(files):
-            image = opencv.decode_array(content, "image")
-            for number, kind in enumerate(kinds):
-                rng = np.random.default_rng((0, 0, i, number))
-                view = draw_view(rng, image.shape[1], image.shape[0], kind)
+            image, views = opencv.decode_for_views(content, "image", partial(draw, i), args.size)
+            for view, kind in zip(views, kinds, strict=True):
                 pack(view, kind.sigma[1])
                 opencv.apply_view(image, geometry(view), args.size)
 
@@ -66,13 +76,24 @@ def pipeline(args: argparse.Namespace) -> dict:
         for content in files:
             opencv.decode_array(content, "image")
 
-    times = compare(args.rounds, plain=plain, fast=fast, decode=decode, on_device=on_device)
+    times = compare(
+        args.rounds,
+        plain=plain,
+        fast=lambda: fast(files),
+        decode=decode,
+        on_device=on_device,
+        large=lambda: fast(large),
+        large_whole=decoded_whole,
+    )
     torch.set_num_threads(threads)
-    rates = {name: len(files) / seconds for name, seconds in times.items()}
+    counts = dict.fromkeys(times, len(files)) | dict.fromkeys(("large", "large_whole"), len(large))
     return {
-        **{f"{name}_images_per_s": rate for name, rate in rates.items()},
+        **{f"{name}_images_per_s": counts[name] / seconds for name, seconds in times.items()},
         "speedup": times["plain"] / times["fast"],
         "share_of_decode": times["decode"] / times["fast"],
+        "device_over_opencv": times["fast"] / times["on_device"],
+        "device_share_of_decode": times["decode"] / times["on_device"],
+        "large_speedup": times["large_whole"] / times["large"],
     }
 
 
