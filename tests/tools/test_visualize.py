@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, write_images
+from helpers import ROOT, TINY, fresh, write_images
 from PIL import Image
 
 from data.source import open_source
@@ -20,10 +20,10 @@ from utils.errors import UserError
 def draw(run_main, tmp_path, imagenet):
     """Run the tool; the picture as an array."""
 
-    def run(what, *flags, encoder="vit_nano"):
+    def run(what, *flags, encoder="vit_nano", weights=("--random-weights",)):
         common = ("--cfg", ROOT / "configs/synco_vit_tiny.yaml", "--data-path", imagenet)
         opts = ("--opts", *TINY, "MODEL.ENCODER", encoder, "MODEL.NAME", "m")
-        run_main(visualize, what, *common, "--random-weights", "--output", tmp_path, *flags, *opts)
+        run_main(visualize, what, *common, *weights, "--output", tmp_path, *flags, *opts)
         return np.array(Image.open(tmp_path / "m" / "default" / "pictures" / f"{what}.png"))
 
     return run
@@ -108,6 +108,33 @@ def test_components_of_oblong_images(draw, tmp_path, encoder):
     assert picture.shape == (height, 2 * (TILE + GAP) + GAP, 3)
     colours = picture[GAP : GAP + TILE // 2, 2 * GAP + TILE : 2 * GAP + 2 * TILE]
     assert colours.std((0, 1)).min() > 10  # all three vary
+
+
+FAMILIES = {
+    "this project": lambda weights: {"model": prefixed("encoder.", weights)},
+    "DINO": lambda weights: {"teacher": prefixed("module.backbone.", weights)},
+    "MoCo v3": lambda weights: {"state_dict": prefixed("module.base_encoder.", weights)},
+    "timm": lambda weights: weights,
+}
+
+
+def prefixed(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_familys_checkpoint_is_drawn(draw, tmp_path, family):
+    """The network has its weights: another seed of the file gives another picture."""
+    pictures = []
+    for seed in (0, 1):
+        _, weights = fresh("vit_nano", seed)
+        torch.save(FAMILIES[family](weights), tmp_path / "weights.pth")
+        given = ("--pretrained", tmp_path / "weights.pth")
+        pictures.append(draw("components", "--images", "2", weights=given))
+    _, weights = fresh("vit_nano", 0)
+    torch.save(weights, tmp_path / "weights.pth")
+    plain = draw("components", "--images", "2", weights=("--pretrained", tmp_path / "weights.pth"))
+    assert np.array_equal(pictures[0], plain) and not np.array_equal(pictures[1], plain)
 
 
 def test_components_are_those_of_all_images_together():
