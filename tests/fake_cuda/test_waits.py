@@ -67,7 +67,7 @@ def test_the_table_has_what_there_is():
         assert {r.optimizer for r in own} >= {"adamw", "lars"}
         assert {r.micro for r in own} == {1, 2}
     keys = {key for r in RECIPES for key in r.more[::2]}
-    others = {"TRAIN.USE_CHECKPOINT", "TRAIN.CLIP_GRAD", "MODEL.REPLACE_LN_WITH_BN"}
+    others = {"TRAIN.USE_CHECKPOINT", "TRAIN.CLIP_GRAD", "MODEL.REPLACE_LN_WITH_BN", "TRAIN.PROBE"}
     assert keys == others | {"DATA.BACKEND"}
 
 
