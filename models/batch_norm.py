@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,10 +14,11 @@ from utils.distributed import all_gather_batch, world_size
 M = TypeVar("M", bound=nn.Module)
 
 
-class _BatchNormOfRows(torch.autograd.Function):
+class _BatchNormByGloo(torch.autograd.Function):
     """BatchNorm with the statistics of all processes, for any device and group.
 
     Each direction exchanges once: a wait for the other processes costs more than what is sent.
+    What lies between is done by torch's own kernels, on the CPU six times as fast as step by step.
     """
 
     @staticmethod
@@ -29,49 +31,41 @@ class _BatchNormOfRows(torch.autograd.Function):
         running_var: torch.Tensor,
         momentum: float,
         eps: float,
-        channels: int,
     ) -> torch.Tensor:
-        """Normalise over all dimensions but ``channels``; running statistics change in place."""
-        dims, rows = [d for d in range(x.ndim) if d != channels % x.ndim], x.float()
-        mean = rows.mean(dims)  # C
-        # on the CPU 10 times as fast as torch.var
-        var = (rows - _along(mean, x, channels)).square_().mean(dims)
-        means, variances = all_gather_batch(torch.stack([mean, var])[None]).unbind(1)  # PxC
+        """(N, C, ...) -> (N, C, ...); the running statistics change in place."""
+        rows = x.float()
+        own = torch.stack(torch.batch_norm_update_stats(rows, None, None, 0.0))  # mean, variance
+        means, variances = all_gather_batch(own[None]).unbind(1)  # PxC
         mean = means.mean(0)
         # no difference of sums of squares, which would cancel in float32
         var = (variances + (means - mean).square()).mean(0)
         ctx.rows = x.numel() // len(mean) * world_size()
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var * (ctx.rows / max(ctx.rows - 1, 1)), momentum)
-        ctx.dims, deviation = dims, torch.rsqrt(var + eps)
-        mean, deviation, scale, shift = (
-            _along(v, x, channels) for v in (mean, deviation, weight, bias)
-        )
-        ctx.save_for_backward(x, mean, deviation, scale)
-        return ((rows - mean) * (deviation * scale) + shift).to(x.dtype)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps))
+        return F.batch_norm(rows, mean, var, weight, bias, eps=eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, mean, deviation, scale = ctx.saved_tensors
-        own = gradient.float()
-        normalized = (x.float() - mean) * deviation
-        sums = torch.stack([own.sum(ctx.dims), (own * normalized).sum(ctx.dims)])
-        of_bias, of_weight = sums.clone()
+        x, weight, mean, deviation = ctx.saved_tensors
+        own, rows = gradient.float(), x.float()
+        # the sums of the gradient times the normalised rows, and of the gradient
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            own, rows, weight, None, None, mean, deviation, True, 0.0, [False, True, True]
+        )
         of_x = None
         if ctx.needs_input_grad[0]:
-            dist.all_reduce(sums)
-            mean_own, mean_product = (v.view_as(mean) / ctx.rows for v in sums)
-            of_x = (own - mean_own - normalized * mean_product) * (deviation * scale)
-            of_x = of_x.to(x.dtype)
-        return of_x, of_weight, of_bias, None, None, None, None, None
-
-
-def _along(values: torch.Tensor, x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Values of the channels, (C,), in a shape that broadcasts with ``x``."""
-    shape = [1] * x.ndim
-    shape[channels] = -1
-    return values.view(shape)
+            # two processes gather in half the time that gloo takes to add
+            sums = all_gather_batch(torch.stack([of_weight, of_bias])[None]).sum(0)
+            mean_product, mean_own = sums / ctx.rows
+            # scale * (own - mean_own - (rows - mean) * deviation * mean_product), in two passes
+            scale = deviation * weight
+            slope = -scale * deviation * mean_product
+            start = -scale * mean_own - slope * mean
+            scale, slope, start = (v.view(-1, *[1] * (x.ndim - 2)) for v in (scale, slope, start))
+            of_x = torch.addcmul(start, rows, slope).addcmul_(own, scale).to(x.dtype)
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 class _BatchNormOfAll(torch.autograd.Function):
@@ -156,9 +150,10 @@ class SyncBatchNorm(nn.BatchNorm1d):
         bias: torch.Tensor = self.bias
         if not self.affine:
             weight, bias = torch.ones_like(self.running_mean), torch.zeros_like(self.running_mean)
+        rows = x.reshape(-1, self.num_features) if self.channels == -1 else x
         self.num_batches_tracked.add_(1)
         statistics = self.running_mean, self.running_var, self.momentum, self.eps
-        return _BatchNormOfRows.apply(x, weight, bias, *statistics, self.channels)
+        return _BatchNormByGloo.apply(rows, weight, bias, *statistics).view_as(x)
 
 
 class _SyncBatchNormAct(SyncBatchNorm):
