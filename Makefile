@@ -24,9 +24,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a core for each of up to four test processes
+# one test process more than there are cores, since many tests wait; four at most
+WORKERS = $(shell n=$$(nproc); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 test coverage: export OMP_NUM_THREADS = 1
-PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: lint
 	$(PYTEST)

@@ -246,7 +246,7 @@ def empty(disk: Path) -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_three_times_changes_nothing(small_disk, imagenet, tmp_path_factory):
-    epochs, save_every = (150, 5) if FULL else (20, 1)
+    epochs, save_every = (150, 5) if FULL else (5, 1)
     opts = ("TRAIN.EPOCHS", epochs, "TRAIN.SAVE_STEPS", save_every, "TRAIN.KNN_FREQ", 5)
     process = start(arguments("synco", imagenet, small_disk, *opts))
     try:
