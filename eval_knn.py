@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from yacs.config import CfgNode
 
-from data.loader import add_dataset_arguments, build_labelled_sources
-from data.source import ImageSource
+from data.source import ImageSource, add_dataset_arguments, build_labelled_sources
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import TRANSFER_SETS
 from evaluation.baselines import BASELINES

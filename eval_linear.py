@@ -16,13 +16,8 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from data.loader import (
-    TrainingLoader,
-    add_dataset_arguments,
-    build_classification_loader,
-    build_labelled_sources,
-)
-from data.source import ImageSource
+from data.loader import TrainingLoader, build_classification_loader
+from data.source import ImageSource, add_dataset_arguments, build_labelled_sources
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images

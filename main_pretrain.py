@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from data.loader import BadImages, TrainingLoader, build_pretraining_loader, build_source, normalize
+from data.loader import BadImages, TrainingLoader, build_pretraining_loader, normalize
+from data.source import build_source
 from evaluation.knn_monitor import KnnMonitor
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_method

@@ -1,15 +1,24 @@
 """Where images lie: the folders of classes here, the other forms in ``data.forms``."""
 
+import argparse
 import os
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
+from yacs.config import CfgNode
 
 from data.image import decode_rgb, read_file
 from data.index import Index, open_index
 from data.listing import fill_classes, is_hidden, log_left_out
+from utils.distributed import (
+    first_on_each_node,
+    on_first_process,
+    rank,
+    wait_for_all,
+    world_size,
+)
 from utils.errors import UserError
 
 SPLITS = ("train", "val")
@@ -178,3 +187,107 @@ def has_classes(folder: str) -> bool:
             return any(not is_hidden(entry.name) and entry.is_dir() for entry in entries)
     except OSError:
         return False
+
+
+def build_source(
+    config: CfgNode,
+    split: str,
+    download: bool = False,
+    cache_mode: str | None = None,
+    labelled: bool = True,
+) -> ImageSource:
+    """The images of ``train`` or of ``val`` (the test split of a transfer set).
+
+    Args:
+        config: DATA.DATASET names the set and DATA.DATA_PATH its folder.
+        split: ``train`` or ``val``.
+        download: fetch the set if it is missing and torchvision can.
+        cache_mode: replaces DATA.CACHE_MODE.
+        labelled: refuse images without classes.
+    """
+    data = config.DATA
+    if data.DATASET == "imagenet":
+        source: ImageSource = first_on_each_node(
+            lambda: open_source(data.DATA_PATH, split, data.ZIP_MODE, labelled)
+        )
+        mode = cache_mode or data.CACHE_MODE
+        if data.ZIP_MODE and mode != "no":
+            share = (rank(), world_size()) if mode == "part" else (0, 1)
+            source.fill_cache(*share)  # type: ignore[attr-defined]
+            wait_for_all()  # it may take minutes more on one machine
+        return source
+    from data.transfer import open_transfer_set  # pre-training needs none of it
+
+    name, split = data.DATASET, "test" if split == "val" else split
+
+    def fetch() -> None:
+        open_transfer_set(name, data.DATA_PATH, split, download=True)
+
+    if download:
+        on_first_process(fetch)
+    return first_on_each_node(lambda: open_transfer_set(name, data.DATA_PATH, split))
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dataset`` and ``--download``."""
+    from data.transfer import TRANSFER_SETS
+
+    parser.add_argument(
+        "--dataset",
+        dest="DATA.DATASET",
+        metavar="NAME",
+        choices=list(TRANSFER_SETS),
+        help=f"data set of --data-path: {', '.join(TRANSFER_SETS)}",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the data set if it is missing"
+    )
+
+
+def build_labelled_sources(
+    config: CfgNode,
+    download: bool = False,
+    train: ImageSource | None = None,
+    val_cache_mode: str | None = None,
+) -> tuple[ImageSource, ImageSource]:
+    """The images of ``train`` and of ``val``, see ``build_source``, with classes numbered alike.
+
+    Args:
+        config, download: as for ``build_source``.
+        train: the training images, if they are open already.
+        val_cache_mode: replaces DATA.CACHE_MODE for the validation images.
+
+    Raises:
+        UserError: a class of the validation images has no training image.
+    """
+    train = train or build_source(config, "train", download)
+    val = build_source(config, "val", download, val_cache_mode)
+    if np.ndim(val.labels) == 1:
+        _name_numbered(train, val)
+        if len(np.unique(train.labels)) < 2:
+            raise UserError(
+                f"{config.DATA.DATA_PATH}: the training images are of one class alone, "
+                f"{train.classes[train.labels[0]]}: lay them out as train/<class>/<image>"
+            )
+        known = {train.classes[label] for label in np.unique(train.labels)}
+        for name in (val.classes[label] for label in np.unique(val.labels)):
+            if name not in known:
+                raise UserError(
+                    f"{config.DATA.DATA_PATH}: class {name} is among the validation images, but "
+                    "has no training image"
+                )
+    if val.classes != train.classes:  # folders are numbered by what is there
+        numbers = {name: number for number, name in enumerate(train.classes)}
+        val.labels = np.array([numbers.get(name, -1) for name in val.classes])[val.labels]
+        val.classes = train.classes
+    return train, val
+
+
+def _name_numbered(train: ImageSource, val: ImageSource) -> None:
+    """Where one has names of classes and the other numbers, the numbers are of the names' order."""
+    numbered = [s for s in (train, val) if all(map(str.isdecimal, s.classes))]
+    if len(numbered) == 1:
+        named = val if numbered[0] is train else train
+        numbers = list(map(int, numbered[0].classes))
+        if max(numbers) < len(named.classes):
+            numbered[0].classes = [named.classes[number] for number in numbers]

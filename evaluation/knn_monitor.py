@@ -7,8 +7,8 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data.dataset import TestImages
-from data.loader import build_labelled_sources, build_test_images, num_workers
-from data.source import ImageSource
+from data.loader import build_test_images, num_workers
+from data.source import ImageSource, build_labelled_sources
 from utils.errors import UserError
 from utils.run import Run
 

@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from data.loader import build_source
-from data.source import ImageSource, PartOfSource
+from data.source import ImageSource, PartOfSource, build_source
 from models.patch_features import has_class_token
 from models.pretrained import build_pretrained_encoder
 from tools import plot_run

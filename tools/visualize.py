@@ -17,8 +17,8 @@ from torch import nn
 from yacs.config import CfgNode
 
 from data.dataset import to_tensor
-from data.loader import add_dataset_arguments, build_source, normalize
-from data.source import ImageSource, PartOfSource
+from data.loader import normalize
+from data.source import ImageSource, PartOfSource, add_dataset_arguments, build_source
 from data.transfer_readers import ImageFiles
 from evaluation.features import encode_images
 from models.patch_features import class_attention, patch_features

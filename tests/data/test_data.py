@@ -25,15 +25,8 @@ from data.augmentation import (
 )
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TwoViews
 from data.image import decode_rgb
-from data.loader import (
-    EpochBatches,
-    build_labelled_sources,
-    build_pretraining_loader,
-    build_source,
-    normalize,
-    num_workers,
-)
-from data.source import FolderSource, open_source
+from data.loader import EpochBatches, build_pretraining_loader, normalize, num_workers
+from data.source import FolderSource, build_labelled_sources, build_source, open_source
 from data.transfer import open_transfer_set
 from tools.make_tiny_transfer import write_tiny
 from utils.config import DEFAULTS, load_config

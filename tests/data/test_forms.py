@@ -24,8 +24,8 @@ from data import parquet
 from data.archives import TarSource, ZipSource
 from data.forms import FORMS, open_form
 from data.index import FOLDER
-from data.loader import build_labelled_sources, build_pretraining_loader
-from data.source import FolderSource, open_source
+from data.loader import build_pretraining_loader
+from data.source import FolderSource, build_labelled_sources, open_source
 from tools import check_data, pack_images
 from utils.errors import UserError
 

@@ -4,9 +4,9 @@ import pytest
 from helpers import write_images
 
 from data.davis import read_videos
-from data.loader import build_labelled_sources, build_pretraining_loader
+from data.loader import build_pretraining_loader
 from data.retrieval import read_ground_truth
-from data.source import open_source
+from data.source import build_labelled_sources, open_source
 from data.transfer import open_transfer_set
 from utils.config import DEFAULTS, with_values
 from utils.errors import UserError

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import evaluation.features
-from data.loader import build_classification_loader, build_source
+from data.loader import build_classification_loader
+from data.source import build_source
 from evaluation.features import check_features, encode_images, extract_features
 from utils.config import load_config
 from utils.errors import UserError

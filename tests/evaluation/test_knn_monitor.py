@@ -13,7 +13,7 @@ from helpers import arguments, assert_same, run_forked, spawn, weights
 
 import eval_knn
 import main_pretrain
-from data.loader import build_source
+from data.source import build_source
 from evaluation.knn_monitor import KnnMonitor
 from utils.config import load_config
 from utils.errors import UserError

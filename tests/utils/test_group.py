@@ -14,7 +14,7 @@ import torch.distributed as dist
 from forked import Script
 from helpers import ROOT, arguments, free_port, spawn, wait_for, zip_folder
 
-import data.loader
+import data.source
 import data.transfer
 from data.archives import ZipSource
 from tools.make_tiny_transfer import write_tiny
@@ -158,7 +158,7 @@ def reads_slowly(number: int, folder: str, step: str) -> None:
     config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
     module, name = {
         "download": (data.transfer, "open_transfer_set"),
-        "list": (data.loader, "open_source"),
+        "list": (data.source, "open_source"),
         "cache": (ZipSource, "fill_cache"),
     }[step]
     real = getattr(module, name)
@@ -169,7 +169,7 @@ def reads_slowly(number: int, folder: str, step: str) -> None:
         return real(*given, **{k: v for k, v in more.items() if k != "download"})
 
     setattr(module, name, slow)
-    assert len(data.loader.build_source(config, "train", download=True).names) > 4
+    assert len(data.source.build_source(config, "train", download=True).names) > 4
     all_reduced = torch.ones(1)
     dist.all_reduce(all_reduced)  # the first collective, which has the timeout
     assert all_reduced == 2
