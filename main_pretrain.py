@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
+from data.dataset import Views
 from data.loader import BadImages, TrainingLoader, build_pretraining_loader, normalize
 from data.source import build_source
 from evaluation.knn_monitor import KnnMonitor
@@ -190,19 +191,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def forward_views(
-    model: nn.Module, device: torch.device, epoch: int, batch: list[torch.Tensor]
-) -> Output:
+def forward_views(model: nn.Module, device: torch.device, epoch: int, batch: Views) -> Output:
     """The model's output for the two views of a batch, uint8 of (B, S, S, 3) each.
 
     SynCo makes synthetic negatives in a window of epochs, so the epoch is passed in.
     """
-    # which images were replaced, and labels, come next; the views stay channels last in memory
-    views = [v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in batch[:2]]
-    if len(batch) > 4:  # the draws of DATA.BACKEND device
+    # they stay channels last in memory
+    views = [
+        v.to(device, non_blocking=True).permute(0, 3, 1, 2) for v in (batch.first, batch.second)
+    ]
+    if batch.draws.numel():  # DATA.BACKEND device
         from data.device_views import finish
 
-        draws = (part.to(device, non_blocking=True) for part in batch[4:])
+        draws = batch.draws.to(device, non_blocking=True).unbind(1)
         return model(*(finish(*pair) for pair in zip(views, draws, strict=True)), epoch)
     return model(*(normalize(view) for view in views), epoch)
 

@@ -1,7 +1,7 @@
 """The data sets that the loaders read."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,25 @@ from data.image import decode_rgb
 from data.source import FileSource, ImageSource
 from utils.errors import UserError
 from utils.seed import seed_libraries
+
+
+class Views(NamedTuple):
+    """Two views of an image of ``TwoViews``, or of each image of a batch.
+
+    Attributes:
+        first, second: uint8 of S x S x 3; each tensor of a batch has a dimension before these.
+        replaced: -1, or the index of the bad image in whose place another came; an integer, or
+            those of a batch as a tensor.
+        label: class of the image, likewise.
+        draws: of both views, (2, any number), with the back end ``device``, else empty; see
+            ``data.device_views``.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    replaced: Any
+    label: Any
+    draws: torch.Tensor
 
 
 Decoded = tuple[Image.Image | np.ndarray, list[ViewParameters]]  # with the views drawn for it
@@ -67,31 +86,29 @@ class TwoViews(Dataset):
     def __len__(self) -> int:
         return len(self.source.names)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor | int, ...]:
-        """(epoch, index) -> two uint8 images of size x size x 3, and two numbers.
-
-        They are -1, or the index of the bad image that was replaced, and the label. With the back
-        end ``device`` the draws of both views follow, see ``data.device_views``.
+    def __getitem__(self, key: tuple[int, int]) -> Views:
+        """(epoch, index) -> the views of the image.
 
         Raises:
             UserError: neither the image nor its replacements can be read.
         """
         epoch, index = key
         (image, drawn), used = self._decode_or_replace(epoch, index)
-        views, draws = [], []
-        for view, augmentation in zip(drawn, self.augmentations, strict=True):
-            if self.backend == "device":
-                from data.device_views import pack  # which most runs do not need
+        views, draws = [], torch.empty(0)
+        if self.backend == "device":
+            from data.device_views import pack  # which most runs do not need
 
-                draws.append(pack(view, augmentation.sigma[1] if augmentation.blur_prob else 0))
-                view = geometry(view)
+            most = max(a.sigma[1] if a.blur_prob else 0 for a in self.augmentations)
+            draws = torch.stack([pack(view, most) for view in drawn])
+            drawn = [geometry(view) for view in drawn]
+        for view in drawn:
             if isinstance(image, Image.Image):
                 made = apply_view(image, view, self.size)
             else:
                 made = opencv.apply_view(image, view, self.size)
             views.append(torch.from_numpy(np.ascontiguousarray(made)))
         replaced = -1 if used == index else index
-        return *views, replaced, self.source.labels[used], *draws
+        return Views(views[0], views[1], replaced, self.source.labels[used], draws)
 
     def _decode_or_replace(self, epoch: int, index: int) -> tuple[Decoded, int]:
         def draw(width: int, height: int) -> list[ViewParameters]:

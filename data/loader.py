@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD, configured_views
-from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews
+from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews, Views
 from data.source import CostlySource, FileSource, ImageSource, build_source
 from utils.distributed import (
     first_on_each_node,
@@ -96,8 +96,8 @@ class EpochBatches(Sampler):
 class TrainingLoader(DataLoader):
     """The micro-batches of each update, lists of batches, in the order of an epoch.
 
-    Its length is the number of updates in a whole epoch. With pinned memory, the first two tensors
-    of a batch are on the GPU.
+    Its length is the number of updates in a whole epoch. With pinned memory, the batches are on the
+    GPU, but for what the host reads.
 
     Attributes:
         size: how the images of an epoch divide into updates.
@@ -134,9 +134,8 @@ class TrainingLoader(DataLoader):
 def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingLoader:
     """Batches of ``TwoViews`` through an EpochBatches sampler.
 
-    A batch has two uint8 views, (B, S, S, 3) each, the indices of bad training images that were
-    replaced, (B,), -1 where none was, and the labels, (B,). A bad image of another split is an
-    error. With DATA.BACKEND device the draws of both views follow.
+    A batch is ``Views``. Bad images are replaced in the training images alone; one of another split
+    is an error.
 
     Raises:
         UserError: no data, an unknown augmentation, or a batch larger than the data set.
@@ -270,11 +269,10 @@ class BadImages:
         self.bad: dict[int, str] = {}  # of all processes: index and reason
         self._new: dict[int, str] = {}  # of this process, since the last check
 
-    def note(self, micro_batches: list[Any]) -> None:
-        """Remember the replaced images: the third item of each batch of ``TwoViews``."""
+    def note(self, micro_batches: list[Views]) -> None:
+        """Remember the images that were replaced."""
         for batch in micro_batches:
-            replaced = batch[2]
-            for index in replaced[replaced >= 0].tolist():
+            for index in batch.replaced[batch.replaced >= 0].tolist():
                 if index not in self.bad and index not in self._new:
                     self._new[index] = self._reason(index)
 

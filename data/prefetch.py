@@ -7,47 +7,55 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import default_collate
 
+from data.dataset import Views
+
 ALIGNMENT = 16  # bytes: where a tensor of any type may begin
 
 
 class FlatBatch(NamedTuple):
-    """A batch whose tensors lie behind one another, but for the third, which the host reads.
+    """A batch whose tensors lie behind one another, but for ``Views.replaced``: the host reads it.
 
     Attributes:
         memory: their bytes, uint8 of one dimension.
         layout: of each its first byte, type and shape.
-        third: the third tensor, if there is one.
+        replaced: of ``Views``; None for a batch of another kind.
     """
 
     memory: torch.Tensor
     layout: list[tuple[int, torch.dtype, list[int]]]
-    third: list[torch.Tensor]
+    replaced: torch.Tensor | None
 
 
 def flatten(samples: list[tuple[Any, ...]]) -> FlatBatch:
     """The collate function of a loader: what ``default_collate`` gives, with one memory."""
     batch = default_collate(samples)
-    parts, layout, end = [], [], 0
-    for tensor in [*batch[:2], *batch[3:]]:
+    replaced, parts, layout, end = None, [], [], 0
+    if isinstance(batch, Views):
+        replaced = batch.replaced
+        batch = [batch.first, batch.second, batch.label, batch.draws]
+    for tensor in batch:
         layout.append((end, tensor.dtype, list(tensor.shape)))
         own = tensor.contiguous().view(-1).view(torch.uint8)
         gap = -len(own) % ALIGNMENT
         parts += [own, own.new_zeros(gap)]
         end += len(own) + gap
-    return FlatBatch(torch.cat(parts), layout, batch[2:3])
+    return FlatBatch(torch.cat(parts), layout, replaced)
 
 
-def unflatten(memory: torch.Tensor, batch: FlatBatch) -> list[torch.Tensor]:
-    """The tensors of ``batch``, all but the third as views of ``memory``, which has its bytes."""
+def unflatten(memory: torch.Tensor, batch: FlatBatch) -> Views | list[torch.Tensor]:
+    """What ``batch`` was made of, with tensors that are views of ``memory``, which has its bytes."""
     tensors = []
     for start, dtype, shape in batch.layout:
         size = math.prod(shape) * dtype.itemsize
         tensors.append(memory[start : start + size].view(dtype).view(shape))
-    return [*tensors[:2], *batch.third, *tensors[2:]]
+    if batch.replaced is None:
+        return tensors
+    first, second, label, draws = tensors
+    return Views(first, second, batch.replaced, label, draws)
 
 
-def prefetch(updates: Iterable[Iterable[FlatBatch]]) -> Iterator[list[list[torch.Tensor]]]:
-    """The micro-batches of each update, with all but their third tensor on the current GPU.
+def prefetch(updates: Iterable[Iterable[FlatBatch]]) -> Iterator[list[Any]]:
+    """The micro-batches of each update, on the current GPU but for ``Views.replaced``.
 
     While one update computes, those of the next are copied, by a stream of their own; the host
     waits for neither. Two updates' batches are on the device at a time.
@@ -59,7 +67,7 @@ def prefetch(updates: Iterable[Iterable[FlatBatch]]) -> Iterator[list[list[torch
             copied = [(b.memory.to("cuda", non_blocking=True), b) for b in micro_batches]
         return copied, stream.record_event()
 
-    def hand_out(copied: list, ready: Any) -> list[list[torch.Tensor]]:
+    def hand_out(copied: list, ready: Any) -> list[Any]:
         current = torch.cuda.current_stream()
         current.wait_event(ready)
         for memory, _ in copied:

@@ -14,7 +14,6 @@ from utils.distributed import world_size
 from utils.errors import UserError
 
 RATE, MOMENTUM = 0.1, 0.9  # of its SGD
-LABELS = 3  # their place in a batch
 
 
 class OnlineProbe:
@@ -51,7 +50,7 @@ class OnlineProbe:
         def run(batch: Any) -> Output:
             output = forward(batch)
             with torch.autocast(output.loss.device.type, enabled=False), torch.no_grad():
-                output.figures["probe"] = self._learn(output.features, batch[LABELS])
+                output.figures["probe"] = self._learn(output.features, batch.label)
             return output
 
         return run

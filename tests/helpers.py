@@ -17,6 +17,7 @@ import torch
 from forked import as_in_a_script, forking, run_group
 
 import main_pretrain
+from data.dataset import Views
 from data.source import FolderSource
 from models import build_method
 from models.encoder import create_encoder
@@ -225,10 +226,17 @@ def run_tool(monkeypatch, module, *arguments) -> None:
     module.main()
 
 
+def views_of(first, second, label=None):
+    """The views of a batch in which no image was replaced; by default all have the label 0."""
+    none = torch.full((len(first),), -1)
+    return Views(first, second, none, none + 1 if label is None else label, none.new_empty(0))
+
+
 def build_update(config, run):
     """A model, its optimizer, and a function that makes one update of it in epoch 0.
 
-    The function takes the micro-batches, and keeps the keys as main_pretrain.py does.
+    The function takes the two views of each micro-batch, and keeps the keys as main_pretrain.py
+    does.
     """
     model = build_method(config)
     ddp = data_parallel(model, run.device)
@@ -238,7 +246,7 @@ def build_update(config, run):
     forward = partial(main_pretrain.forward_views, ddp, run.device, 0)
 
     def make(micro_batches):
-        result = update(micro_batches, forward)
+        result = update([views_of(*batch) for batch in micro_batches], forward)
         for output in result.outputs:
             model.enqueue(*output.keys, result.finite)
         return result

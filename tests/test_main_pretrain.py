@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import arguments, assert_same, build_update, run_forked, run_script, tiny, weights
+from helpers import (
+    arguments,
+    assert_same,
+    build_update,
+    run_forked,
+    run_script,
+    tiny,
+    views_of,
+    weights,
+)
 
 import main_pretrain
 from models import METHODS
@@ -184,7 +193,7 @@ def test_gradient_norms_are_those_of_the_parts(process_group, monkeypatch):
     batch = [torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
     torch.manual_seed(0)
     for views in batch:
-        output = main_pretrain.forward_views(model, run.device, 0, list(views))
+        output = main_pretrain.forward_views(model, run.device, 0, views_of(*views))
         (output.loss / 2).backward()
     gradients = {
         name: [p.grad.clone() for p in getattr(model, name).parameters() if p.grad is not None]

@@ -18,7 +18,7 @@ import data.dataset
 from data import opencv
 from data.archives import ZipSource
 from data.augmentation import draw_view, view_augmentations
-from data.dataset import CropAndFlip, TestImages, TrainImages, TwoViews
+from data.dataset import CropAndFlip, TestImages, TrainImages, TwoViews, Views
 from data.image import FORMATS, MAX_BYTES, decode_rgb
 from data.loader import BadImages, build_pretraining_loader
 from data.source import FolderSource
@@ -91,18 +91,18 @@ def two_views(source, **options) -> TwoViews:
 @pytest.mark.parametrize("backend", ["opencv", "pil"])
 def test_pre_training_replaces_it(source, kind, backend, recwarn):
     before = two_views(source, backend=backend)[3, BAD]
-    assert before[2] == -1
+    assert before.replaced == -1
     damage(kind, Path(source.names[BAD]))
     images = two_views(source, backend=backend)
-    *views, replaced, label = images[3, BAD]
+    found = images[3, BAD]
     stand_in = list(images._candidates(3, BAD))[1]
-    assert replaced == BAD and label == source.labels[stand_in]
-    assert views[0].shape == (32, 32, 3) and not views[0].equal(before[0])
-    *again, _, _ = images[3, BAD]
-    *later, _, _ = images[4, BAD]
-    assert torch.stack(again).equal(torch.stack(views))
-    assert not torch.stack(later).equal(torch.stack(views))  # another epoch, another image
-    assert images[3, BAD - 1][2] == -1
+    assert found.replaced == BAD and found.label == source.labels[stand_in]
+    assert found.first.shape == (32, 32, 3) and not found.first.equal(before.first)
+    again, later = images[3, BAD], images[4, BAD]
+    assert again.first.equal(found.first) and again.second.equal(found.second)
+    assert not later.first.equal(found.first)  # another epoch, another image
+    assert not later.second.equal(found.second)
+    assert images[3, BAD - 1].replaced == -1
     assert not recwarn.list
 
 
@@ -123,7 +123,7 @@ def test_evaluations_name_it(source, kind):
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"])
 def test_the_content_counts_not_the_extension(source, kind):
     Path(source.names[BAD]).write_bytes(encoded((40, 40), kind))
-    assert two_views(source)[0, BAD][2] == -1
+    assert two_views(source)[0, BAD].replaced == -1
     assert np.asarray(source.read_image(BAD)).reshape(-1, 3).mean(0) == pytest.approx(
         [255, 0, 0], abs=3
     )
@@ -145,7 +145,7 @@ def test_a_bad_replacement_is_replaced_too(source):
     assert drawn[0] == BAD and drawn.index(7) > 1
     (image, _), used = images._decode_or_replace(0, BAD)
     assert np.array_equal(image, opencv.decode_array(source.read(7), "")) and used == 7
-    assert images[0, BAD][2:] == (BAD, source.labels[7])
+    assert images[0, BAD][2:4] == (BAD, source.labels[7])
     assert image.shape == (good.height, good.width, 3)
 
 
@@ -180,8 +180,9 @@ def test_workers_and_a_resume_replace_alike(source, tmp_path, monkeypatch):
         loader = build_pretraining_loader(config_for(tmp_path / "data", workers))
         loader.start_at(1, 4 * first)
         views, replaced = [], []
-        for ((*batch, third, _),) in loader:
-            views.append(torch.stack(batch))
+        for (batch,) in loader:
+            views.append(torch.stack([batch.first, batch.second]))
+            third = batch.replaced
             assert third.dtype == torch.int64 and third.shape == (4,)
             replaced.append(third)
         epochs.append((torch.stack(views), torch.stack(replaced)))
@@ -212,7 +213,7 @@ def test_a_damaged_member_of_a_zip_is_replaced(source, tmp_path, cache):
     break_member(tmp_path / "zips/train.zip", "class1/3.jpg")
     config = config_for(tmp_path / "zips", 2, zipped=True)
     config.DATA.CACHE_MODE = cache
-    found = torch.cat([third for ((_, _, third, _),) in build_pretraining_loader(config)])
+    found = torch.cat([b.replaced for (b,) in build_pretraining_loader(config)])
     assert sorted(found.tolist()) == [-1] * 23 + [BAD]
     with pytest.raises(UserError, match=r"train\.zip: cannot read class1/3\.jpg \(Bad CRC"):
         ZipSource(str(tmp_path / "zips"), "train").read_image(BAD)
@@ -236,9 +237,9 @@ def test_a_list_cannot_leave_its_zip(tmp_path, name):
         ZipSource(str(tmp_path), "train")
 
 
-def batch(replaced: torch.Tensor) -> list[torch.Tensor]:
-    """A batch whose views do not matter."""
-    return [torch.empty(0), torch.empty(0), replaced]
+def batch(replaced: torch.Tensor) -> Views:
+    """A batch of which nothing else matters."""
+    return Views(*[torch.empty(0)] * 2, replaced, *[torch.empty(0)] * 2)
 
 
 class Log(logging.Logger):

@@ -105,5 +105,5 @@ def test_a_custom_run_gets_other_views(imagenet):
     opts = ["AUG.SSL_AUG_TYPE", "custom", "AUG.VIEW2.GREY", "1.0", "DATA.NUM_WORKERS", "0"]
     config, _ = tiny("configs/moby_vit_tiny.yaml", "DATA.BATCH_SIZE", "4", *opts)
     config.DATA.DATA_PATH = str(imagenet)
-    ((first, second, _, _),) = next(iter(build_pretraining_loader(config)))
+    ((first, second, *_),) = next(iter(build_pretraining_loader(config)))
     assert (second == second[..., :1]).all() and not (first == first[..., :1]).all()

@@ -7,16 +7,18 @@ import torch
 from helpers import ROOT, TINY
 from torch.utils.data import default_collate
 
+from data.dataset import Views
 from data.loader import build_pretraining_loader
 from data.prefetch import FlatBatch, flatten, prefetch, unflatten
 from utils.config import load_config
 
 
-def samples(seed: int) -> list[tuple]:
+def samples(seed: int, draws: int = 0) -> list[Views]:
     """Two views of three images; their sizes are no multiples of what types align to."""
     generator = torch.Generator().manual_seed(seed)
     views = torch.randint(256, (3, 2, 5, 5, 3), generator=generator).byte()
-    return [(*pair, number - 1) for number, pair in enumerate(views)]
+    drawn = torch.rand(3, 2, draws, generator=generator)
+    return [Views(*views[n], n - 1, n + 7, drawn[n]) for n in range(3)]
 
 
 @pytest.fixture
@@ -48,6 +50,7 @@ def asked(monkeypatch) -> list:
     "batch",
     [
         samples(0),
+        samples(0, 5),
         [(torch.rand(3, 5, 5), number) for number in range(3)],
         [(torch.rand(3, 5, 5).half(), torch.rand(7).double()) for _ in range(3)],
         [(torch.rand(1, 1, 1).bool(), torch.tensor(True))],
@@ -58,6 +61,7 @@ def test_a_flat_batch_has_all_of_a_batch(batch):
     assert isinstance(flat, FlatBatch) and flat.memory.dtype == torch.uint8
     expected = default_collate(batch)
     found = unflatten(flat.memory.clone(), flat)
+    assert isinstance(found, Views) == isinstance(batch[0], Views)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.equal(theirs)
@@ -121,6 +125,6 @@ def test_batches_arrive_on_a_gpu():
     flat = [flatten(samples(number)) for number in range(20)]
     pinned = [[batch._replace(memory=batch.memory.pin_memory())] for batch in flat]
     for number, (batch,) in enumerate(prefetch(pinned)):
-        assert all(view.is_cuda for view in batch[:2]) and not batch[2].is_cuda
+        assert all(part.is_cuda != (name == "replaced") for name, part in batch._asdict().items())
         expected = default_collate(samples(number))
         assert all(a.cpu().equal(b) for a, b in zip(batch, expected, strict=True))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import arguments, assert_same, spawn, weights
+from helpers import arguments, assert_same, spawn, views_of, weights
 
 import main_pretrain
-from evaluation.online_probe import LABELS, MOMENTUM, RATE, OnlineProbe
+from evaluation.online_probe import MOMENTUM, RATE, OnlineProbe
 from models.momentum import Output
 from utils.errors import UserError
 
@@ -25,6 +25,11 @@ def source(labels, classes=3):
 def output(*views):
     zero = torch.zeros(())
     return Output(zero, zero, zero, (zero, zero), views)
+
+
+def labelled(labels):
+    """A batch of which nothing else matters."""
+    return views_of(labels, labels, labels)
 
 
 def probe_lines(folder):
@@ -65,7 +70,7 @@ def test_its_step_is_torch_s_own(process_group):
         views = [torch.randn(6, 5) * 3 + 7 for _ in range(2)]
         labels = torch.randint(0, 3, (6,))
         given = output(*views)
-        probe.learning(lambda _, given=given: given)([None] * LABELS + [labels])
+        probe.learning(lambda _, given=given: given)(labelled(labels))
         probe.step(torch.tensor(True))
 
         inputs = torch.cat([(v - v.mean(0)) / v.std(0, correction=0) for v in views])
@@ -87,7 +92,7 @@ def test_it_learns_classes_that_a_line_divides(process_group):
         view = torch.randn(32, 8)
         view[:, 0] += 6 * labels
         given = output(view, view)
-        probe.learning(lambda _, given=given: given)([None] * LABELS + [labels])
+        probe.learning(lambda _, given=given: given)(labelled(labels))
         probe.step(torch.tensor(True))
     assert given.figures["probe"] > 0.95
 
@@ -96,7 +101,7 @@ def test_a_skipped_update_leaves_it_as_it_was(process_group):
     probe = OnlineProbe(2, source([0, 1]), torch.device("cpu"))
     view = torch.full((4, 2), torch.nan)
     run = probe.learning(lambda _: output(view, view))
-    run([None] * LABELS + [torch.zeros(4, dtype=torch.long)])
+    run(labelled(torch.zeros(4, dtype=torch.long)))
     probe.step(torch.tensor(False))
     assert not probe.weight.any() and not probe.velocity.any()
 
@@ -110,7 +115,7 @@ def _learn_and_compare(rank: int) -> None:
     torch.manual_seed(rank)  # each has images of its own
     view = torch.randn(8, 4)
     run = probe.learning(lambda _: output(view, view))
-    run([None] * LABELS + [torch.randint(0, 2, (8,))])
+    run(labelled(torch.randint(0, 2, (8,))))
     probe.step(torch.tensor(True))
     both = [torch.empty_like(probe.weight) for _ in range(2)]
     torch.distributed.all_gather(both, probe.weight)

@@ -305,6 +305,7 @@ def watch_kept(update, log: DeviceLog) -> None:
 def updates(recipe: Recipe, config, mode: FakeTensorMode) -> Iterator[list]:
     """The micro-batches of three updates, on the device as the training loader gives them."""
     from data.augmentation import ViewParameters
+    from data.dataset import Views
     from data.device_views import pack
     from data.prefetch import FlatBatch, flatten, prefetch
 
@@ -314,10 +315,10 @@ def updates(recipe: Recipe, config, mode: FakeTensorMode) -> Iterator[list]:
         sample = {
             "probe": (view.permute(2, 0, 1).contiguous(), 1),
             "finetune": (torch.zeros(3, size, size), 1),
-        }.get(recipe.method, (view, view, -1, 1))
+        }.get(recipe.method, Views(view, view, -1, 1, torch.empty(0)))
         if config.DATA.BACKEND == "device":
             drawn = ViewParameters((0, 0, size, size), False, (), False, 0.0, False)
-            sample = (*sample, pack(drawn, 2.0), pack(drawn, 2.0))
+            sample = sample._replace(draws=pack(drawn, 2.0).expand(2, -1))
         flat = flatten([sample] * BATCH)
 
     def pinned() -> FlatBatch:

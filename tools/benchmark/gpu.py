@@ -215,10 +215,8 @@ def load(backend: str, args: argparse.Namespace) -> dict:
         rate = count / (time.perf_counter() - started)
     found = {"images_per_s": rate, "workers": workers}
     if backend == "device":
-        views, draws = (
-            [part.to(args.device) for part in parts] for parts in (batch[:2], batch[4:])
-        )
-        pairs = [(v.permute(0, 3, 1, 2), d) for v, d in zip(views, draws, strict=True)]
+        views = [view.to(args.device).permute(0, 3, 1, 2) for view in (batch.first, batch.second)]
+        pairs = list(zip(views, batch.draws.to(args.device).unbind(1), strict=True))
         seconds = compare(args.rounds, colours=lambda: [finish(*pair) for pair in pairs])
         found["colours_images_per_s"] = args.batch / seconds["colours"]
     return found
