@@ -1,7 +1,7 @@
 """Draw a small data set in ImageNet's layout: textured shapes whose colours mean nothing.
 
-A class has a shape and a texture. Colours, place, size, angle, scale of the texture, background
-and lighting are drawn anew for each image, alike for all classes.
+A class has a shape and a texture. Colours, place, size, tilt, scale of the texture, background and
+lighting are drawn anew for each image, alike for all classes.
 """
 
 import argparse
@@ -59,10 +59,10 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
     # a background of smooth patches around one tint
     coarse = tint(rng, rng.uniform(40, 215)) + rng.normal(0, 8, (3, 3, 3))
     image = cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
-    # coordinates around the object's centre, turned, in units of its radius
+    # coordinates around the object's centre, tilted, in units of its radius
     radius = short * rng.uniform(0.4, 0.5)
     cx, cy = (rng.uniform(0.65 * radius, side - 0.65 * radius) for side in (width, height))
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-0.5, 0.5)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     x, y = (x - cx) / radius, (y - cy) / radius
     u = np.cos(angle) * x + np.sin(angle) * y
@@ -74,7 +74,7 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
     first, second = tint(rng, levels[0]), tint(rng, levels[1])
     image = image * (1 - mask) + (first * light + second * (1 - light)) * mask
     # lighting falls off across the image, and the sensor adds noise
-    slope = rng.uniform(-0.3, 0.3, 2)
+    slope = rng.uniform(-0.4, 0.4, 2)
     yy, xx = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     image = image * (rng.uniform(0.7, 1.1) + slope[0] * xx + slope[1] * yy)[..., None]
     image += rng.normal(0, rng.uniform(2, 5), image.shape)
@@ -83,7 +83,7 @@ def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height:
 
 def tint(rng: np.random.Generator, level: float) -> np.ndarray:
     """A colour of about the given brightness, 0 to 255."""
-    return level + rng.normal(0, 30, 3)
+    return level + rng.normal(0, 45, 3)
 
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -110,9 +110,9 @@ def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray
     a, b = u / step + rng.uniform(0, 1), v / step + rng.uniform(0, 1)
     radius, turn = np.hypot(u, v) / step, np.arctan2(v, u) / (2 * np.pi)
     if texture == "stripes":
-        light = a % 1 < 0.5
+        light = a / 1.6 % 1 < 0.5
     elif texture == "checks":
-        light = (np.floor(2 * a) + np.floor(2 * b)) % 2
+        light = (np.floor(1.3 * a) + np.floor(1.3 * b)) % 2
     elif texture == "eye":
         light = np.hypot(u, v) < 0.7 * step
     elif texture == "rings":
@@ -122,7 +122,7 @@ def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray
     elif texture == "grid":
         light = np.minimum(a % 1, b % 1) < 0.25
     elif texture == "spokes":
-        light = 7 * turn % 1 < 0.5
+        light = 4 * turn % 1 < 0.5
     elif texture == "quarters":
         light = u * v > 0
     elif texture == "bricks":
