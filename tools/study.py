@@ -27,6 +27,7 @@ from tools import plot_run
 from tools.compare import as_csv, as_markdown, read_json
 from utils.arguments import number_in
 from utils.config import load_config
+from utils.distributed import processors
 from utils.errors import UserError
 from utils.run import aligned, run_script, write_text
 
@@ -94,6 +95,9 @@ class Runs:
         self.study, self.at_a_time = study, at_a_time
         self.stopped = False
         self._running: set[subprocess.Popen] = set()
+        # else the threads of one run would wait for those of another
+        threads = max(1, processors() // (at_a_time * study.processes))
+        self._environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
 
     def make(self, jobs: list[Job]) -> list[str]:
         """Make the runs; returns what went wrong, a line each.
@@ -139,7 +143,12 @@ class Runs:
         with open(log, "ab") as file:
             # in a session of its own, so that a Ctrl-C of the terminal comes from here alone
             process = subprocess.Popen(
-                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                start_new_session=True,
             )
             self._running.add(process)
             try:

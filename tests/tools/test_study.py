@@ -72,6 +72,21 @@ def test_parts_are_all_runs_once(tmp_path):
     assert sorted(taken) == sorted(folders)
 
 
+@pytest.mark.parametrize(
+    ("jobs", "processes", "own", "threads"),
+    [(2, 1, None, 4), (3, 2, None, 1), (16, 1, None, 1), (2, 1, "3", 3)],
+)
+def test_runs_share_the_processors(tmp_path, monkeypatch, jobs, processes, own, threads):
+    monkeypatch.setattr(study, "processors", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    runs = study.Runs(study.read_study(str(write(tmp_path, processes=processes))), jobs)
+    program = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    assert runs._run([sys.executable, "-c", program], tmp_path / "log") == 0
+    assert (tmp_path / "log").read_text() == f"{threads}\n"
+
+
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
     path = write(tmp_path)
     job = study.list_jobs(study.read_study(str(path)))[1]
