@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.dataset import Views
 from lr_scheduler import scaled_rates
 from main_pretrain import PARTS, forward_views
 from models.batch_norm import synchronize_batch_norm
@@ -168,11 +169,13 @@ def training_step(method: SynCo, level: str, args: argparse.Namespace) -> Callab
     forward = partial(forward_views, ddp, device, 0)
     size = (2, args.batch, args.size, args.size, 3)
     views = torch.randint(256, size, dtype=torch.uint8, device=device)
+    none = torch.full((args.batch,), -1)
+    batch = Views(views[0], views[1], replaced=none, label=none, draws=torch.empty(args.batch, 0))
     ddp.train()
 
     def step() -> None:
         method.update_key_encoder(0.99)
-        result = update([list(views)], forward)
+        result = update([batch], forward)
         method.enqueue(*result.outputs[0].keys, result.finite)
 
     return step
