@@ -59,12 +59,13 @@ class _BatchNormByGloo(torch.autograd.Function):
             # two processes gather in half the time that gloo takes to add
             sums = all_gather_batch(torch.stack([of_weight, of_bias])[None]).sum(0)
             mean_product, mean_own = sums / ctx.rows
-            # scale * (own - mean_own - (rows - mean) * deviation * mean_product), in two passes
-            scale = deviation * weight
-            slope = -scale * deviation * mean_product
-            start = -scale * mean_own - slope * mean
-            scale, slope, start = (v.view(-1, *[1] * (x.ndim - 2)) for v in (scale, slope, start))
-            of_x = torch.addcmul(start, rows, slope).addcmul_(own, scale).to(x.dtype)
+            mean, mean_own, slope, scale = (
+                v.view(-1, *[1] * (x.ndim - 2))
+                for v in (mean, mean_own, deviation * mean_product, deviation * weight)
+            )
+            # rows are centred first: their mean can be far larger than what they differ by
+            of_x = torch.addcmul(own, rows - mean, slope, value=-1).sub_(mean_own).mul_(scale)
+            of_x = of_x.to(x.dtype)
         return of_x, of_weight, of_bias, None, None, None, None
 
 

@@ -106,6 +106,8 @@ def filled_in(words: list[str], places: dict, folder) -> tuple[str, list[str]]:
         data_set = places["RETRIEVAL"]
     elif "davis" in arguments:
         data_set = places["DAVIS"]
+    elif "split_images" in module:  # it writes there
+        data_set = folder / "new"
     values = places | {
         "DATA": data_set,
         "FOLDER": folder / "new",

@@ -264,11 +264,11 @@ def fault(error: Exception) -> str | None:
         return f"out of memory, lower --batch-size ({text[:200]})"
     if lost_peer(error):
         return f"another process of the group died, or did not answer in time ({text[:200]})"
-    if isinstance(error, OSError):
-        return text
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+    # a worker that is killed while it hands over a batch resets the connection
+    dead = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
+    if dead or isinstance(error, ConnectionError):
         return f"a data worker died, as when memory runs out: lower DATA.NUM_WORKERS ({text[:200]})"
-    return None
+    return text if isinstance(error, OSError) else None
 
 
 def _fail(message: str) -> None:

@@ -30,6 +30,7 @@ from utils.run import fault, log_table, run_script, start, write_config
         (dist.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (RuntimeError("DataLoader worker (pid 3) exited unexpectedly"), 1, "a data worker died"),
+        (ConnectionResetError(104, "Connection reset by peer"), 1, "a data worker died"),
         (RuntimeError("Connection closed by peer [1]"), 2, "another process of the group died"),
         (RuntimeError("Connection closed by peer [1]"), 1, None),
         (dist.DistNetworkError("x"), 1, "another process of the group died"),
