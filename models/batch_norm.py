@@ -18,7 +18,7 @@ class _BatchNormByGloo(torch.autograd.Function):
     """BatchNorm with the statistics of all processes, for any device and group.
 
     Each direction exchanges once: a wait for the other processes costs more than what is sent.
-    What lies between is done by torch's own kernels, on the CPU six times as fast as step by step.
+    What lies between is done by torch's own kernels, several times as fast as step by step.
     """
 
     @staticmethod
