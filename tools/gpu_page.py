@@ -5,6 +5,7 @@ python -m tools.gpu_page gpu.md
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tools.benchmark.gpu import table
+from utils.distributed import processors
 
 ROOT = Path(__file__).parent.parent
 LINES = 200  # of the tests' output that the page has at most
@@ -25,14 +27,17 @@ def main() -> None:
     parser.add_argument("page", help="the Markdown file to write")
     parser.add_argument("--batch", type=int, default=128, help="images of an update (128)")
     parser.add_argument("--encoders", nargs="+", default=["vit_small", "swin_tiny"])
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="of which files (tests)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, also on a CPU")
     args = parser.parse_args()
     if not args.quick and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device here")
 
-    tests = run(
-        "pytest", "-m", "gpu", "-rfEs", "--tb=short", "--show-capture=no", "tests/test_gpu.py"
-    )
+    # tests of tiny runs leave a GPU idle for most of the time
+    at_a_time = str(min(processors(), 12))
+    options = ["-m", "gpu", "-n", at_a_time, "--dist", "worksteal"]
+    options += ["-rfEs", "--tb=short", "--show-capture=no"]
+    tests = run("pytest", *options, *args.tests, OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.json")
         options = ["--batch", str(args.batch), "--encoders", *args.encoders, "--json", str(path)]
@@ -44,11 +49,16 @@ def main() -> None:
     sys.exit(1 if tests.returncode or benchmark.returncode else 0)
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
+def run(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """Run a module, and show its output as it comes; ``stdout`` has it too."""
     command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         lines = []
         for line in process.stdout or ():
