@@ -179,7 +179,7 @@ def main() -> None:
         if config.THROUGHPUT_MODE:
             ddp.train()
             step = partial(update, forward=forward)
-            return measure_throughput(loader, loader.size, step, run)
+            return measure_throughput(loader, loader.size, loader.ahead, step, run)
 
         def came_from() -> dict[str, Any]:
             return provenance | moment(run.device, run.started)

@@ -100,7 +100,7 @@ def main() -> None:
             start_from(weights, model, run)
         if config.THROUGHPUT_MODE:
             step = single_update(config, ddp, update, run)
-            return measure_throughput(loader, loader.size, step, run)
+            return measure_throughput(loader, loader.size, loader.ahead, step, run)
         if config.EVAL_MODE:
             return evaluate(model, loader, run)
         if args.dry_run:

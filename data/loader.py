@@ -117,6 +117,12 @@ class TrainingLoader(DataLoader):
     def __len__(self) -> int:
         return self.size.updates
 
+    @property
+    def ahead(self) -> int:
+        """Updates that are read before they are asked for, at most."""
+        batches = self.num_workers * (self.prefetch_factor or 0)
+        return -(-batches // self.batch_sampler.multiple) + self.pin_memory
+
     def __iter__(self) -> Iterator[list[Any]]:  # type: ignore[override]
         if not self.pin_memory:
             return self._updates()

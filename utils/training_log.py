@@ -348,22 +348,31 @@ def collapsed(feature_std: float, dim: int) -> bool:
 
 
 def measure_throughput(
-    updates: Iterable[B], size: EpochSize, update: Callable[[B], object], run: Run
+    updates: Iterable[B], size: EpochSize, ahead: int, update: Callable[[B], object], run: Run
 ) -> None:
     """Log images per second of the loader alone and of the update alone.
 
     Args:
         updates: the micro-batches of each update.
         size: images of an update.
+        ahead: updates that were read before they are asked for: they say nothing of the speed.
         update: one update from its micro-batches.
         run: device and log.
     """
     batches = iter(updates)
     micro_batches = next(batches)
+    for _ in itertools.islice(batches, ahead):
+        pass
     started = time.monotonic()
     loaded = size.images_per_update * sum(1 for _ in itertools.islice(batches, THROUGHPUT_STEPS))
     if loaded:
         run.logger.info("loader: %.1f images/s", loaded / max(1e-6, time.monotonic() - started))
+    else:
+        run.logger.info(
+            "loader: not measured, since the %d updates of an epoch are all read ahead: lower "
+            "DATA.NUM_WORKERS, or take more images",
+            size.updates,
+        )
     for step in range(-3, THROUGHPUT_STEPS):
         if step == 0:  # warmed up
             synchronize(run.device)

@@ -436,9 +436,12 @@ def test_the_loader_of_training(imagenet, process_group, monkeypatch):
     assert loader.num_workers == 2 and loader.persistent_workers and loader.prefetch_factor == 4
     assert len(loader) == 6 and (loader.size.images, loader.size.images_per_update) == (24, 4)
     assert loader.worker_init_fn.func.__name__ == "_start_shielded"
+    assert loader.ahead == 8
+    config.TRAIN.ACCUMULATION_STEPS = 3
+    assert build_pretraining_loader(config).ahead == 3
     config.DATA.NUM_WORKERS = 0
     alone = build_pretraining_loader(config, "val")
-    assert not alone.persistent_workers and alone.prefetch_factor is None
+    assert not alone.persistent_workers and alone.prefetch_factor is None and alone.ahead == 0
     assert (loader.dataset.replacements, alone.dataset.replacements) == (8, 0)
 
 

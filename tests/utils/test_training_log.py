@@ -87,7 +87,8 @@ def test_the_text_of_a_line(tmp_path, caplog, monkeypatch):
     ends = datetime(2026, 11, 26, 3, 12, 30)
     # 9 updates are left, of 1000 s each
     monkeypatch.setattr("utils.training_log.time.time", lambda: ends.timestamp() - 9000)
-    monkeypatch.setattr("utils.training_log.time.monotonic", lambda: log._line_started + 1000)
+    log._epoch_started = log._line_started = 5.0  # to which 1000 adds without rounding
+    monkeypatch.setattr("utils.training_log.time.monotonic", lambda: 1005.0)
     with caplog.at_level(logging.INFO):
         log.record(result_of(1.5), {})
         log.end_epoch({"knn": 0.5})
@@ -149,7 +150,7 @@ def test_speed_of_loader_and_update(monkeypatch, caplog):
 
     def updates():
         for number in range(10):
-            now[0] += 0.5
+            now[0] += 0.5 if number > 3 else 0.01  # which were there
             yield [number]
 
     def update(micro_batches):
@@ -158,12 +159,16 @@ def test_speed_of_loader_and_update(monkeypatch, caplog):
 
     run = SimpleNamespace(logger=logging.getLogger("speed"), device=torch.device("cpu"))
     with caplog.at_level(logging.INFO):
-        measure_throughput(updates(), EpochSize(100, 8), update, run)
+        measure_throughput(updates(), EpochSize(100, 8), 3, update, run)
     assert made == [[0]] * 8  # three of them to warm up
     assert [r.getMessage() for r in caplog.records] == [
         "loader: 16.0 images/s",
         "update: 2.0 images/s, 4.0000 s an update",
     ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        measure_throughput(updates(), EpochSize(80, 8), 9, update, run)
+    assert caplog.messages[0].startswith("loader: not measured, since the 10 updates of an epoch")
 
 
 def test_the_place_in_the_epochs():

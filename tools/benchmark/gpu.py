@@ -208,13 +208,13 @@ def load(backend: str, args: argparse.Namespace) -> dict:
         folder = Path(root, "train", "class0")
         folder.mkdir(parents=True)
         files = photographs(args.images)
-        for number in range(args.batch * (6 * workers + args.rounds)):
+        for number in range(args.batch * (8 * workers + args.rounds)):
             path, first = folder / f"{number}.jpg", folder / f"{number % len(files)}.jpg"
             path.write_bytes(files[number]) if path == first else path.hardlink_to(first)
         loader = build_pretraining_loader(config)
         loader.start_at(0, 0)
         updates = iter(loader)
-        for _ in range(2 * workers):  # which they read ahead
+        for _ in range(1 + loader.ahead):
             batch = next(updates)[0]
         started = time.perf_counter()
         count = sum(len(micro[0]) for update in updates for micro in update)
