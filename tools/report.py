@@ -96,7 +96,7 @@ def main() -> None:
         accuracy(figures),
         Section("Course of the run", attempt(lambda: course(folder))),
         *pictures(config, run),
-        Section("Figures", of_table(figures)),
+        Section("Figures", attempt(lambda: of_table(figures))),
         settings(config),
     ]
     out = args.out or os.path.join(run.folder, "index.html")
@@ -145,8 +145,8 @@ def picture(image: Image.Image | Figure, caption: str) -> str:
 
 def facts(config: Any, run: Compared, since: float | None) -> list[str]:
     """What was done, in one or two lines."""
-    data = f"{config.DATA.DATASET} in {config.DATA.DATA_PATH}"
-    lines = [f"{config.TRAIN.EPOCHS} epochs on {data} at {config.DATA.IMG_SIZE} pixels, no labels."]
+    data = f"the images of {config.DATA.DATA_PATH} at {config.DATA.IMG_SIZE} pixels"
+    lines = [f"{config.TRAIN.EPOCHS} epochs on {data}, no labels."]
     if since is not None:
         lines.append(f"{time.time() - since:.0f} seconds from the first command to this page.")
     return lines
@@ -159,7 +159,7 @@ def accuracy(figures: dict[str, Compared]) -> Section:
     shared = sorted(set.intersection(*map(set, found.values()))) if found else []
     title = "Accuracy"
     if not shared:
-        text = "Left out: no k-NN figures, eval_knn.py writes them into the run folder."
+        text = "Left out: no k-NN figures. If the images have classes, eval_knn.py gives them."
         return Section(title, f'<p class="left-out">{text}</p>')
     k = 20 if 20 in shared else shared[0]
     bars = {name: values[k] for name, values in sorted(found.items(), key=lambda i: i[1][k])}
@@ -272,6 +272,8 @@ def spread(source: ImageSource, most: int) -> ImageSource:
 def of_table(figures: dict[str, Compared]) -> str:
     """The table of ``tools.compare``."""
     rows = table(list(figures), list(figures.values()))
+    if len(rows) == 1:
+        raise UserError("no evaluation has written results.json into the run folder")
     notes = "".join(f"<p>{html.escape(line)}</p>" for line in remarks(rows))
     return as_html(rows) + notes
 

@@ -72,6 +72,7 @@ def test_an_encoder_without_a_class_token_shows_similarity(run_main, imagenet, t
     page = make(run_main, tmp_path / "m/default", tmp_path / "page.html")
     assert "Where the feature of the image comes from." in pictures(page)
     assert "Left out: no k-NN figures" in page
+    assert "Left out: no evaluation has written results.json" in page
 
 
 def test_without_images_the_page_says_so(run_main, trained, tmp_path):
