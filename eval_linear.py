@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,8 +38,10 @@ from evaluation.protocols import (
     apply_protocol,
     choose_protocol,
     choose_tokens,
+    differing,
     head_schedule,
     set_aside,
+    settings,
 )
 from lr_scheduler import build_scheduler, scaled_rates
 from models import build_encoder
@@ -60,7 +63,16 @@ from utils.distributed import data_parallel, rank
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, locate, warn_of_changes
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, keep_precision, log_table, run_script, start, write_config, write_results
+from utils.run import (
+    Run,
+    in_effect,
+    keep_precision,
+    log_table,
+    run_script,
+    start,
+    write_config,
+    write_results,
+)
 from utils.seed import seed_libraries
 from utils.signals import StopSignals, end_stopped
 from utils.training_log import TrainingLog, duration, measure_throughput
@@ -108,6 +120,7 @@ def main() -> None:
         config, rates = apply_protocol(asked, protocol, given, args.lr)
         frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
         kind = "linprob" if frozen else "ft"
+        kind += "_lbfgs" if args.probe == "lbfgs" else ""
         kind += subset_suffix(args.subset)
         folder = os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
         run = start(config, folder, trains=not (frozen or config.EVAL_MODE))
@@ -142,6 +155,7 @@ def main() -> None:
         # an interrupted run is continued only by one that agrees in these
         identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
         identity |= {"select": args.select, "subset": args.subset, **how}
+        identity |= {"data": data["digest"], "settings": settings(config, drop, args.layer_decay)}
         saved = find_checkpoint(config, identity, run)
         if saved and not frozen:
             run = keep_precision(run, config, *saved)
@@ -155,7 +169,7 @@ def main() -> None:
 
         scaled = scaled_rates(config, loader.size.images_per_update)
         derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
-        effective = write_config(config, run.folder, derived | scaled.by_key())
+        effective = in_effect(config, derived | scaled.by_key())
         groups = weight_groups(config, model, rates, args.layer_decay, protocol.group)
         optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
         schedules = [head_schedule(scaled, rate) for rate in rates] if frozen else [scaled]
@@ -176,6 +190,8 @@ def main() -> None:
         provenance = gather_provenance(effective, run.device, origin, data)
         progress, judged, resumed_from = resume(saved, effective, model, update, loader, run, rates)
         saved = None  # its tensors take memory
+        run = replace(run, config=effective)
+        write_config(effective, run.folder)
         if config.THROUGHPUT_MODE:
             ddp.train()
             step = partial(update, forward=forward)
@@ -274,7 +290,9 @@ def find_checkpoint(
     older = {"protocol": BEFORE[config.LINEAR_EVAL.WEIGHTS].name}
     for path in dict.fromkeys(filter(None, (found, named))):
         state = older | read_checkpoint(path, run.device)
-        other = [name for name, value in identity.items() if state.get(name) != value]
+        other = differing(identity, state)
+        if state.get("epoch", 0) >= config.TRAIN.EPOCHS:
+            other.append("TRAIN.EPOCHS")
         if not other:
             return path, state
         if path == named:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from lr_scheduler import Rates
 from models.encoder import Backbone
 from models.patch_features import ClassTokens, has_class_token
 from utils.arguments import number_in
-from utils.config import with_values
+from utils.config import as_dict, leaves, with_values
 from utils.errors import UserError
 
 
@@ -224,3 +225,32 @@ def set_aside(train: ImageSource, seed: int) -> tuple[PartOfSource, PartOfSource
     held_out = hold_out(torch.tensor(train.labels), seed, 10)
     kept, aside = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
     return PartOfSource(train, kept.tolist()), PartOfSource(train, aside.tolist())
+
+
+# what changes the figures; batches may change, and more epochs may follow
+SETTINGS = re.compile(
+    r"SEED|DATA\.(IMG_SIZE|INTERPOLATION)|TEST\.CROP|MODEL\.(LABEL_SMOOTHING|DROP_RATE)"
+    r"|TRAIN\.(WARMUP_EPOCHS|WEIGHT_DECAY|WARMUP_LR|MIN_LR|CLIP_GRAD|OPTIMIZER\..*)"
+    r"|TRAIN\.LR_SCHEDULER\..*"
+)
+AUGMENTATION = re.compile(r"AUG\.(?!SSL|VIEW).*")  # of fine-tuning
+
+
+def settings(config: CfgNode, drop_path_rate: float, layer_decay: float) -> dict[str, Any]:
+    """The settings of an evaluation on which its figures depend, by name."""
+    frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
+    found: dict[str, Any] = {"--drop-path-rate": drop_path_rate}
+    found |= {} if frozen else {"--layer-decay": layer_decay}
+    for key, value in leaves(as_dict(config)):
+        if SETTINGS.fullmatch(key) or (not frozen and AUGMENTATION.fullmatch(key)):
+            found[key] = value
+    return found
+
+
+def differing(identity: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    """The names of what a checkpoint's identity has otherwise; an older one has not all."""
+    known = {name: identity[name] for name in ("data", "settings")} | state
+    names = [name for name, value in identity.items() if known.get(name) != value]
+    if names == ["settings"] and isinstance(known["settings"], dict):
+        names = [k for k, v in identity["settings"].items() if known["settings"].get(k) != v]
+    return [name for name in names if name != "settings" or len(names) == 1]

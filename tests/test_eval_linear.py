@@ -407,24 +407,27 @@ def test_swin_is_fine_tuned(run_main, tinted, tmp_path):
 
 def test_lbfgs(run_main, tinted, tmp_path):
     run_main(eval_linear, *arguments(tinted, tmp_path, "--probe", "lbfgs", "--num-l2", "6"))
-    found = results(tmp_path)
+    found = results(tmp_path, "linprob_lbfgs")
     assert found["probe"] == "lbfgs" and found["converged"] is True
     assert found["protocol"] == {"name": "lbfgs", "image_size": 32}
     assert 0 <= found["gradient_norm"] < 1e-3 and found["l2"] > 0
     chosen = {"epoch": None, "lr": None, "selected_on": "train"}
     assert found["best"] == {"value": 100.0, **chosen}
     assert found["last"].items() >= {"value": 100.0, "top1": 100.0, **chosen}.items()
-    run_main(eval_linear, *arguments(tinted, tmp_path, "--eval", random=False))
-    assert "top1 value 100.0000" in (folder(tmp_path) / "eval" / "log_rank0.txt").read_text()
+    given = ("--eval", "--probe", "lbfgs")
+    run_main(eval_linear, *arguments(tinted, tmp_path, *given, random=False))
+    log = folder(tmp_path, "linprob_lbfgs") / "eval" / "log_rank0.txt"
+    assert "top1 value 100.0000" in log.read_text()
 
 
 def test_eval_judges_the_heads_that_were_probed(run_main, tinted, tmp_path):
     """best.pth tells them, the shapes do not."""
     probe = ("--probe", "lbfgs", "--num-l2", "3")
     run_main(eval_linear, *arguments(tinted, tmp_path, *probe, opts=["MODEL.NUM_HEADS", "8"]))
-    assert checkpoint(tmp_path, name="best.pth")["provenance"]["network"]["num_heads"] == 8
-    loss = results(tmp_path)["last"]["loss"]
-    path = folder(tmp_path) / "best.pth"
+    kind = "linprob_lbfgs"
+    assert checkpoint(tmp_path, kind, "best.pth")["provenance"]["network"]["num_heads"] == 8
+    loss = results(tmp_path, kind)["last"]["loss"]
+    path = folder(tmp_path, kind) / "best.pth"
     given = ("--eval", "--resume", path)
     run_main(eval_linear, *arguments(tinted, tmp_path / "b", *given, random=False))
     said = re.findall(r"loss ([\d.]+)", (folder(tmp_path / "b") / "eval/log_rank0.txt").read_text())
@@ -439,7 +442,7 @@ def test_several_labels_an_image(run_main, tmp_path, probe):
     write_tiny("voc2007", str(tmp_path / "data"))
     flags = ["--dataset", "voc2007", "--probe", probe, "--num-l2", "3", "--lr", "30"]
     run_main(eval_linear, *arguments(tmp_path / "data", tmp_path, *flags))
-    found = results(tmp_path, "linprob", "voc2007")
+    found = results(tmp_path, "linprob" if probe == "sgd" else "linprob_lbfgs", "voc2007")
     assert found["metric"] == "mAP" and 0 < found["best"]["value"] <= 100
     assert found["last"]["top1"] is None and found["last"]["loss"] > 0
 
@@ -501,7 +504,7 @@ def test_a_class_without_test_images_does_not_renumber_the_others(run_main, tint
     shutil.copytree(tinted, data)
     shutil.rmtree(data / "val" / "class1")
     run_main(eval_linear, *arguments(data, tmp_path, "--probe", "lbfgs", "--num-l2", "6"))
-    assert results(tmp_path)["best"]["value"] == 100
+    assert results(tmp_path, "linprob_lbfgs")["best"]["value"] == 100
 
 
 @pytest.mark.parametrize("wrong", ["of pre-training", "of other classes"])
@@ -532,20 +535,21 @@ def test_features_that_are_not_finite_are_named(run_main, tinted, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["linprob", "ft", "lbfgs"])
+@pytest.mark.parametrize("kind", ["linprob", "ft", "linprob_lbfgs"])
 def test_processes_agree(tinted, tmp_path, kind):
     """Two processes of batch 8 against one of 16."""
     opts = FINETUNE if kind == "ft" else []
     # what each process draws for its own images is not compared
     opts = [*opts, "AUG.MIXUP", "0", "AUG.CUTMIX", "0", "TRAIN.EPOCHS", "2"]
-    flags = ["--probe", "lbfgs", "--num-l2", "4"] if kind == "lbfgs" else ["--drop-path-rate", "0"]
+    flags = ["--probe", "lbfgs", "--num-l2", "4"]
+    flags = flags if kind == "linprob_lbfgs" else ["--drop-path-rate", "0"]
     found = []
     for processes, batch in ((0, "16"), (2, "8")):
         output = tmp_path / str(processes)
         given = arguments(tinted, output, *flags, opts=[*opts, "DATA.BATCH_SIZE", batch])
         done = run_forked("eval_linear.py", *given, processes=processes)
         assert done.returncode == 0, done.stdout
-        found.append(results(output, "ft" if kind == "ft" else "linprob"))
+        found.append(results(output, kind))
     assert found[0]["last"]["loss"] == pytest.approx(found[1]["last"]["loss"], rel=2e-3)
     assert found[0]["best"]["value"] == pytest.approx(found[1]["best"]["value"], abs=9)
 
@@ -678,3 +682,34 @@ def test_best_pth_is_what_results_call_best_after_a_kill(
     assert results(tmp_path)["best"]["epoch"] == best["epoch"] == epoch
     for name in ("weight", "bias"):
         assert best["model"][f"heads.0.{name}"].equal(state["model"][f"heads.0.{name}"])
+
+
+OTHERS = {
+    "images": ([], [], "data"),
+    "crop": ([], ["TEST.CROP", "False"], "TEST.CROP"),
+    "stochastic depth": (["--drop-path-rate", "0.5"], [], "--drop-path-rate"),
+    "fewer epochs": ([], ["TRAIN.EPOCHS", "2"], "TRAIN.EPOCHS"),
+    "seed of a part": (["--select", "held-out"], ["SEED", "1"], "encoder"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_figures_of_other_images_or_settings_are_not_taken_over(run_main, tinted, tmp_path, case):
+    flags, opts, named = OTHERS[case]
+    kept = ["--select", "held-out"] if "--select" in flags else []
+    run_main(eval_linear, *arguments(tinted, tmp_path, *kept))
+    data = tinted
+    if case == "images":
+        data = tmp_path / "data"
+        shutil.copytree(tinted, data)
+        (data / "val/class0/0.png").rename(data / "val/class0/x.png")
+    run_main(eval_linear, *arguments(data, tmp_path, *flags, opts=opts))
+    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert f"is of another {named}: starting anew" in log and "resumed from" not in log
+
+
+def test_logistic_regression_leaves_the_probe_by_steps(run_main, tinted, tmp_path):
+    run_main(eval_linear, *arguments(tinted, tmp_path))
+    before = results(tmp_path), (folder(tmp_path) / "best.pth").read_bytes()
+    run_main(eval_linear, *arguments(tinted, tmp_path, "--probe", "lbfgs", "--num-l2", "2"))
+    assert (results(tmp_path), (folder(tmp_path) / "best.pth").read_bytes()) == before
