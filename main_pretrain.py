@@ -37,9 +37,16 @@ from utils.arguments import add_tracker_arguments, number_in, parse_arguments
 from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
 from utils.distributed import data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
-from utils.progress import Checkpoints, Progress, images_per_update, locate, warn_of_changes
+from utils.progress import (
+    Checkpoints,
+    Progress,
+    images_per_update,
+    locate,
+    warn_of_changes,
+    warn_of_settings,
+)
 from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, keep_precision, run_script, start, write_config
+from utils.run import Run, in_effect, keep_precision, run_script, start, write_config
 from utils.seed import seed_step
 from utils.signals import StopSignals, end_stopped
 from utils.training_log import TrainingLog, duration, measure_throughput
@@ -86,14 +93,17 @@ def main() -> None:
         # ``effective`` is ``config`` with what follows from it and the run, such as scaled rates
         rates = scaled_rates(config, loader.size.images_per_update)
         derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
-        effective = write_config(config, run.folder, derived | rates.by_key())
+        effective = in_effect(config, derived | rates.by_key())
         optimizer = build_optimizer(config, model, rates.base)
         scheduler = build_scheduler(config, optimizer, rates, loader.size.updates)
         parts = {name: getattr(model, name) for name in PARTS}
         update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
         describe(effective, model, loader, run)
 
-        progress, resumed_from = resume(saved, effective, model, update, loader, run)
+        progress, resumed_from = resume(saved, effective, model, update, loader, data, run)
+        total_steps = config.TRAIN.EPOCHS * loader.size.updates
+        if progress.step < total_steps:  # else it says how the run was made
+            write_config(effective, run.folder)
         probe = build_probe(config, model, source, run, saved)
         saved = None  # its tensors take memory
         if weights and not resumed_from:
@@ -102,6 +112,8 @@ def main() -> None:
             step = single_update(config, ddp, update, run)
             return measure_throughput(loader, loader.size, loader.ahead, step, run)
         if config.EVAL_MODE:
+            if not resumed_from and not weights:
+                raise UserError(f"{run.config.OUTPUT}: no checkpoint to evaluate: see --tag")
             return evaluate(model, loader, run)
         if args.dry_run:
             val = partial(build_source, config, "val", cache_mode="no")
@@ -123,7 +135,6 @@ def main() -> None:
         log = TrainingLog(config, run, progress, [optimizer], dim=model.dim, queues=model.queues())
         signals.training(config.DIST_TIMEOUT)
         base_momentum = config.MODEL.CONTRAST_MOMENTUM
-        total_steps = config.TRAIN.EPOCHS * loader.size.updates
         watch = log.watch
         if args.profile:
             from utils.profiling import Profile  # only here: few runs need it
@@ -303,6 +314,7 @@ def resume(
     model: MomentumMethod,
     update: Update,
     loader: TrainingLoader,
+    data: dict[str, Any],
     run: Run,
 ) -> tuple[Progress, str | None]:
     """Continue from the checkpoint that was saved; returns the place, and the path if there is one.
@@ -320,6 +332,7 @@ def resume(
     progress = locate(state, loader.size)
     if not effective.EVAL_MODE:  # whose images are others anyway
         warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
+        warn_of_settings(state, path, effective, data["digest"], run.logger)
     run.logger.info("resumed from %s at update %d", path, progress.step)
     return progress, path
 
@@ -344,7 +357,7 @@ def build_probe(
 
 @torch.no_grad()
 def evaluate(model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
-    """Log the loss of two views of the val images, without an update."""
+    """Log the loss of two views of the val images in whole batches, without an update."""
     model.eval()
     sums, batches = torch.zeros(3, device=run.device), 0
     for micro_batches in loader:
@@ -355,7 +368,9 @@ def evaluate(model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
             sums += torch.stack([output.loss, output.accuracy, output.positive])
             batches += 1
     loss, accuracy, positive = mean_over_processes(sums / batches).tolist()
-    run.logger.info("Eval: loss %.4f accuracy %.4f positive %.4f", loss, accuracy, positive)
+    images = loader.size.updates * loader.size.images_per_update
+    said = f"Eval: loss {loss:.4f} accuracy {accuracy:.4f} positive {positive:.4f}"
+    run.logger.info(f"{said} of {images} of {loader.size.images} images")
 
 
 def single_update(

@@ -240,9 +240,15 @@ def test_throughput_and_eval_save_nothing(run_main, imagenet, tmp_path, monkeypa
     run_main(main_pretrain, "--throughput", *opts)
     log = (tmp_path / "run/default/throughput/log_rank0.txt").read_text()
     assert "loader: " in log and "update: " in log
-    run_main(main_pretrain, "--eval", *opts, "DATA.BATCH_SIZE", "3")
-    assert "Eval: loss" in (tmp_path / "run/default/eval/log_rank0.txt").read_text()
     assert not list((tmp_path / "run/default").rglob("*.pth"))
+    with pytest.raises(UserError, match="run/default: no checkpoint to evaluate"):
+        run_main(main_pretrain, "--eval", *opts)
+    run_main(main_pretrain, *opts, "TRAIN.EPOCHS", "1")
+    files = set((tmp_path / "run/default").rglob("*.pth"))
+    run_main(main_pretrain, "--eval", *opts, "DATA.BATCH_SIZE", "3")
+    log = (tmp_path / "run/default/eval/log_rank0.txt").read_text()
+    assert "Eval: loss" in log and "of 6 of 7 images" in log
+    assert set((tmp_path / "run/default").rglob("*.pth")) == files
 
 
 MISTAKES = {
@@ -352,3 +358,51 @@ def test_float16_scales_the_loss(process_group):
     assert not update(batch).finite
     assert weight.equal(before)
     assert precision.scaler.get_scale() == 2.0**59
+
+
+def changed(run_main, imagenet, output, *opts) -> str:
+    """What the log says of a run that goes on with other settings."""
+    run_main(main_pretrain, *arguments("moby", imagenet, output, *opts))
+    return (output / "run/default/log_rank0.txt").read_text()
+
+
+def test_a_run_goes_on_with_the_settings_that_it_is_given_and_says_so(run_main, imagenet, tmp_path):
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", "1"))
+    log = changed(run_main, imagenet, tmp_path, "TRAIN.WEIGHT_DECAY", "0.5")
+    said = "TRAIN.EPOCHS 1, now 2; TRAIN.WEIGHT_DECAY 0.05, now 0.5"
+    assert f"was written with other settings: {said}" in log and "other images" not in log
+    groups = weights(tmp_path)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+
+
+def test_a_finished_run_keeps_its_config(run_main, imagenet, tmp_path):
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", "1"))
+    config = tmp_path / "run/default/config.json"
+    before = config.read_bytes()
+    opts = ("TRAIN.EPOCHS", "1", "MODEL.CONTRAST_TEMPERATURE", "0.07")
+    log = changed(run_main, imagenet, tmp_path, *opts)
+    assert "MODEL.CONTRAST_TEMPERATURE 0.2, now 0.07" in log
+    with pytest.raises(UserError, match="bylo"):
+        changed(run_main, imagenet, tmp_path, "MODEL.TYPE", "bylo")
+    assert config.read_bytes() == before
+
+
+def test_other_images_are_told_by_their_names(run_main, imagenet, tmp_path):
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", "1"))
+    data = tmp_path / "data"
+    shutil.copytree(imagenet, data)
+    (data / "train/class0/0.jpg").rename(data / "train/class0/x.jpg")
+    log = changed(run_main, data, tmp_path)
+    assert "was written with other images: their names or labels differ" in log
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(run_main, imagenet, tmp_path):
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", "1"))
+    with pytest.raises(UserError, match=r"another optimizer \(it has \['betas'\], not \['momentum"):
+        changed(run_main, imagenet, tmp_path, "TRAIN.OPTIMIZER.NAME", "sgd")
+
+
+def test_a_run_goes_on_where_the_file_that_it_began_from_is_gone(run_main, imagenet, tmp_path):
+    run_main(main_pretrain, *arguments("moby", imagenet, tmp_path, "TRAIN.EPOCHS", "1"))
+    log = changed(run_main, imagenet, tmp_path, "MODEL.RESUME", tmp_path / "gone.pth")
+    assert "continuing from the run's own" in log and weights(tmp_path)["epoch"] == 1

@@ -11,12 +11,12 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tools.plot_run import run_names
+from utils.config import leaves
 from utils.errors import UserError
 from utils.run import aligned, run_script, write_text
 
@@ -133,15 +133,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def as_dict(value: Any) -> dict[str, Any]:
     """``value`` if it is a dictionary; older results have no ``provenance``."""
     return value if isinstance(value, dict) else {}
-
-
-def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dictionaries by dotted names."""
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def table(names: list[str], runs: list[Compared]) -> list[list[str]]:

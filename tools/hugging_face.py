@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from yacs.config import CfgNode
 
@@ -17,8 +17,9 @@ from data.augmentation import INTERPOLATION, MEAN, STD
 from models import METHODS
 from models.swin import SwinTransformer, microsoft_weights
 from models.vit import VisionTransformer
-from tools.compare import CONFIG, RESULTS, leaves, read_json, read_run
-from utils.config import KEYS
+from tools.compare import CONFIG, RESULTS, read_json, read_run
+from utils.checkpoint import replacing
+from utils.config import KEYS, leaves
 from utils.errors import UserError
 from utils.run import write_text
 
@@ -39,7 +40,8 @@ def write_folder(
     """Write model.safetensors with its header, files of JSON by their names, and README.md."""
     os.makedirs(path, exist_ok=True)
     contiguous = {name: value.contiguous() for name, value in weights.items()}
-    save_file(contiguous, os.path.join(path, "model.safetensors"), dict(header))
+    with replacing(os.path.join(path, "model.safetensors")) as file:
+        file.write(save(contiguous, dict(header)))
     for name, content in files.items():
         write_text(os.path.join(path, name), json.dumps(content, indent=2) + "\n")
     write_text(os.path.join(path, "README.md"), card)

@@ -1,12 +1,12 @@
 """Checking that all processes run the same program on the same data, before it would hang."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config import as_dict
+from utils.config import as_dict, leaves
 from utils.distributed import all_gather_objects
 from utils.errors import UserError
 
@@ -42,8 +42,7 @@ def check_agreement(
 
 def configuration_facts(config: CfgNode) -> dict[str, object]:
     """Each key of the configuration with its value, except those that may differ."""
-    leaves = dict(_leaves(as_dict(config), ""))
-    return {key: value for key, value in leaves.items() if key not in LOCAL_KEYS}
+    return {k: repr(v) for k, v in leaves(as_dict(config)) if k not in LOCAL_KEYS}
 
 
 def code_facts() -> dict[str, object]:
@@ -65,11 +64,3 @@ def digest(parts: Iterable[str | bytes]) -> str:
         total.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
         total.update(b"\0")
     return total.hexdigest()[:16]
-
-
-def _leaves(node: dict, prefix: str) -> Iterator[tuple[str, str]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, repr(value)

@@ -160,7 +160,8 @@ def checkpoint_to_resume(config: CfgNode, folder: str, logger: logging.Logger) -
     found = None
     if config.TRAIN.AUTO_RESUME or (given and restarted):
         found = on_first_process(lambda: _newest_readable(folder, logger))
-    if found and given and not os.path.samefile(found, given):
+    same = found and os.path.exists(given) and os.path.samefile(found, given)
+    if found and given and not same:
         logger.warning(
             f"continuing from the run's own {found}, not from --resume {given}: to go back to it, "
             "set TRAIN.AUTO_RESUME False"

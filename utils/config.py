@@ -6,6 +6,7 @@ import json
 import math
 import os
 import reprlib
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -285,6 +286,15 @@ def run_folder(config: CfgNode) -> str:
 def as_dict(config: CfgNode) -> dict[str, Any]:
     """``config`` as plain nested dictionaries."""
     return {k: as_dict(v) if isinstance(v, CfgNode) else v for k, v in config.items()}
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dictionaries by dotted names."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def to_json(config: CfgNode) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from yacs.config import CfgNode
 
 from utils.checkpoint import LATEST, PREVIOUS, epoch_checkpoints, remove_leftovers, save_checkpoint
+from utils.config import as_dict, leaves
 from utils.distributed import lost_peer, on_first_process, rank, world_size
 from utils.errors import Diverged, UserError
 from utils.run import Run, fault
@@ -133,6 +136,45 @@ def warn_of_changes(
             f"{path} was written with {before} images in the data set, now there are "
             f"{size.images}: the order of epoch {epoch} is another, images may come twice"
         )
+
+
+LEARNED = re.compile(r"(MODEL|TRAIN|AUG|DATA)\.|SEED$")
+# what is learned does not depend on these, or ``warn_of_changes`` says how
+OTHER = re.compile(
+    r"MODEL\.(NAME|RESUME|NUM_CLASSES|DROP_PATH_RATE)|TRAIN\.(START_EPOCH|(BASE|WARMUP|MIN)_LR"
+    r"|AUTO_RESUME|WAIT_FOR_LOCK|KEEP_CHECKPOINTS|SAVE_\w+|ON_SAVE_ERROR|KNN_FREQ|PROBE|TF32"
+    r"|MAX_SKIPPED_UPDATES|ACCUMULATION_STEPS|USE_CHECKPOINT)|DATA\.(?!IMG_SIZE).*"
+)
+
+
+def warn_of_settings(
+    state: dict[str, Any], path: str, config: CfgNode, digest: str, logger: logging.Logger
+) -> None:
+    """Warn where what a checkpoint was trained with differs from what the run goes on with.
+
+    Args:
+        state: the checkpoint, read from ``path``.
+        path: what to call it.
+        config: in effect now.
+        digest: of the images now, see ``data_facts``.
+        logger: gets the warnings.
+    """
+    try:
+        before = dict(leaves(yaml.safe_load(state["config"])))
+    except (KeyError, AttributeError, yaml.YAMLError):
+        before = {}  # of another program
+    # as YAML has it, which knows no tuples
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in leaves(as_dict(config))}
+    changed = [
+        f"{key} {before[key]}, now {value}"
+        for key, value in now.items()
+        if LEARNED.match(key) and not OTHER.fullmatch(key) and before.get(key, value) != value
+    ]
+    if changed:
+        logger.warning(f"{path} was written with other settings: {'; '.join(changed)}")
+    data = (state.get("provenance") or {}).get("data") or {}
+    if data.get("digest", digest) != digest and data.get("images"):
+        logger.warning(f"{path} was written with other images: their names or labels differ")
 
 
 class Checkpoints:

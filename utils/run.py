@@ -43,7 +43,7 @@ class Run:
         device: where it computes.
         precision: in which type of number.
         logger: of this process.
-        config: the configuration in effect, as it was written to config.json first.
+        config: the configuration in effect.
         started: of ``time.monotonic``, in seconds.
     """
 
@@ -56,7 +56,9 @@ class Run:
 
 
 def start(config: CfgNode, folder: str | None = None, trains: bool = False) -> Run:
-    """Join the process group, seed, make and lock ``folder``, write the log's head and config.json.
+    """Join the process group, seed, make and lock ``folder``, write the log's head.
+
+    config.json is left as it is until the script has found nothing wrong, see ``write_config``.
 
     Args:
         config: the configuration.
@@ -83,9 +85,9 @@ def start(config: CfgNode, folder: str | None = None, trains: bool = False) -> R
         os.makedirs(folder, exist_ok=True)
         on_first_process(lambda: lock_folder(folder, config.TRAIN.WAIT_FOR_LOCK))
         logger = create_logger(folder, rank())
-        effective = write_config(config, folder, {"AMP_OPT_LEVEL": precision.level})
     except OSError as error:
         raise UserError(f"{folder}: cannot write the run folder ({error.strerror})") from error
+    effective = in_effect(config, {"AMP_OPT_LEVEL": precision.level})
     torch.manual_seed(config.SEED)  # the same weights and queues on every process
     said = f"{world_size()} processes, torch {torch.__version__}, {device}, configuration:"
     logger.info("%s\n%s", said, to_json(effective).rstrip())
@@ -140,24 +142,24 @@ def log_precision(precision: Precision, logger: logging.Logger) -> None:
         logger.warning(f"this processor has no {kind}: {precision.level} is slower here than O0")
 
 
-def write_config(config: CfgNode, folder: str, derived: dict[str, Any] | None = None) -> CfgNode:
-    """Write ``config.json`` with the values that are in effect, on the first process.
+def in_effect(config: CfgNode, derived: dict[str, Any]) -> CfgNode:
+    """``config`` with what follows from it, by dotted keys; OUTPUT becomes the run folder."""
+    return with_values(config, {"OUTPUT": run_folder(config)} | derived)
 
-    Args:
-        config: the configuration as it was read.
-        folder: where it is written.
-        derived: what follows from it and the run, by dotted keys; OUTPUT becomes the run folder.
 
-    Returns:
-        the configuration in effect.
+def write_config(config: CfgNode, folder: str) -> None:
+    """Write ``config.json``, the configuration in effect, on the first process.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: it cannot be written.
     """
-    effective = with_values(config, {"OUTPUT": run_folder(config)} | (derived or {}))
-    if rank() == 0:
-        write_text(os.path.join(folder, "config.json"), to_json(effective))
-    return effective
+    if rank() > 0:
+        return
+    path = os.path.join(folder, "config.json")
+    try:
+        write_text(path, to_json(config))
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror})") from error
 
 
 def write_text(path: str, text: str) -> None:
@@ -171,7 +173,9 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Write ``results.json`` with its entry ``provenance``, on the first process.
+    """Write ``results.json`` with its entry ``provenance``, and config.json beside it.
+
+    The first process writes.
 
     Args:
         run: its folder gets the file.
@@ -191,6 +195,7 @@ def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any])
         raise UserError(f"{path}: not written, as a figure is not finite") from error
     except OSError as error:
         raise UserError(f"{path}: cannot write the results ({error.strerror})") from error
+    write_config(run.config, run.folder)
     run.logger.info("%s written", path)
 
 

@@ -18,6 +18,7 @@ from utils.errors import Diverged
 
 LEVELS = ("auto", "O0", "O1", "O2", "bfloat16", "float16")
 # the flags of a processor that has products of a type
+KINDS = {"betas", "momentum"}  # settings that tell whose state an optimizer's is
 FLAGS = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
 
 
@@ -277,7 +278,7 @@ class Update:
         return {"optimizer": {"state": state, "param_groups": groups}, "scaler": scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what ``state_dict`` gave.
+        """Take what ``state_dict`` gave, but for the optimizers' settings, which stay as they are.
 
         Raises:
             KeyError, ValueError: the state of other optimizers.
@@ -289,7 +290,14 @@ class Update:
             numbers = [number for group in own for number in group["params"]]
             values = state["optimizer"]["state"]
             kept = {n: values[n] for n in numbers if n in values}
-            optimizer.load_state_dict({"state": kept, "param_groups": own})
+            present = optimizer.state_dict()["param_groups"]
+            for group, now in zip(own, present, strict=True):
+                kinds = [KINDS & set(options) for options in (group, now)]
+                if kinds[0] != kinds[1]:
+                    raise ValueError(f"it has {sorted(kinds[0])}, not {sorted(kinds[1])}")
+            # the next update sets the rate, and what is configured holds for the rest
+            settings = [now | {"params": g["params"]} for g, now in zip(own, present, strict=True)]
+            optimizer.load_state_dict({"state": kept, "param_groups": settings})
             for parameter, entries in optimizer.state.items():
                 for value in entries.values():
                     if torch.is_tensor(value) and value.shape not in ((), parameter.shape):

@@ -15,7 +15,7 @@ from helpers import ROOT, arguments, figures, weights
 import eval_knn
 import main_pretrain
 import utils.provenance
-from utils.config import load_config
+from utils.config import DEFAULTS, load_config
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance, moment, tensor_digest, weights_digest
 from utils.run import Run, write_results, write_text
@@ -184,7 +184,7 @@ def test_a_digest_tells_tensors_apart():
 def run_in(folder):
     import logging
 
-    return Run(str(folder), CPU, None, logging.getLogger("results"), None)
+    return Run(str(folder), CPU, None, logging.getLogger("results"), DEFAULTS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -195,7 +195,7 @@ def test_figures_that_are_not_finite_leave_the_results_before(tmp_path, value):
     with pytest.raises(UserError, match="a figure is not finite"):
         write_results(run_in(tmp_path), {"top1": 4.0, "top5": value}, {})
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "config.json"}
 
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from helpers import ROOT
 from utils import run as run_module
 from utils.config import load_config, with_values
 from utils.errors import UserError
-from utils.run import fault, log_table, run_script, start, write_config
+from utils.run import fault, in_effect, log_table, run_script, start, write_config
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,8 @@ def tiny(*opts):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_process_writes_what_is_in_effect(tmp_path, monkeypatch, rank):
     monkeypatch.setattr(run_module, "rank", lambda: rank)
-    effective = write_config(tiny(), str(tmp_path), {"TRAIN.BASE_LR": 0.25})
+    effective = in_effect(tiny(), {"TRAIN.BASE_LR": 0.25})
+    write_config(effective, str(tmp_path))
     assert effective.TRAIN.BASE_LR == 0.25 and effective.OUTPUT.endswith("/default")
     written = list(tmp_path.iterdir())
     assert [p.name for p in written] == ["config.json"] * (rank == 0)
@@ -111,7 +112,9 @@ def test_a_start_makes_its_folder_and_seeds(tmp_path, monkeypatch, key, below):
     torch.manual_seed(7)
     assert drawn.equal(torch.rand(2))
     assert run.folder == f"{tmp_path}/{config.MODEL.NAME}/default{below}"
-    assert (tmp_path / config.MODEL.NAME / f"default{below}" / "config.json").exists()
+    # config.json would be that of a run that may yet be refused
+    made = {p.name for p in (tmp_path / config.MODEL.NAME / f"default{below}").iterdir()}
+    assert made == {".lock", "log_rank0.txt"}
     assert run.device.type == "cpu" or torch.cuda.is_available()
 
 

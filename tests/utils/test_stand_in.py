@@ -109,6 +109,8 @@ def test_plain_data_is_read_as_it_is(tmp_path, legacy):
     ids=lambda value: type(value).__name__,  # a name that is the same in each test process
 )
 def test_other_objects_become_stand_ins(tmp_path, value, kind, entries, legacy):
+    if isinstance(value, collections.deque) and torch.__version__ < "2.12":
+        pytest.skip("torch before 2.12 refuses what is like a list, and is none")
     found = read(tmp_path, {"x": value, "w": torch.ones(1)}, legacy)
     assert found["w"].equal(torch.ones(1))
     if kind is None:

@@ -3,13 +3,17 @@
 import json
 import logging
 import math
+import os
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT
 
 from logger import create_logger
 from utils.config import DEFAULTS
@@ -134,6 +138,21 @@ def test_a_queues_spread_is_reported(tmp_path):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_console_of_ascii_shows_every_name(tmp_path):
+    folder = tmp_path / "größe"
+    folder.mkdir()
+    code = f"from logger import create_logger; create_logger({str(folder)!r}, 0).info('größe')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"gr\\xf6\\xdfe" in done.stdout and not done.stderr
+    assert "größe" in (folder / "log_rank0.txt").read_text(encoding="utf-8")
 
 
 def test_memory_is_in_megabytes():
