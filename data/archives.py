@@ -8,7 +8,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO
@@ -151,9 +151,13 @@ def _fill_zip(archive: str, split: str, listing: Listing) -> None:
     try:
         listing.watch(archive)
         with zipfile.ZipFile(archive) as opened:
-            members = {member.filename: member for member in opened.infolist()}
+            listed = opened.infolist()
     except Exception as error:  # a damaged archive can raise anything
         raise UserError(f"{archive}: not a readable zip ({error})") from error
+    members = {member.filename: member for member in listed}
+    if len(members) < len(listed):
+        twice = next(n for n, count in Counter(m.filename for m in listed).items() if count > 1)
+        raise UserError(f"{archive}: it has {twice} twice: pack it again")
     prefix = "" if names[0] in members else f"{split}/"
     for name, label in zip(names, labels, strict=True):
         if not (member := members.get(prefix + name)):

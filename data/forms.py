@@ -217,7 +217,9 @@ def _fill_list(path: str, listing: Listing) -> None:
     listing.watch(path)
     entries = [_entry(path, number, line) for number, line in read_lines(path)]
     if entries and not os.path.exists(os.path.join(listing.root, entries[0][0])):
-        if entries[0][1].lower() in ("label", "class", "target"):
+        title, numbers = entries[0][1], [label.isdecimal() for _, label in entries]
+        alone = len(entries) > 1 and not numbers[0] and all(numbers[1:])
+        if alone or title.lower() in ("label", "class", "target"):
             entries = entries[1:]  # the first line names the columns
     if not entries:
         raise UserError(f"{path}: lists no images")

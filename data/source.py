@@ -289,5 +289,11 @@ def _name_numbered(train: ImageSource, val: ImageSource) -> None:
     if len(numbered) == 1:
         named = val if numbered[0] is train else train
         numbers = list(map(int, numbered[0].classes))
+        used = np.unique(numbered[0].labels)
+        if numbers[used[0]] > 0:
+            raise UserError(
+                f"no image of {'train' if named is val else 'val'} has the class number 0, which is "
+                f"{named.classes[0]}: classes are numbered from 0 by their names; write the names"
+            )
         if max(numbers) < len(named.classes):
             numbered[0].classes = [named.classes[number] for number in numbers]

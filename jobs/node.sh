@@ -16,7 +16,10 @@ if [ "$part" = copy ]; then
         flock 9  # jobs that share the disk wait for the first one's copy
         if [ ! -e "$data/.complete" ]; then
             cp -R "$DATA/." "$data"
-            touch "$data/.complete"
+            realpath "$DATA" > "$data/.complete"
+        elif [ "$(cat "$data/.complete")" != "$(realpath "$DATA")" ]; then
+            echo "$data: a copy of other data than $DATA: remove it, or set another LOCAL_DISK" >&2
+            exit 1
         fi
     ) 9> "$data/.lock"
     exit

@@ -315,3 +315,20 @@ def test_no_node_trains_before_all_have_copied(job, copy_of_jobs, tmp_path, scri
     process.send_signal(signal.SIGUSR1)
     succeeds(process, tmp_path)
     assert (tmp_path / "queue").exists() and not (tmp_path / "queue.runs").exists()
+
+
+def test_a_copy_of_other_data_is_not_trained_on(tmp_path):
+    """On a node's own disk, where two data sets may have one name."""
+    for number in (1, 2):
+        (tmp_path / f"{number}/set/train").mkdir(parents=True)
+        (tmp_path / f"{number}/set/train/{number}.txt").touch()
+
+    def copy(number):
+        variables = {"DATA": str(tmp_path / f"{number}/set"), "LOCAL_DISK": str(tmp_path / "disk")}
+        command = ["bash", str(ROOT / "jobs/node.sh"), "copy", "1", "1", "localhost"]
+        return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+
+    assert copy(1).returncode == copy(1).returncode == 0
+    assert (tmp_path / "disk/set/train/1.txt").exists()
+    done = copy(2)
+    assert done.returncode == 1 and "disk/set: a copy of other data than" in done.stderr

@@ -12,6 +12,7 @@ import json
 import os
 import tarfile
 import zipfile
+from collections import Counter
 from typing import BinaryIO
 
 from tqdm import tqdm
@@ -144,6 +145,9 @@ def pack_zip(source: FileSource, path: str) -> None:
     for name in names:
         if not name.isprintable():  # a tab, a line break, or bytes that are not UTF-8
             raise UserError(f"{path}: {name!r} cannot be listed: rename it, or leave --zip out")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{path}: two images are called {twice}: leave --zip out, or rename one")
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for index in _bar(range(len(names)), f"pack {path}"):
             archive.writestr(zipfile.ZipInfo(names[index]), source.read(index))

@@ -31,6 +31,9 @@ def main() -> None:
         raise UserError(f"{args.source}: no such folder")
     if not 0 < args.val_share < 1:
         raise UserError(f"--val-share must lie between 0 and 1, got {args.val_share}")
+    for split in ("train", "val"):
+        if os.path.isdir(there := os.path.join(args.folder, split)) and os.listdir(there):
+            raise UserError(f"{there}: it has images already: choose another folder, or remove it")
     counts = {"train": 0, "val": 0}
     left_out: Counter[str] = Counter()
     tops = {name: os.path.join(args.source, name) for name in sorted(os.listdir(args.source))}
@@ -46,11 +49,15 @@ def main() -> None:
         seed = (args.seed, *os.fsencode(name))
         order = np.random.default_rng(seed).permutation(len(images))
         val = max(1, round(args.val_share * len(images)))
+        taken: set[str] = set()
         for position, index in enumerate(order):
             split = "val" if position < val else "train"
             target = os.path.join(args.folder, split, name)
             os.makedirs(target, exist_ok=True)
             flat = os.path.relpath(images[index], top).replace(os.sep, "__")
+            if flat in taken:
+                raise UserError(f"{images[index]}: another image became {flat} too: rename one")
+            taken.add(flat)
             shutil.copyfile(images[index], os.path.join(target, flat))
             counts[split] += 1
     log_left_out(args.source, left_out)

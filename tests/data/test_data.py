@@ -439,6 +439,7 @@ def test_the_loader_of_training(imagenet, process_group, monkeypatch):
     assert loader.ahead == 8
     config.TRAIN.ACCUMULATION_STEPS = 3
     assert build_pretraining_loader(config).ahead == 3
+    config.TRAIN.ACCUMULATION_STEPS = 1
     config.DATA.NUM_WORKERS = 0
     alone = build_pretraining_loader(config, "val")
     assert not alone.persistent_workers and alone.prefetch_factor is None and alone.ahead == 0

@@ -232,6 +232,28 @@ def test_numbers_of_classes_are_numbers_and_no_text(tmp_path):
             assert source.read_image(index).getpixel((0, 0))[0] == 20 * label
 
 
+def test_numbers_from_1_beside_names_are_refused(tmp_path):
+    """Each would be the class before."""
+    for number, name in enumerate(("ant", "bee", "cat")):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(image(number))
+    (tmp_path / "images").mkdir()
+    for number in (1, 2):
+        (tmp_path / f"images/{number}.png").write_bytes(image(number))
+    (tmp_path / "val.csv").write_text("images/1.png,1\nimages/2.png,2\n")
+    with pytest.raises(UserError, match="no image of val has the class number 0, which is ant"):
+        build_labelled_sources(configured(tmp_path))
+
+
+def test_a_line_of_titles_is_no_image(tmp_path):
+    for number in (0, 1):
+        (tmp_path / f"{number}.png").write_bytes(image(number))
+    (tmp_path / "val.csv").write_text("filename,class_id\n0.png,0\n1.png,1\n")
+    source = open_source(str(tmp_path), "val")
+    assert source.classes == ["0", "1"] and source.labels.tolist() == [0, 1]
+
+
 def test_pretraining_from_parquet_says_what_an_image_costs(in_form, logged):
     build_pretraining_loader(configured(in_form("parquet")))
     (line,) = logged

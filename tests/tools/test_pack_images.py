@@ -1,9 +1,14 @@
 """tools/pack_images.py --zip: what the zips hold, and what they cannot; tars are in test_forms."""
 
+import io
 import os
 import shutil
+import tarfile
+import warnings
 import zipfile
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
@@ -116,3 +121,26 @@ def test_mistakes_are_named(imagenet, tmp_path, pack, missing, monkeypatch):
     message = messages[missing]
     with pytest.raises(UserError, match=message):
         pack(data, out)
+
+
+def test_two_images_of_one_name_are_refused(tmp_path, pack):
+    """As in shards that count from 0 anew; a zip would have the last one twice."""
+    for number in range(2):
+        with tarfile.open(tmp_path / f"train-{number:06}.tar", "w") as archive:
+            for name, content in (("0000.jpg", JPEG[number]), ("0000.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match=r"two images are called .*0000\.jpg"):
+        pack(tmp_path, tmp_path / "out")
+    assert not os.listdir(tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own
+        for content in JPEG:
+            archive.writestr("a/0.jpg", content)
+    (tmp_path / "train_map.txt").write_text("a/0.jpg\t0\n")
+    with pytest.raises(UserError, match=r"train\.zip: it has a/0\.jpg twice"):
+        ZipSource(str(tmp_path), "train")
+
+
+JPEG = [cv2.imencode(".jpg", np.full((8, 8, 3), value, np.uint8))[1].tobytes() for value in (9, 99)]

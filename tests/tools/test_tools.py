@@ -78,3 +78,18 @@ def test_images_without_classes_become_one(monkeypatch, capsys, tmp_path):
 def test_a_missing_tree_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="none: no such folder"):
         run_tool(monkeypatch, split_images, tmp_path / "none", tmp_path / "out")
+
+
+def test_a_second_split_into_one_folder_is_refused(monkeypatch, tmp_path):
+    """It would have training images among the validation images."""
+    write_images(tmp_path / "in", classes=2, images=4)
+    run_tool(monkeypatch, split_images, tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match="out/train: it has images already"):
+        run_tool(monkeypatch, split_images, tmp_path / "in", tmp_path / "out", "--seed", "1")
+
+
+def test_two_images_that_would_get_one_name_are_refused(monkeypatch, tmp_path):
+    write_images(tmp_path / "in" / "a" / "x", classes=1, images=2)
+    shutil.copy(tmp_path / "in/a/x/class0/0.jpg", tmp_path / "in/a/x__class0__0.jpg")
+    with pytest.raises(UserError, match=r"another image became x__class0__0\.jpg too"):
+        run_tool(monkeypatch, split_images, tmp_path / "in", tmp_path / "out")
