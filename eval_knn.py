@@ -72,10 +72,17 @@ def main() -> None:
         raise UserError("--subset chooses among images: leave it out with --load-features")
     if args.pictures and args.load_features:
         raise UserError("--pictures shows images: leave it out with --load-features")
+    if min(args.nb_knn) < 1:
+        raise UserError(f"--nb-knn must be from 1, got {min(args.nb_knn)}")
     name = f"knn_{config.DATA.DATASET}{subset_suffix(args.subset)}"
+    if args.baseline:
+        name += f"_{args.baseline}"
     run = start(config, os.path.join(run_folder(config), name))
     if args.load_features:
         images, (parts, about) = None, load_features(args.load_features, FILES, run.logger)
+        dumped = about["protocol"].get("dataset", config.DATA.DATASET)
+        if dumped != config.DATA.DATASET:
+            raise UserError(f"{args.load_features}: features of {dumped}: give --dataset {dumped}")
     else:
         images, parts, about = encode(args, config, run)
         if args.dump_features and rank() == 0:
@@ -94,7 +101,8 @@ def main() -> None:
     results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
     origin = about["provenance"]  # of the encoder, and the images
     provenance = gather_provenance(run.config, run.device, origin, origin.get("data"))
-    write_results(run, results | {"protocol": about["protocol"]}, provenance)
+    protocol = {k: v for k, v in about["protocol"].items() if k != "dataset"}
+    write_results(run, results | {"protocol": protocol}, provenance)
     if args.pictures and images:
         k = args.nb_knn[0]
         judged = everyones(ranked[k][:, 0], len(test), run.device)
@@ -119,6 +127,8 @@ def encode(
         encoder, origin = BASELINES[args.baseline](), {"encoder": args.baseline}
     else:
         encoder, origin = load_pretrained_encoder(args, config, run)
+    if max(args.nb_knn) > (count := len(sources[0].names)):
+        raise UserError(f"--nb-knn {max(args.nb_knn)} is more than the {count} training images")
     data = data_facts(
         config.DATA.DATA_PATH,
         **{n: (s.names, s.labels) for n, s in zip(("train", "test"), sources, strict=True)},
@@ -130,7 +140,8 @@ def encode(
         for tensor in encode_images(config, encoder, source, run, normalize=True)
     ]
     provenance |= moment(run.device, run.started)
-    about = {"protocol": {"image_size": config.DATA.IMG_SIZE}, "provenance": provenance}
+    protocol = {"dataset": config.DATA.DATASET, "image_size": config.DATA.IMG_SIZE}
+    about = {"protocol": protocol, "provenance": provenance}
     return sources, parts, about
 
 

@@ -66,7 +66,7 @@ def test_a_baseline_needs_no_weights(run_main, imagenet, tmp_path):
         (data / split).symlink_to(imagenet / "train")
     flags = ["--baseline", "raw_pixels", "--nb-knn", "1"]
     run_main(eval_knn, *arguments(data, tmp_path, *flags))
-    found = json.loads((tmp_path / "run/default/knn_imagenet/results.json").read_text())
+    found = json.loads((tmp_path / "run/default/knn_imagenet_raw_pixels/results.json").read_text())
     assert found["knn"]["1"]["top1"] == 100
     assert found["provenance"]["encoder"] == "raw_pixels"
 
@@ -156,6 +156,16 @@ def test_features_keep_the_encoder_that_they_are_of(run_main, imagenet, tmp_path
     for name in ("weights", "key", "encoder", "data"):
         assert made[name] == read[name] is not None
     assert (made["seed"], read["seed"]) == (0, 5)
+    with pytest.raises(UserError, match="dump: features of imagenet: give --dataset imagenet"):
+        run_main(eval_knn, *arguments(None, tmp_path / "b", *load, "--dataset", "cifar10"))
+
+
+def test_more_neighbours_than_images_are_refused_before_any_is_encoded(
+    run_main, imagenet, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(eval_knn, "encode_images", None)
+    with pytest.raises(UserError, match="--nb-knn 200 is more than the 24 training images"):
+        run_main(eval_knn, *arguments(imagenet, tmp_path, "--random-weights"))
 
 
 def damage(features, name, change):
@@ -170,6 +180,7 @@ def with_nan(tensor):
 
 MISTAKES = {
     "k too large": (["--nb-knn", "701"], None, "k must be from 1 to the 700 training features"),
+    "no neighbour": (["--nb-knn", "5", "0"], None, "--nb-knn must be from 1, got 0"),
     "temperature": (["--temperature", "0"], None, "--temperature must be positive and finite"),
     "temperature of NaN": (["--temperature", "nan"], None, "--temperature must be positive"),
     "a subset of features": (["--subset", "0.5"], None, "--subset chooses among images"),

@@ -31,7 +31,8 @@ import time
 folder, began = sys.argv[1:]
 found = {}
 for tag in ("untrained", "trained", "raw_pixels", "colour_histogram"):
-    with open(f"{folder}/runs/demo__synco/{tag}/knn_imagenet/results.json") as file:
+    name = "knn_imagenet" if "trained" in tag else f"knn_imagenet_{tag}"
+    with open(f"{folder}/runs/demo__synco/{tag}/{name}/results.json") as file:
         found[tag] = json.load(file)["knn"]["20"]["top1"]
 found["seconds"] = round(time.time() - int(began))
 with open(f"{folder}/demo.json", "w") as file:

@@ -25,10 +25,11 @@ from PIL import Image
 from torch import nn
 
 from data.source import ImageSource, PartOfSource, build_source
+from evaluation.baselines import BASELINES
 from models.patch_features import has_class_token
 from models.pretrained import build_pretrained_encoder
 from tools import plot_run
-from tools.compare import CONFIG, Compared, leaves, read_run, remarks, table
+from tools.compare import CONFIG, Compared, read_run, remarks, table
 from tools.visualize import (
     Subject,
     choose,
@@ -39,7 +40,7 @@ from tools.visualize import (
     draw_similarity,
 )
 from utils.checkpoint import LATEST
-from utils.config import DEFAULTS, as_dict, load_config, with_values
+from utils.config import DEFAULTS, as_dict, leaves, load_config, with_values
 from utils.errors import UserError
 from utils.run import Run, run_script, start, write_text
 
@@ -93,7 +94,7 @@ def main() -> None:
     names = plot_run.run_names(list(map(str, paths))) if len(paths) > 1 else [folder.name]
     figures = dict(zip(names, [read_run(path) for path in paths], strict=True))
     sections = [
-        accuracy(figures),
+        accuracy(figures, config.DATA.DATASET),
         Section("Course of the run", attempt(lambda: course(folder))),
         *pictures(config, run),
         Section("Figures", attempt(lambda: of_table(figures))),
@@ -152,9 +153,9 @@ def facts(config: Any, run: Compared, since: float | None) -> list[str]:
     return lines
 
 
-def accuracy(figures: dict[str, Compared]) -> Section:
+def accuracy(figures: dict[str, Compared], dataset: str) -> Section:
     """Bars of the k-NN accuracy of each run that has one, for one k that all have."""
-    found = {name: knn_figures(run) for name, run in figures.items()}
+    found = {name: knn_figures(run, dataset) for name, run in figures.items()}
     found = {name: values for name, values in found.items() if values}
     shared = sorted(set.intersection(*map(set, found.values()))) if found else []
     title = "Accuracy"
@@ -182,9 +183,10 @@ def accuracy(figures: dict[str, Compared]) -> Section:
     )
 
 
-def knn_figures(run: Compared) -> dict[int, float]:
-    """The top-1 accuracy in per cent by k, of the first k-NN evaluation of a run."""
-    for results in run.results.values():
+def knn_figures(run: Compared, dataset: str) -> dict[int, float]:
+    """The top-1 accuracy in per cent by k of a run's encoder, or of a baseline in its folder."""
+    names = [f"knn_{dataset}", *(f"knn_{dataset}_{baseline}" for baseline in BASELINES)]
+    for results in filter(None, map(run.results.get, names)):
         top1 = {
             int(name.split(".")[1]): float(value)
             for name, value in results.figures.items()

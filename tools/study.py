@@ -26,7 +26,7 @@ import yaml
 from tools import plot_run
 from tools.compare import as_csv, as_markdown, read_json
 from utils.arguments import number_in
-from utils.config import load_config
+from utils.config import load_config, to_json
 from utils.distributed import processors
 from utils.errors import UserError
 from utils.run import aligned, run_script, write_text
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "study.json"  # in a run folder: what it was started with
 LOG = "study.log"
 NEIGHBOURS = 20
+OWN = {"SEED", "MODEL.NAME", "OUTPUT", "TAG"}  # keys that a run gets from its place in a study
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,18 @@ class Job:
         seed: of the run.
         opts: all keys that differ from the recipe.
         folder: the run folder.
-        dataset: the data set on which it is judged, by its name.
+        made: what it is made of: the whole configuration, the data path, the processes.
     """
 
     setting: str
     seed: int
     opts: dict[str, Any]
     folder: Path
-    dataset: str
+    made: dict[str, Any]
 
     def results(self) -> Path:
         """Where its k-NN figures are written."""
-        return self.folder / f"knn_{self.dataset}" / "results.json"
+        return self.folder / f"knn_{self.made['DATA']['DATASET']}" / "results.json"
 
 
 class Runs:
@@ -123,7 +124,7 @@ class Runs:
             return None
         study = self.study
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_text(str(job.folder / SETTINGS), json.dumps(job.opts, indent=2))
+        write_text(str(job.folder / SETTINGS), json.dumps(job.made, indent=2))
         common = ["--cfg", study.cfg, "--data-path", study.data_path, "--output", study.output]
         common += ["--tag", job.folder.name, "--opts", *flat(job.opts)]
         launch = [sys.executable]
@@ -243,6 +244,8 @@ def read_study(path: str) -> Study:
         raise UserError(f"{path}: processes must be a number from 1, got {processes!r}")
     study = Study(settings=settings, seeds=seeds, **content)
     for keys in settings.values():
+        if own := OWN & set(study.opts | keys):
+            raise UserError(f"{path}: {min(own)} is set by the study: see output, seeds, settings")
         load_config(study.cfg, flat(study.opts | keys))  # a mistake shows now, not at night
     return study
 
@@ -285,8 +288,9 @@ def list_jobs(study: Study) -> list[Job]:
                 name = folder_name(setting)
                 opts = study.opts | keys | {"SEED": seed, "MODEL.NAME": name}
                 folder = Path(study.output, name, f"seed{seed}")
-                dataset = load_config(study.cfg, flat(opts)).DATA.DATASET
-                jobs.append(Job(setting, seed, opts, folder, dataset))
+                made = json.loads(to_json(load_config(study.cfg, flat(opts))))
+                made |= {"data_path": study.data_path, "processes": study.processes}
+                jobs.append(Job(setting, seed, opts, folder, made))
     return jobs
 
 
@@ -302,9 +306,9 @@ def finished(job: Job) -> bool:
         UserError: its folder holds a run with other settings.
     """
     path = job.folder / SETTINGS
-    if path.exists() and read_json(path) != json.loads(json.dumps(job.opts)):
+    if path.exists() and read_json(path) != job.made:
         raise UserError(f"{job.folder}: a run with other settings is there: choose another output")
-    return job.results().exists()
+    return figure(job) is not None
 
 
 def flat(opts: Mapping[str, Any]) -> list[str]:
@@ -316,7 +320,8 @@ def figure(job: Job) -> float | None:
     """The k-NN accuracy of a run in per cent, None if it has none."""
     if not job.results().exists():
         return None
-    return float(read_json(job.results())["knn"][str(NEIGHBOURS)]["top1"])
+    found = read_json(job.results()).get("knn", {}).get(str(NEIGHBOURS))
+    return float(found["top1"]) if found else None  # of other numbers of neighbours
 
 
 def table(jobs: list[Job]) -> list[list[str]]:

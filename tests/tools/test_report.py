@@ -14,6 +14,7 @@ from PIL import Image
 import eval_knn
 import main_pretrain
 from tools import report
+from tools.compare import Compared, Figures
 from utils.errors import UserError
 
 PICTURE = re.compile(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]*)"')
@@ -108,3 +109,16 @@ def test_a_browser_shows_every_picture(run_main, trained, tmp_path):
     made = subprocess.run([browser, *flags, address], capture_output=True, text=True, timeout=120)
     title = re.search(r"<title>([^<]*)</title>", made.stdout).group(1)
     assert title == ",".join(["true"] * page.count("<img")), made.stderr[-2000:]
+
+
+def test_the_accuracy_is_of_the_runs_own_data_set():
+    def evaluated(**top1):
+        run = Compared({})
+        run.results = {n: Figures({"knn.20.top1": v}, {}, None) for n, v in top1.items()}
+        return report.knn_figures(run, "imagenet")
+
+    assert evaluated(knn_cifar10=91.0, knn_imagenet=60.0) == {20: 60.0}
+    assert evaluated(**{"knn_imagenet_subset_0.1": 9.0, "knn_imagenet_raw_pixels": 8.0}) == {
+        20: 8.0
+    }
+    assert evaluated(knn_cifar10=91.0) == {}

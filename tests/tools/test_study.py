@@ -91,13 +91,20 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
     path = write(tmp_path)
     job = study.list_jobs(study.read_study(str(path)))[1]
     job.folder.mkdir(parents=True)
-    (job.folder / study.SETTINGS).write_text(json.dumps(job.opts | {"TRAIN.EPOCHS": 7}))
+    (job.folder / study.SETTINGS).write_text(json.dumps(job.made | {"data_path": "elsewhere"}))
     with pytest.raises(UserError, match="a run with other settings is there"):
         study.finished(job)
-    (job.folder / study.SETTINGS).write_text(json.dumps(job.opts))
+    (job.folder / study.SETTINGS).write_text(json.dumps(job.made))
     assert not study.finished(job)
     judge(job, 1.0)
     assert study.finished(job)
+    recipe = str(ROOT / "configs/moby_vit_tiny.yaml")
+    other = study.list_jobs(study.read_study(str(write(tmp_path, cfg=recipe))))[1]
+    with pytest.raises(UserError, match="a run with other settings is there"):
+        study.finished(other)
+    job.results().write_text(json.dumps({"knn": {"5": {"top1": 1.0}}}))
+    assert not study.finished(job)  # it was judged by other numbers of neighbours
+    assert study.table([job])[1][1:3] == ["0", "not run"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +112,8 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
     [
         ({"cfg": None}, "cfg must be a path, got None"),
         ({"opts": 3}, "opts must be a mapping, got 3"),
+        ({"opts": {"SEED": 7}}, "SEED is set by the study: see output, seeds, settings"),
+        ({"settings": {"a": {"MODEL.NAME": "x"}}}, r"MODEL\.NAME is set by the study"),
         ({"seeds": 0}, "seeds must be a number of seeds or a list of them, got 0"),
         ({"seeds": ["a"]}, "seeds must be"),
         ({"settings": ["moby"]}, "settings must be a mapping"),
