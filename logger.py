@@ -14,7 +14,9 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # a closed terminal ends no run
-            tqdm.write(self.format(record), file=sys.stdout)
+            encoding = sys.stdout.encoding or "utf-8"  # of a batch job it may be ASCII
+            line = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+            tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
 

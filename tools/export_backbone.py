@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from torch import nn
 from yacs.config import CfgNode
@@ -30,8 +30,8 @@ from models.pretrained import (
 )
 from models.swin import WINDOW, microsoft_weights
 from tools import hugging_face
-from utils.arguments import parse_arguments
-from utils.checkpoint import save_checkpoint
+from utils.arguments import number_in, parse_arguments
+from utils.checkpoint import replacing, save_checkpoint
 from utils.config import with_values
 from utils.errors import UserError
 from utils.provenance import gather_provenance, moment
@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pretrained_arguments(parser)
     parser.add_argument("--format", choices=list(WRITERS), required=True)
     parser.add_argument("--out", metavar="PATH", required=True, help="the file or folder to write")
-    parser.add_argument("--size", type=int, help="side of the images (default: DATA.IMG_SIZE)")
+    parser.add_argument(
+        "--size", type=number_in(1, 16384), help="side of the images (default: DATA.IMG_SIZE)"
+    )
 
 
 def main() -> None:
@@ -77,6 +79,8 @@ def main() -> None:
     suffix, write = WRITERS[args.format]
     if not args.out.endswith(suffix):
         raise UserError(f"--out {args.out}: the name of a file of {args.format} ends in {suffix}")
+    if suffix and os.path.isdir(args.out):
+        raise UserError(f"--out {args.out}: {args.format} is a file, this is a folder")
     if not suffix and os.path.isfile(args.out):
         raise UserError(f"--out {args.out}: {args.format} is a folder, this is a file")
     try:
@@ -143,7 +147,8 @@ def write_timm(
     name, options = timm_call(config)
     metadata = metadata | {"timm_model": name, "timm_options": json.dumps(options)}
     weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
-    save_file(weights, path, header(metadata, provenance))
+    with replacing(path) as file:
+        file.write(save(weights, header(metadata, provenance)))
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     print(f"timm.create_model({name!r}{arguments}, checkpoint_path={path!r})")
     return timm.create_model(name, **options, checkpoint_path=path).eval()

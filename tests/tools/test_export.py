@@ -146,6 +146,12 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another model"):
         export(monkeypatch, "vit_tiny", tmp_path / "c.pth", out, "--format", "timm")
     assert not out.exists()
+    out.mkdir()
+    with pytest.raises(UserError, match="timm is a file, this is a folder"):
+        export(monkeypatch, "vit_nano", tmp_path / "c.pth", out, "--format", "timm")
+    with pytest.raises(UserError, match="argument --size"):
+        flags = ("--format", "timm", "--size", "-4")
+        export(monkeypatch, "vit_nano", tmp_path / "c.pth", tmp_path / "f.safetensors", *flags)
 
 
 def test_features_that_differ_are_no_export(tmp_path):
