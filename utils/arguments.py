@@ -73,7 +73,8 @@ def parse_arguments(
     add("--data-path", dest="DATA.DATA_PATH", metavar="DIR", help="folder of the data set")
     add("--output", dest="OUTPUT", metavar="DIR", help="root of the run folders")
     add("--tag", dest="TAG", help="name of the run")
-    add("--resume", dest="MODEL.RESUME", metavar="PATH", help="continue from this checkpoint")
+    about = "begin from this checkpoint; later starts continue the run's own"
+    add("--resume", dest="MODEL.RESUME", metavar="PATH", help=about)
     add("--eval", dest="EVAL_MODE", action="store_true", help="evaluate only")
     add("--throughput", dest="THROUGHPUT_MODE", action="store_true", help="measure the speed only")
     add = parser.add_argument_group("batches and precision").add_argument
