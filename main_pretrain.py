@@ -75,13 +75,13 @@ def main() -> None:
 
             folder = stack.enter_context(scratch_folder())
         run = start(config, folder, trains=True)
-        config, weights = read_starting_weights(config, args.pretrained, run)
+        saved = find_checkpoint(config, run)
+        config, weights = read_starting_weights(config, args.pretrained, saved, run)
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
         source = loader.dataset.source
         bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
 
-        saved = find_checkpoint(config, run)
         if saved:
             run = keep_precision(run, config, *saved)
         model = build_model(config, run)
@@ -220,11 +220,13 @@ def forward_views(model: nn.Module, device: torch.device, epoch: int, batch: Vie
 
 
 def read_starting_weights(
-    config: CfgNode, path: str | None, run: Run
+    config: CfgNode, path: str | None, saved: tuple[str, dict[str, Any]] | None, run: Run
 ) -> tuple[CfgNode, "EncoderFile | None"]:
     """The weights of ``--pretrained``, if it is given, and the configuration with their network."""
     if not path:
         return config, None
+    if saved and not os.path.exists(path):
+        path = saved[0]  # a run that goes on needs the network alone, which is the same
     from models.pretrained import read_encoder_for  # which most runs do not need
 
     weights, adapted = read_encoder_for(config, path, "encoder")

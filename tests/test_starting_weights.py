@@ -68,6 +68,7 @@ def test_a_run_is_continued_not_begun_again(run_main, imagenet, tmp_path):
     folder = tmp_path / "b/run/default"
     folder.mkdir(parents=True)
     (folder / "checkpoint.pth").symlink_to(tmp_path / "a/run/default/ckpt_epoch_0.pth")
+    (tmp_path / "d.pth").unlink()  # it has been cleaned up
     log = train(run_main, imagenet, tmp_path / "b", tmp_path / "d.pth", *opts)
     assert "at update 6" in log and "starting from" not in log
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
