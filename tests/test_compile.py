@@ -92,9 +92,10 @@ def test_a_requeued_job_finds_what_was_compiled(tmp_path, monkeypatch, given):
 def test_the_flag_compiles_both_encoders(run_main, imagenet, tmp_path, monkeypatch, flags, count):
     calls = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: calls.append(module))
+    monkeypatch.setattr("utils.training_log.THROUGHPUT_STEPS", 1)
     run_main(
         main_pretrain,
         *("--cfg", ROOT / "configs/synco_vit_tiny.yaml", "--data-path", imagenet, *flags),
-        *("--output", tmp_path, "--eval", "--opts", *TINY, "MODEL.NAME", "run"),
+        *("--output", tmp_path, "--throughput", "--opts", *TINY, "MODEL.NAME", "run"),
     )
     assert len(calls) == count
