@@ -291,7 +291,8 @@ def find_checkpoint(
     for path in dict.fromkeys(filter(None, (found, named))):
         state = older | read_checkpoint(path, run.device)
         other = differing(identity, state)
-        if state.get("epoch", 0) >= config.TRAIN.EPOCHS:
+        epoch = state.get("epoch")
+        if isinstance(epoch, int) and epoch >= config.TRAIN.EPOCHS:
             other.append("TRAIN.EPOCHS")
         if not other:
             return path, state

@@ -172,8 +172,9 @@ def warn_of_settings(
     ]
     if changed:
         logger.warning(f"{path} was written with other settings: {'; '.join(changed)}")
-    data = (state.get("provenance") or {}).get("data") or {}
-    if data.get("digest", digest) != digest and data.get("images"):
+    provenance = state.get("provenance")
+    data = provenance.get("data") if isinstance(provenance, dict) else None
+    if isinstance(data, dict) and data.get("digest", digest) != digest:
         logger.warning(f"{path} was written with other images: their names or labels differ")
 
 

@@ -21,6 +21,7 @@ from utils.progress import (
     all_finite,
     state_bytes,
     warn_of_changes,
+    warn_of_settings,
 )
 from utils.signals import NOT_SAVED
 
@@ -90,6 +91,12 @@ def test_what_changed_is_said(caplog):
         "c.pth was written with 90 images in the data set, now there are 100: the order of epoch 1 "
         "is another, images may come twice",
     ]
+
+
+@pytest.mark.parametrize("state", [{}, {"config": b"\0"}, {"config": 3, "provenance": "x"}])
+def test_a_state_of_another_program_says_nothing_of_settings(caplog, state):
+    warn_of_settings(state, "c.pth", DEFAULTS, "digest", LOGGER)
+    assert not caplog.text
 
 
 def keeper(folder, epochs=9, epoch=0, step=0, resumed=None, freq=2, **more) -> Checkpoints:
