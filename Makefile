@@ -19,7 +19,7 @@ demo-real: $(VENV)/installed
 	@test -d "$(DATA)" || { echo "DATA=$(DATA): no such folder, use make demo-real DATA=folder"; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo_real.sh "$(DATA)" demo-real
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
