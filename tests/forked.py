@@ -92,6 +92,8 @@ def _run(words: list[str], ignored, variables: dict[str, str], output: str) -> N
     with open(output, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    # as a terminal leaves it, also where the tests themselves were started by nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     os.environ.clear()
