@@ -71,7 +71,8 @@ def places(imagenet, tmp_path_factory):
         tool.main()
         words[name] = arguments[-1]
     patch.undo()
-    for recipe in ("demo", "moby_swin_tiny", "synco_vit_small", "moby_vit_tiny"):
+    recipes = ("demo", "moby_swin_tiny", "moby_vit_small", "moby_vit_tiny", "synco_vit_small")
+    for recipe in recipes:
         config = load_config(str(ROOT / f"configs/{recipe}.yaml"), TINY)
         for tag in ("TAG", "trained", "transformer"):
             folder = words["OUT"] / config.MODEL.NAME / tag
