@@ -1,4 +1,7 @@
-"""The exception that a user's mistake raises, and that of a training that diverged."""
+"""The exceptions for what a user can mend, and the one place that makes them of others."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -15,3 +18,34 @@ class UserError(Exception):
 
 class Diverged(UserError):
     """Training has diverged: what it has learned must not replace the last good checkpoint."""
+
+
+@contextlib.contextmanager
+def reading(path: object, doing: str = "cannot read") -> Iterator[None]:
+    """Within it, whatever is raised becomes one line: the file, what was being done, and why.
+
+    Keep the block to what opens, reads, parses or writes the file: a fault of the program itself
+    belongs outside, where it keeps its traceback.
+
+    Args:
+        path: the user's file or folder.
+        doing: what fails, such as ``cannot write the results``.
+
+    Raises:
+        UserError: in place of any other exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or path}: no such file or folder") from error
+    except OSError as error:
+        raise UserError(f"{path}: {doing} ({error.strerror or error})") from error
+    except Exception as error:  # a damaged or hostile file can raise anything
+        raise UserError(f"{path}: {doing} ({_words(error)})") from error
+
+
+def _words(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said[:200] or type(error).__name__

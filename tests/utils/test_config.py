@@ -13,11 +13,13 @@ from utils.arguments import number_in, parse_arguments
 from utils.config import (
     DEFAULTS,
     KEYS,
+    Use,
     as_dict,
     check_ranges,
     load_config,
     markdown_table,
     run_folder,
+    settings,
     to_json,
     with_values,
 )
@@ -368,3 +370,27 @@ def test_numbers_of_flags_have_ranges():
         for text in texts:
             with pytest.raises(ValueError):  # argparse says the rest
                 number(text)
+
+
+def test_each_key_names_what_depends_on_it():
+    for key, entry in KEYS.items():
+        assert isinstance(entry.uses, Use) and entry.uses, key
+        # what lies elsewhere or is logged otherwise changes no figure
+        assert not (entry.uses & Use.PLACE) or entry.uses == Use.PLACE, key
+
+
+def test_settings_of_a_use():
+    config = load_config("configs/synco_vit_tiny.yaml")
+    assert settings(as_dict(config), Use.NETWORK) == {
+        "MODEL.ENCODER": "vit_tiny",
+        "MODEL.NUM_HEADS": 0,
+        "MODEL.PATCH_SIZE": 0,
+        "MODEL.WINDOW_SIZE": 0,
+        "MODEL.REPLACE_LN_WITH_BN": False,
+    }
+    trained = settings(as_dict(config), Use.TRAINING)
+    assert trained["TRAIN.OPTIMIZER.BETAS"] == [0.9, 0.999] and "OUTPUT" not in trained
+    # a configuration of before has the default of a key that came later
+    assert settings({}, Use.FEATURE)["TEST.CROP"] is True
+    options = settings({"MODEL": {"OPTIONS": {"margin": 1}}}, Use.TRAINING)
+    assert options["MODEL.OPTIONS.margin"] == 1
