@@ -176,8 +176,13 @@ def choose_strength(
 
     Returns:
         the strength and the fit of all images with it.
+
+    Raises:
+        UserError: no image can be held out.
     """
     held_out = hold_out(targets, seed, 5).to(features.device)
+    if not held_out.any():
+        raise UserError("no class has a second image to choose the strength by: use --probe sgd")
     part = LogisticRegression(features[~held_out], targets[~held_out], num_classes)
     best, chosen, fit = -1.0, strengths[0], None
     fits = len(strengths) + 1

@@ -1,6 +1,7 @@
 """The training recipes of linear evaluation and fine-tuning."""
 
 import argparse
+import logging
 import math
 import re
 from collections.abc import Collection
@@ -203,27 +204,49 @@ def head_schedule(scaled: Rates, rate: float) -> Rates:
 def hold_out(targets: torch.Tensor, seed: int, every: int) -> torch.Tensor:
     """Draw the training images that are held out to choose by.
 
+    The last image of a class is never taken.
+
     Args:
-        targets: class numbers (N,), or (N, C) for several labels an image.
+        targets: class numbers (N,), or (N, C) for several labels an image, 1 for those it has.
         seed: of the draw.
-        every: one of so many images is held out, of each class if an image has one.
+        every: one of so many images is held out, at least 2; of each class if an image has one.
 
     Returns:
         which images are held out, N of bool.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets), generator=generator)
-    if targets.ndim == 1:
-        order = order[targets.cpu()[order].argsort(stable=True)]  # class by class
+    order, targets = torch.randperm(len(targets), generator=generator), targets.cpu()
     held_out = torch.zeros(len(targets), dtype=torch.bool)
-    held_out[order[::every]] = True
+    if targets.ndim == 1:
+        order = order[targets[order].argsort(stable=True)]  # class by class
+        held_out[order[::every]] = True
+        counts = targets.bincount()
+        held_out &= counts[targets] > 1
+        without = (counts > 0) & (targets[held_out].bincount(minlength=len(counts)) == 0)
+    else:
+        held_out[order[::every]] = True
+        has = targets == 1  # NxC
+        for label in (has.any(0) & ~has[~held_out].any(0)).nonzero()[:, 0]:
+            held_out[has[:, label].nonzero()[0]] = False
+        without = has.any(0) & ~has[held_out].any(0)
+    if without.any():
+        logging.getLogger("synco").warning(
+            "%d classes have no image that is held out: they have no say in what is chosen",
+            int(without.sum()),
+        )
     return held_out
 
 
 def set_aside(train: ImageSource, seed: int) -> tuple[PartOfSource, PartOfSource]:
-    """The images to train on, and a tenth of each class to choose epoch and rate by."""
+    """The images to train on, and a tenth of each class to choose epoch and rate by.
+
+    Raises:
+        UserError: no class has an image to spare.
+    """
     held_out = hold_out(torch.tensor(train.labels), seed, 10)
     kept, aside = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    if not len(aside):
+        raise UserError("no class has a second image to hold out: leave --select out")
     return PartOfSource(train, kept.tolist()), PartOfSource(train, aside.tolist())
 
 

@@ -13,8 +13,10 @@ from PIL import Image
 import eval_linear
 from data.loader import normalize
 from evaluation.linear import LinearClassifiers
+from evaluation.logistic_regression import choose_strength
 from evaluation.protocols import hold_out, set_aside
 from utils.arguments import given_keys, parse_arguments
+from utils.errors import UserError
 from utils.update import Update
 
 TINY = ["MODEL.ENCODER", "vit_nano", "MODEL.NAME", "run", "DATA.IMG_SIZE", "32"]
@@ -226,6 +228,27 @@ def test_a_part_of_each_class_is_held_out():
     assert held_out.equal(hold_out(labels, 0, 5))
     labels = torch.arange(60) % 3
     assert torch.bincount(labels[hold_out(labels, 0, 10)]).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("every", [2, 5, 10])
+def test_the_last_image_of_a_class_is_never_held_out(every, caplog):
+    """For any sizes of classes, and for several labels an image; what has none is counted."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(1, 12, 8)
+        labels = torch.arange(8).repeat_interleave(torch.from_numpy(sizes))
+        several = torch.from_numpy(rng.random((30, 8)) < 0.06).long()
+        for targets, has in ((labels, torch.nn.functional.one_hot(labels)), (several, several)):
+            caplog.clear()
+            held_out = hold_out(targets, seed, every)
+            trained, chosen, there = (p.any(0) for p in (has[~held_out], has[held_out], has))
+            assert trained[there].all()
+            none = int((there & ~chosen).sum())
+            assert [record.args[0] for record in caplog.records] == ([none] if none else [])
+    with pytest.raises(UserError, match="no class has a second image to hold out"):
+        set_aside(Numbered(range(5)), 0)
+    with pytest.raises(UserError, match="no class has a second image to choose the strength by"):
+        choose_strength(torch.randn(5, 2), torch.arange(5), 5, "top1", [1.0], 0)
 
 
 class Numbered:
