@@ -22,7 +22,7 @@ from data.transfer import TRANSFER_SETS
 from evaluation.baselines import BASELINES
 from evaluation.classification_metrics import MAP
 from evaluation.feature_files import add_feature_arguments, dump_features, load_features
-from evaluation.features import check_features, encode_images
+from evaluation.features import check_features, encode_images, unit_length
 from evaluation.knn import knn_classify
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
@@ -89,6 +89,8 @@ def main() -> None:
             dump_features(args.dump_features, dict(zip(FILES, parts, strict=True)), about)
     train, train_labels, test, test_labels = parts
     check(train, train_labels, test, test_labels)
+    if args.load_features:
+        train, test = unit_length(train, "training"), unit_length(test, "test")
     train, train_labels = train.to(run.device), train_labels.to(run.device)
     try:
         ranked = classify(train, train_labels, test, args.nb_knn, args.temperature)

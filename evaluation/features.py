@@ -1,5 +1,6 @@
 """The feature extractor of all evaluations."""
 
+import logging
 from collections.abc import Callable, Sized
 from typing import cast
 
@@ -116,6 +117,14 @@ def check_features(features: torch.Tensor, labels: torch.Tensor, name: str) -> N
     bad = ~features.isfinite().all(1)
     if bad.any():
         raise UserError(f"the {name} features of image {int(bad.nonzero()[0])} are not finite")
+
+
+def unit_length(features: torch.Tensor, name: str) -> torch.Tensor:
+    """Features (N, F) of length 1; those of other lengths are normalised, with a warning."""
+    if (features.norm(dim=1) - 1).abs().max() < 1e-2:  # as dumped, also in 16 bits
+        return features
+    logging.getLogger("synco").warning("the %s features have other lengths: normalised", name)
+    return F.normalize(features)
 
 
 def _interleave(own: torch.Tensor, total: int, run: Run) -> torch.Tensor:

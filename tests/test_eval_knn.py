@@ -146,6 +146,17 @@ def test_small_labels_and_features_of_half_precision_serve(run_main, features, t
     assert results(tmp_path)["knn"]["5"]["top1"] > 0
 
 
+def test_features_of_any_length_give_the_same_figures(run_main, features, tmp_path):
+    given = ["--load-features", features, "--nb-knn", "5"]
+    run_main(eval_knn, *arguments(None, tmp_path / "a", *given))
+    for name in ("trainfeat", "testfeat"):
+        damage(features, name, lambda t: t * torch.linspace(0.5, 90, len(t))[:, None])
+    run_main(eval_knn, *arguments(None, tmp_path / "b", *given))
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    log = (tmp_path / "b/run/default/knn_imagenet/log_rank0.txt").read_text()
+    assert "the training features have other lengths: normalised" in log
+
+
 def test_features_keep_the_encoder_that_they_are_of(run_main, imagenet, tmp_path):
     dump = ["--random-weights", "--dump-features", tmp_path / "dump", "--nb-knn", "1"]
     run_main(eval_knn, *arguments(imagenet, tmp_path / "a", *dump))
