@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from data.loader import TrainingLoader, build_classification_loader
@@ -59,7 +60,7 @@ from utils.checkpoint import (
     training_state,
 )
 from utils.config import run_folder
-from utils.distributed import data_parallel, rank
+from utils.distributed import data_parallel, rank, world_size
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, locate, warn_of_changes
 from utils.provenance import data_facts, gather_provenance, moment
@@ -163,6 +164,7 @@ def main() -> None:
         model = LinearClassifiers(
             encoder, classes, len(rates), config.SEED, frozen, drop > 0, tokens
         )
+        check_batch(config, model)
         model = synchronize_batch_norm(model, run.device)
         allow_tf32(model.encoder, run.precision)
         ddp = data_parallel(model, run.device)
@@ -262,6 +264,13 @@ def main() -> None:
         report(
             config, how | {"drop_path_rate": drop}, {"best": best, "last": last}, provenance, run
         )
+
+
+def check_batch(config: CfgNode, model: LinearClassifiers) -> None:
+    """BatchNorm that learns needs two images."""
+    learns = not model.frozen and any(isinstance(m, _BatchNorm) for m in model.modules())
+    if learns and config.DATA.BATCH_SIZE * world_size() < 2:
+        raise UserError("BatchNorm needs a total batch of at least 2 images: raise --batch-size")
 
 
 def weight_groups(

@@ -479,6 +479,9 @@ MISTAKES = {
     "odd mixup": ([], [*FINETUNE, "DATA.BATCH_SIZE", "7"], "mixup pairs images"),
     "augmentation": ([], [*FINETUNE, "AUG.AUTO_AUGMENT", "rand-x9"], "refuses the augmentation"),
     "nothing to evaluate": (["--eval"], [], "no best.pth or checkpoint.pth to evaluate"),
+    "one image": (
+        [], [*FINETUNE, "MODEL.ENCODER", "timm/resnet18", "DATA.BATCH_SIZE", "1", "AUG.MIXUP", "0",
+        "AUG.CUTMIX", "0"], "BatchNorm needs a total batch of at least 2 images"),
     "diverged": (["--lr", "1e41", "1e42"], [], "training diverged with all rates"),
 }  # fmt: skip
 
