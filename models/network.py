@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from models.encoder import ENCODERS, PREFIX
 from models.vit import VisionTransformer, are_fixed_positions
-from utils.config import with_values
+from utils.config import KEYS, with_values
 from utils.errors import UserError
 
 # the sections of the configuration in a checkpoint, and their lines
@@ -99,6 +99,18 @@ def image_size_said(state: Mapping[str, Any]) -> int:
         if str(size).isdecimal():
             return int(str(size))
     return 0
+
+
+def transform_said(state: Mapping[str, Any]) -> dict[str, Any]:
+    """How a checkpoint's configuration resizes and crops test images, by its keys."""
+    said: dict[str, Any] = {}
+    if (mode := configured(state, "DATA").get("INTERPOLATION")) in KEYS[
+        "DATA.INTERPOLATION"
+    ].allowed:
+        said["DATA.INTERPOLATION"] = mode
+    if (crop := configured(state, "TEST").get("CROP", "").lower()) in ("true", "false"):
+        said["TEST.CROP"] = crop == "true"
+    return said
 
 
 def _within(node: Any, *names: str) -> Any:

@@ -22,6 +22,7 @@ from models.network import (
     network_changes,
     network_of,
     network_said,
+    transform_said,
 )
 from utils.checkpoint import LATEST, load_model
 from utils.config import DEFAULTS, check_ranges, run_folder, with_values
@@ -229,7 +230,7 @@ def open_encoder(
     """
     state = read_weights(path)
     name = encoder or encoder_said(state)
-    changes: dict[str, Any] = {}
+    changes = transform_said(state)
     if size := img_size or image_size_said(state):
         changes["DATA.IMG_SIZE"] = size
     if not name or name in ENCODERS:

@@ -61,6 +61,16 @@ def test_a_run_folder_says_which_encoder_it_has(tmp_path, encoder):
     assert load_encoder(tmp_path / "run", img_size=48).transform(PHOTO).shape == (3, 48, 48)
 
 
+def test_the_transform_is_that_of_the_run(imagenet, tmp_path):
+    opts = ["TEST.CROP", "False", "DATA.INTERPOLATION", "nearest"]
+    write_checkpoint(tmp_path / "run", *opts)
+    config = load_config(str(ROOT / "configs/synco_vit_tiny.yaml"), [*TINY, *opts])
+    source = FolderSource(str(imagenet), "val")
+    expected = normalize(build_test_images(config, source)[0][0][None])[0]
+    with Image.open(imagenet / "val" / source.names[0]) as image:
+        assert load_encoder(tmp_path / "run").transform(image).equal(expected)
+
+
 def test_batch_norms_are_seen(tmp_path):
     method = write_checkpoint(tmp_path / "run", "MODEL.REPLACE_LN_WITH_BN", "True")
     assert_same(load_encoder(tmp_path / "run"), method.encoder)
