@@ -5,21 +5,20 @@ import re
 import shlex
 
 import pytest
-from helpers import ROOT, run_script
+from helpers import ROOT
 
 from tools.benchmark import __main__ as benchmark
 
 KEYS = """head.speedup head.extra_memory_ratio head.share_of_step step.vit_nano.O0.ratio
 step.vit_nano.O1.ratio step.vit_nano.O0.share_of_limit pipeline.speedup pipeline.share_of_decode
 pipeline.device_over_opencv pipeline.large_speedup momentum.speedup knn.ratio
-listing.first.seconds listing.kept.own_mb listing.order.seconds scaling.two_processes"""
+scaling.two_processes"""
 COMMAND = re.compile(r"^    python -m tools\.benchmark (.*)$", re.MULTILINE)
 SMALL = ["--quick", "--encoders", "vit_nano", "--json"]
 
 
 @pytest.mark.slow
 def test_the_documented_commands_name_their_figures(run_main, tmp_path, monkeypatch, capfd):
-    """And the one part that they leave out, in a process of its own."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "results.json"
     commands = COMMAND.findall((ROOT / "docs/performance.md").read_text())
@@ -28,10 +27,6 @@ def test_the_documented_commands_name_their_figures(run_main, tmp_path, monkeypa
         run_main(benchmark, *shlex.split(command), *SMALL, path)
         results |= json.loads(path.read_text())
         tables += capfd.readouterr().out
-    done = run_script("tools.benchmark", "listing", *SMALL, path)
-    assert done.returncode == 0, done.stdout
-    results |= json.loads(path.read_text())
-    tables += done.stdout
     assert "| momentum.speedup | " in (tmp_path / "table.md").read_text()
     for key in KEYS.split():
         value = results

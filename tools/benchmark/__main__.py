@@ -1,6 +1,6 @@
 """Measure speed as ratios in one run, against plain forms and against the machine's limits.
 
-    python -m tools.benchmark step head listing --json FILE --markdown FILE
+    python -m tools.benchmark step head --json FILE --markdown FILE
 
 What is compared runs in turn (A B A B), and medians are taken. A ratio is time over the plain
 form's time. A speedup is its inverse. A share is of the limit measured in the same run.
@@ -14,11 +14,10 @@ import torch
 
 from tools.benchmark.data import knn, pipeline
 from tools.benchmark.gpu import gpu
-from tools.benchmark.listing import listing
 from tools.benchmark.training import head, momentum, scaling, step
 
 ENCODERS = ("vit_small", "swin_tiny")
-PARTS = {f.__name__: f for f in (head, step, pipeline, momentum, knn, listing, scaling, gpu)}
+PARTS = {f.__name__: f for f in (head, step, pipeline, momentum, knn, scaling, gpu)}
 FOR_A_NODE = ("gpu",)  # only if it is named
 
 
@@ -40,7 +39,6 @@ def main() -> None:
         ("negatives", 128, "synthetic negatives of each type"),
         ("images", 48, "JPEGs of the pipeline"),
         ("features", 40000, "training features of k-NN"),
-        ("listed", 1_280_000, "files to list"),
     ):
         parser.add_argument(f"--{flag}", type=int, default=value, help=f"{what} ({value})")
     parser.add_argument("--encoders", nargs="+", default=list(ENCODERS))
@@ -51,7 +49,7 @@ def main() -> None:
     if args.quick:
         args.rounds, args.warm_up, args.batch, args.size, args.head_batch = 1, 1, 2, 32, 4
         args.queue, args.hard, args.negatives = 64, 8, 4
-        args.images, args.features, args.listed = 2, 4000, 20_000
+        args.images, args.features = 2, 4000
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     named = args.parts or [name for name in PARTS if name not in FOR_A_NODE]
