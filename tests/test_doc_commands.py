@@ -19,7 +19,6 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # run by tests of their own, which set up what they need
 ELSEWHERE = {
     "mocov3": "test_extending.py",
-    "tools.soak": "test_soak.py",
     "tools.benchmark": "test_benchmark.py",
     "tools.study": "test_study.py",
     "tools.report": "test_report.py",
