@@ -206,12 +206,14 @@ def draw(
     seed: int,
     folder: str,
 ) -> None:
-    """Draw what k-NN has found into ``folder``, see ``Judged``."""
-    from tools.knn_pictures import Judged, draw_confusion, draw_neighbours  # few runs need it
+    """Draw what k-NN has found into ``folder``, the first k that is asked for."""
+    from evaluation.pictures import draw_confusion, draw_judged, save  # few runs need matplotlib
 
-    found = Judged(*images, *features, judged.numpy(), k)
-    draw_neighbours(found, seed).save(os.path.join(folder, "neighbours.png"))
-    draw_confusion(found, os.path.join(folder, "confusion.png"))
+    said = judged.numpy()
+    save(draw_judged(*images, features, said, k, seed), os.path.join(folder, "neighbours.png"))
+    test = images[1]
+    if matrix := draw_confusion(test.labels, said, test.classes, k):
+        save(matrix, os.path.join(folder, "confusion.png"))
 
 
 if __name__ == "__main__":

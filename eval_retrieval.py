@@ -216,13 +216,13 @@ def draw(truth: GroundTruth, rankings: np.ndarray, difficulties: list[str], fold
         difficulties: keys of ``DIFFICULTIES``.
         folder: gets the sheets.
     """
-    from tools.show_ranking import QUERIES, TOP, draw_rankings  # few runs need it
+    from evaluation.pictures import QUERIES, TOP, draw_rankings, save  # few runs need matplotlib
 
     count = min(QUERIES, len(rankings))
     numbers = [i * len(rankings) // count for i in range(count)]
     for difficulty in difficulties:
         sheet = draw_rankings(truth, numbers, rankings[numbers, :TOP], difficulty)
-        sheet.save(os.path.join(folder, f"ranking_{difficulty}.png"))
+        save(sheet, os.path.join(folder, f"ranking_{difficulty}.png"))
 
 
 if __name__ == "__main__":

@@ -222,9 +222,9 @@ def draw(videos: list[Video], scored: dict[str, Curves], folder: str, pictures: 
         folder: holds the masks.
         pictures: the folder of films and curves.
     """
-    from tools.video_pictures import draw_scores, film, overlays  # few runs need it
+    from evaluation.pictures import draw_scores, film, overlays, save  # few runs need matplotlib
 
-    draw_scores(scored, os.path.join(pictures, "j_and_f.png"))
+    save(draw_scores(scored), os.path.join(pictures, "j_and_f.png"))
     masks, overlay = (os.path.join(folder, part) for part in ("masks", "overlay"))
     for video in videos:
         numbers = range(len(video.frames))

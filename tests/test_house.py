@@ -43,6 +43,8 @@ def test_arrows_point_one_way(path):
         other = room(name)
         if other and other != own:
             assert RANKS[other] < RANKS[own], f"{path.name} of {own} imports {name} of {other}"
+        tool = name.split(".")[0] == "tools"
+        assert not tool or path.parent != ROOT, f"{path.name}, a script, imports a tool"
 
 
 def test_the_rooms_are_seen():

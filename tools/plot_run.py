@@ -1,13 +1,12 @@
 """Draw the course of one or several training runs on one sheet.
 
-    python -m tools.plot_run RUN_FOLDER [RUN_FOLDER ...] --out FILE
-
-It reads ``metrics.jsonl`` of each run folder, also of a run that is still going on. The heads of a
+It reads metrics.jsonl of each run folder, also of a run that is still going on. The heads of a
 linear probe are drawn as runs of their own. On the panel of the loss, a triangle is a part of the
 run with skipped updates, a dotted line a new start, and grey the epochs with synthetic negatives.
+
+    python -m tools.plot_run RUN_FOLDER [RUN_FOLDER ...] --out FILE
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,14 +21,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from evaluation.pictures import COLOURS, save
+from utils.arguments import add_out, command_parser
 from utils.config import load_config
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.run import run_script
 from utils.training_log import METRICS
 
-# told apart by colour-blind readers too (Okabe and Ito), the yellow left out
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-ENDINGS = (".png", ".pdf", ".svg", ".jpg")
 START = "start"  # lines of this kind say where a run went on, and what read_metrics calls them
 SMOOTHED = 40  # smoothing averages over one of so many parts of a run
 
@@ -60,30 +58,18 @@ PANELS = (
 
 def main() -> None:
     """Read, draw, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="with a metrics.jsonl")
-    parser.add_argument(
-        "--out",
-        default="run.png",
-        metavar="FILE",
-        help=f"its ending says the format: {', '.join(ENDINGS)} (default: run.png)",
-    )
+    add_out(parser, "its ending says the format: .png, .pdf, .svg, .jpg", "run.png")
     args = parser.parse_args()
-    if Path(args.out).suffix.lower() not in ENDINGS:
-        raise UserError(f"--out {args.out}: the ending must be one of {', '.join(ENDINGS)}")
     if len(args.runs) > len(COLOURS):
         raise UserError(f"{len(args.runs)} runs: at most {len(COLOURS)} can be told apart")
-    names = run_names(args.runs)
-    runs = dict(zip(names, args.runs, strict=True))
+    runs = dict(zip(run_names(args.runs), args.runs, strict=True))
     figure = draw(
         by_head({name: read_metrics(run) for name, run in runs.items()}),
         {name: synthetic_epochs(run) for name, run in runs.items()},
     )
-    try:
-        Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, dpi=120)
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot write the picture ({error.strerror})") from error
+    save(figure, args.out)
     print(f"{args.out} written")
 
 
@@ -110,25 +96,18 @@ def read_metrics(folder: str) -> dict[str, Series]:
         UserError: a file that is missing, empty or damaged.
     """
     path = os.path.join(folder, METRICS)
-    try:
+    with reading(path, "cannot read the metrics of the run"):
         text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the metrics of the run ({error.strerror})") from error
     columns: dict[str, list[tuple[float, float]]] = {}
     for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
+        with reading(f"{path}, line {number}", "damaged, remove the line"):
             content = json.loads(line)
             kind = content.pop("kind", None)
             figures = {
-                name: math.nan if value is None else float(value) for name, value in content.items()
+                n: math.nan if value is None else float(value) for n, value in content.items()
             }
             place = figures["epochs"]
-            figures = {START: place} if kind == START else figures
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number}: damaged, not a JSON object of figures: remove the line"
-            ) from error
-        for name, value in figures.items():
+        for name, value in (figures if kind != START else {START: place}).items():
             columns.setdefault(name, []).append((place, value))
     known = {name.split("@")[0] for name in columns}
     if not any(name in known for panel in PANELS for name in panel.names):
@@ -181,7 +160,7 @@ def draw(
     """
     panels = [p for p in PANELS if any(name in run for run in runs.values() for name in p.names)]
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(11, 0.8 + 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 0.8 + 2.8 * rows), dpi=120, layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False).flatten()
     few = len(runs) <= len(COLOURS)
     colours = list(COLOURS if few else colormaps["viridis"](np.linspace(0, 1, len(runs))))

@@ -21,24 +21,25 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 
 from data.source import ImageSource, PartOfSource, build_source
 from evaluation.baselines import BASELINES
-from models.patch_features import has_class_token
-from models.pretrained import build_pretrained_encoder
-from tools import plot_run
-from tools.compare import CONFIG, Compared, read_run, remarks, table
-from tools.visualize import (
+from evaluation.pictures import (
+    GREY,
+    RIGHT,
     Subject,
-    choose,
     draw_attention,
     draw_components,
     draw_features,
     draw_neighbours,
     draw_similarity,
 )
+from models.patch_features import has_class_token
+from models.pretrained import build_pretrained_encoder
+from tools import plot_run
+from tools.compare import CONFIG, Compared, read_run, remarks, table
+from tools.visualize import choose
 from utils.checkpoint import LATEST
 from utils.config import DEFAULTS, as_dict, leaves, load_config, with_values
 from utils.errors import UserError
@@ -131,13 +132,10 @@ def attempt(draw: Callable[[], str]) -> str:
         return f'<p class="left-out">Left out: {html.escape(str(error))}.</p>'
 
 
-def picture(image: Image.Image | Figure, caption: str) -> str:
-    """An image with a caption, kept in the page itself."""
+def picture(figure: Figure, caption: str) -> str:
+    """A picture with a caption, kept in the page itself."""
     with io.BytesIO() as buffer:
-        if isinstance(image, Figure):
-            image.savefig(buffer, format="png", dpi=110)
-        else:
-            image.save(buffer, format="png")
+        figure.savefig(buffer, format="png")
         code = base64.b64encode(buffer.getvalue()).decode()
     text = html.escape(caption)
     source = f"data:image/png;base64,{code}"
@@ -167,7 +165,7 @@ def accuracy(figures: dict[str, Compared], dataset: str) -> Section:
     figure = Figure(figsize=(9, 0.9 + 0.45 * len(bars)), layout="constrained")
     axes = figure.subplots()
     best = next(iter(figures))
-    colours = ["#0072B2" if name == best else "#999999" for name in bars]
+    colours = [RIGHT if name == best else GREY for name in bars]
     drawn = axes.barh([os.path.basename(name) for name in bars], list(bars.values()), color=colours)
     axes.bar_label(drawn, fmt="%.1f%%", padding=4)
     axes.set_xlim(0, 100)
@@ -233,7 +231,7 @@ def load(config: Any, run: Run, random: bool) -> nn.Module:
     return build_pretrained_encoder(args, config, run.logger.info)[0].to(run.device)
 
 
-def pair(before: Image.Image, after: Image.Image) -> str:
+def pair(before: Figure, after: Figure) -> str:
     """Two pictures side by side."""
     shown = picture(before, "Before training.") + picture(after, "After training.")
     return f'<div class="pair">{shown}</div>'

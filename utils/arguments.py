@@ -34,6 +34,27 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {default})"
 
 
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults, and ends what it cannot read in one line.
+
+    Args:
+        description: the docstring of a module: what its command does, and after a blank line more
+            of it and how it is called.
+    """
+    purpose, _, example = description.partition("\n\n")
+    called = os.path.basename(sys.argv[0])
+    if not called.endswith(".py"):  # an installed command
+        example = re.sub(r"python (-m tools\.)?\w+(\.py)?", called, example)
+    return _Parser(description=purpose, epilog=example, formatter_class=_Help, allow_abbrev=False)
+
+
+def add_out(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
+    """Add ``--out``, which ``--output`` is another name of; required without a default."""
+    parser.add_argument(
+        *("--out", "--output"), default=default, required=not default, metavar="FILE", help=what
+    )
+
+
 def parse_arguments(
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
@@ -53,16 +74,12 @@ def parse_arguments(
         UserError: unknown flag, missing file, unknown key or value of the wrong type;
             LOCAL_RANK is no number.
     """
-    purpose, _, example = description.partition("\n\n")
-    called = os.path.basename(sys.argv[0])
-    if not called.endswith(".py"):  # an installed command
-        example = re.sub(r"python \w+\.py", called, example)
+    parser = command_parser(description)
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        lines = [purpose, *filter(None, example.splitlines()), "--help lists the flags."]
-        print("\n".join(lines), file=sys.stderr)
+        lines = f"{parser.description}\n{parser.epilog}\n--help lists the flags.".splitlines()
+        print("\n".join(filter(None, lines)), file=sys.stderr)
         raise SystemExit(1)
-    parser = _Parser(description=purpose, epilog=example, formatter_class=_Help, allow_abbrev=False)
     parser._optionals.title = "of this script alone"
     # fmt: off
     # a flag whose ``dest`` is a key sets that key

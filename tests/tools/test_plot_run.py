@@ -101,7 +101,7 @@ def test_the_ending_says_the_format(monkeypatch, tmp_path, ending, begins):
     write_run(tmp_path / "a")
     run_tool(monkeypatch, plot_run, tmp_path / "a", "--out", tmp_path / f"run.{ending}")
     assert (tmp_path / f"run.{ending}").read_bytes().startswith(begins)
-    with pytest.raises(UserError, match=r"run\.txt: the ending must be one of \.png"):
+    with pytest.raises(UserError, match=r"run\.txt: cannot write the picture \(Format 'txt'"):
         run_tool(monkeypatch, plot_run, tmp_path / "a", "--out", tmp_path / "run.txt")
 
 
@@ -138,7 +138,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"metrics\.jsonl: cannot read the metrics of the run \(No such file"),
+        (None, r"metrics\.jsonl: no such file"),
         (b"", r"metrics\.jsonl: no figures yet"),
         (b'{"kind": "train", "epochs": 1}\n', "no figures yet"),
         (b'{"kind": "train", "epochs": 1, "loss": 1}\n{"ki\n', r"line 2: damaged"),
