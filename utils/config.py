@@ -201,9 +201,8 @@ KEYS = {
         "0.2)"),
     **{f"AUG.VIEW{view}.{name}": key for view, blur, solarize in ((1, 1.0, 0.0), (2, 0.1, 0.2))
         for name, key in {
-            "CROP": Key([0.08, 1.0], TRAINING, (1e-6, 1), f"of view {view} of `custom`, as all "
-                "its keys: "
-                "least and largest share of the area"),
+            "CROP": Key([0.08, 1.0], TRAINING, (1e-6, 1), "of a view of `custom`, as all down to "
+                "INTERPOLATION: least and largest share of the area"),
             "RATIO": Key([0.75, 1.3333], TRAINING, (0.01, 100), "least and largest width over "
                 "height"),
             "FLIP": Key(0.5, TRAINING, SHARE, "probability of a mirror image"),
@@ -354,12 +353,19 @@ def markdown_table() -> str:
     """The table of keys in Markdown."""
     lines = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     for key, (default, _, allowed, about, effect, _) in KEYS.items():
+        if key.startswith("AUG.VIEW2."):
+            continue  # in the row of the other view
+        values = [json.dumps(default)]
+        if (other := key.replace("VIEW1", "VIEW2")) != key:
+            values += [json.dumps(KEYS[other].default)]
+            key = f"AUG.VIEW{{1,2}}.{key.rpartition('.')[2]}"
         if allowed and isinstance(allowed[0], str):
             words = ", ".join(f"`{word}`" for word in allowed)
         else:
             words = "{:.8g} to {:.8g}".format(*allowed) if allowed else ""
         mark = "" if effect else "**no effect**: "
-        lines.append(f"| `{key}` | `{json.dumps(default)}` | {words} | {mark}{about} |")
+        defaults = ", ".join(f"`{value}`" for value in dict.fromkeys(values))
+        lines.append(f"| `{key}` | {defaults} | {words} | {mark}{about} |")
     return "\n".join(lines)
 
 
