@@ -358,7 +358,7 @@ def markdown_table() -> str:
         values = [json.dumps(default)]
         if (other := key.replace("VIEW1", "VIEW2")) != key:
             values += [json.dumps(KEYS[other].default)]
-            key = f"AUG.VIEW{{1,2}}.{key.rpartition('.')[2]}"
+            key = f"{key}`, `{other}"
         if allowed and isinstance(allowed[0], str):
             words = ", ".join(f"`{word}`" for word in allowed)
         else:
