@@ -8,13 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 from helpers import ROOT
 
-from utils import lock
 from utils.checkpoint import remove_leftovers, replacing
 from utils.errors import UserError
 from utils.lock import LOCK, lock_folder
@@ -92,45 +90,33 @@ def test_a_child_does_not_have_its_parents_lock(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-@pytest.fixture
-def no_locks(monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of_once(tmp_path, monkeypatch, capsys, code):
     def lockf(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(code, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    monkeypatch.setattr(lock, "BEAT", 0.2)
+    for _ in range(2):
+        lock_folder(str(tmp_path), 0)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"{tmp_path}: its file system has no locks" in said[0]
 
 
-def test_without_locks_the_first_of_many_wins(tmp_path, no_locks):
-    results = []
+def test_a_lock_that_cannot_be_had_is_an_error(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.EIO, "Input/output error")
 
-    def start() -> None:
-        try:
-            lock_folder(str(tmp_path), 0)
-            results.append("mine")
-        except UserError as error:
-            results.append(str(error))
-
-    threads = [threading.Thread(target=start) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results.count("mine") == 1
-    assert all(f"process {os.getpid()} on" in r for r in results if r != "mine")
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(OSError, match="Input/output"):
+        lock_folder(str(tmp_path), 0)
 
 
-def test_without_locks_signs_of_life_tell(tmp_path, no_locks):
-    """By whether they change, so that the clocks of two machines do not matter."""
-    path = tmp_path / LOCK
-    dead = {"owner": "other", "sign": "1", "host": "far", "pid": 1, "since": "2099-01-01"}
-    path.write_text(json.dumps(dead))
-    lock_folder(str(tmp_path), 0)
-    own = json.loads(path.read_text())
-    assert own["pid"] == os.getpid()
-    time.sleep(0.5)
-    assert json.loads(path.read_text())["sign"] != own["sign"]
-    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+@pytest.mark.parametrize("said", ["", "null", "7", "[]", "{}", "\udcff"])
+def test_a_holder_that_has_not_said_who_it_is_still_holds(tmp_path, holder, said):
+    """As within its start; or a file of another program."""
+    holder()
+    (tmp_path / LOCK).write_bytes(said.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="another process writes it: end that run"):
         lock_folder(str(tmp_path), 0)
 
 
