@@ -215,7 +215,7 @@ def main() -> None:
             features = [encode_images(config, model.features, part, run) for part in judged_on]
             for part, name in zip(features, ("test", "held-out"), strict=False):
                 check_features(*part, name)
-        signals.training(config.DIST_TIMEOUT)
+        signals.training()
         advice = f"lower --lr {' '.join(f'{rate:g}' for rate in rates)}"
         started = time.monotonic()
 

@@ -133,7 +133,7 @@ def main() -> None:
         checkpoints = Checkpoints(config, run, progress, state, resumed_from)
         knn = KnnMonitor(config, source, run)
         log = TrainingLog(config, run, progress, [optimizer], dim=model.dim, queues=model.queues())
-        signals.training(config.DIST_TIMEOUT)
+        signals.training()
         base_momentum = config.MODEL.CONTRAST_MOMENTUM
         watch = log.watch
         if args.profile:
@@ -166,7 +166,7 @@ def main() -> None:
                     # a signal on any process, and SAVE_MINUTES by the clock of the first
                     stop, save_now = signals.agree(checkpoints.time_is_up())
                     if log.record(result, {"momentum": momentum}, stop):  # reads the device
-                        bad_images.check(signals.group)
+                        bad_images.check()
                         most = config.TRAIN.MAX_SKIPPED_UPDATES
                         update.check_skipped(most, checkpoints.advice(), log.longest_rows)
                     if stop or save_now or checkpoints.due():

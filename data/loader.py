@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler, default_collate
 from yacs.config import CfgNode
 
@@ -20,6 +19,7 @@ from data.augmentation import MEAN, STD, configured_views
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews, Views
 from data.source import CostlySource, FileSource, ImageSource, build_source
 from utils.distributed import (
+    all_gather_objects,
     first_on_each_node,
     on_first_process,
     processors,
@@ -282,19 +282,13 @@ class BadImages:
                 if index not in self.bad and index not in self._new:
                     self._new[index] = self._reason(index)
 
-    def check(self, group: dist.ProcessGroup | None = None) -> None:
+    def check(self) -> None:
         """Exchange and log what was noted; every process has to call it.
-
-        Args:
-            group: of gloo, because one of nccl would wait for the GPUs; by default that of all.
 
         Raises:
             UserError: on every process, if more than ``max_fraction`` of the images are bad.
         """
-        noted = [self._new]
-        if world_size() > 1:
-            noted = [{}] * world_size()
-            dist.all_gather_object(noted, self._new, group)
+        noted = all_gather_objects(self._new)
         self._new = {}
         for process, new in enumerate(noted):
             for index in sorted(new.keys() - self.bad.keys()):

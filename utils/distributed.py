@@ -3,7 +3,6 @@
 import inspect
 import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError
+from utils.errors import LostPeer, UserError
+from utils.launchers import launched, local_rank, local_world_size
 
 try:
     # imported before any group is made, because its default arguments would keep that group
@@ -27,47 +27,13 @@ if TYPE_CHECKING:
     from utils.group import Peers
 
 T = TypeVar("T")
-
-# how many tasks srun or mpirun has started
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+Outcome = tuple[Any, UserError | None]
+NOTHING: Outcome = (None, None)
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
 
 _peers: "Peers | None" = None  # the launcher's processes
 _sharing: int | None = None  # processes of this machine that use the same processors
-
-
-class LostPeer(RuntimeError):
-    """Another process of the group has died."""
-
-
-def launched() -> bool:
-    """Whether this process is one of a group: of a launcher, or of tasks of srun or mpirun.
-
-    Raises:
-        UserError: it is one of several tasks, but the first one's host cannot be known.
-    """
-    if "RANK" not in os.environ and not os.environ.keys().isdisjoint(TASKS):
-        from utils.launchers import join_tasks
-
-        join_tasks()
-    return "RANK" in os.environ
-
-
-def environment_number(name: str, least: int, most: int = 2**31 - 1) -> int:
-    """The whole number of the environment variable ``name``.
-
-    Raises:
-        UserError: it is not set, no number or out of range.
-    """
-    text = os.environ.get(name, "")
-    if not text:
-        raise UserError(f"{name} is not set: start by torchrun, which sets it")
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise UserError(f"{name} is {text!r}, which is no whole number")
-    if not least <= int(text) <= most:
-        raise UserError(f"{name} is {text}, but it must lie between {least} and {most}")
-    return int(text)
 
 
 def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
@@ -88,11 +54,9 @@ def init_process_group(local_rank: int, timeout: float = 1800) -> torch.device:
         options = {"device_id": device}  # else nccl guesses the GPU from the rank
     backend = "nccl" if options else "gloo"
     if launched():
-        from utils.group import Peers, read_place
+        from utils.group import form_group  # a single process needs none
 
-        place = read_place()
-        _peers = Peers(place, timeout)
-        _peers.init_collectives(backend, **options)
+        _peers = form_group(backend, timeout, **options)
         _sharing = _count_sharing()
     else:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -126,19 +90,13 @@ def _claim_gpu(number: int) -> torch.device:
 
 
 def leave_group() -> None:
-    """End this process's part of the group; the first waits for the others."""
+    """End this process's part of the group, when the others end theirs."""
     global _peers, _sharing
     if _peers:
         _peers.leave()
         _peers = _sharing = None
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def say_goodbye() -> None:
-    """Tell the others that this process ends at once, so that none waits for it."""
-    if _peers:
-        _peers.say_goodbye()
 
 
 def rank() -> int:
@@ -154,23 +112,6 @@ def world_size() -> int:
 def on_terminal() -> bool:
     """Whether this process shows progress bars: the first, if standard error is a terminal."""
     return rank() == 0 and sys.stderr.isatty()
-
-
-def local_rank(default: int = 0) -> int:
-    """Number of this process on its machine, ``default`` if no launcher says.
-
-    Raises:
-        UserError: LOCAL_RANK is no number, or see ``launched``.
-    """
-    launched()
-    return environment_number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else default
-
-
-def local_world_size() -> int:
-    """Number of processes on this machine."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return environment_number("LOCAL_WORLD_SIZE", 1)
-    return world_size()
 
 
 def processors() -> int:
@@ -228,12 +169,12 @@ def _count_sharing() -> int:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """``value`` of each process in the order of ranks: numbers, text, lists and dictionaries.
+    """``value`` of each process in the order of ranks.
 
     Each process may come late: the others wait as long as it lives, whatever DIST_TIMEOUT is.
 
     Raises:
-        LostPeer: a process that is waited for has died.
+        LostPeer: a process has died, or shows no sign of life.
     """
     return _peers.gather(value) if _peers else [value]
 
@@ -243,17 +184,38 @@ def wait_for_all() -> None:
     all_gather_objects(None)
 
 
+def ask_all(flags: list[bool]) -> Callable[[], list[bool]]:
+    """Begin to ask which of ``flags`` are set on any process; every process has to call it.
+
+    Returns:
+        a function that waits for the answer, as ``all_gather_objects`` waits.
+    """
+    if not _peers:
+        return lambda: flags
+    peers, anywhere = _peers, torch.tensor(flags, dtype=torch.int32)
+    work = peers.begin_maximum(anywhere)
+
+    def answer() -> list[bool]:
+        peers.wait(work)
+        return [bool(flag) for flag in anywhere.tolist()]
+
+    return answer
+
+
 def on_first_process(function: Callable[[], T]) -> T:
     """Call ``function`` on the first process only, and return its result on every process.
 
-    The result is None, a number, text or a list of these. The call may take long: the others wait
-    as long as the first lives, whatever DIST_TIMEOUT is.
+    The call may take long: the others wait as ``all_gather_objects`` does.
 
     Raises:
         UserError: on every process, if ``function`` raises it.
-        LostPeer: a process that is waited for has died.
+        LostPeer: a process has died, or shows no sign of life.
     """
-    return _peers.call_on_first(function) if _peers else function()
+    outcome = _attempt(function) if rank() == 0 else NOTHING
+    result, failure = all_gather_objects(outcome)[0]
+    if failure:
+        raise failure
+    return result
 
 
 def first_on_each_node(function: Callable[[], T]) -> T:
@@ -263,21 +225,24 @@ def first_on_each_node(function: Callable[[], T]) -> T:
 
     Raises:
         UserError: on every process, if ``function`` raises it on the first of a node.
-        LostPeer: a process that is waited for has died.
+        LostPeer: a process has died, or shows no sign of life.
     """
     first = local_rank() == 0
-    results, failure = [], None
-    if first:
-        try:
-            results.append(function())
-        except UserError as error:
-            failure = str(error)
+    result, failure = _attempt(function) if first else NOTHING
     for failed in all_gather_objects(failure):
         if failed:
-            raise UserError(failed)
-    result = results[0] if first else function()
+            raise failed
+    if not first:
+        result = function()
     wait_for_all()  # one machine may take minutes more
     return result
+
+
+def _attempt(function: Callable[[], Any]) -> Outcome:
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
 
 
 def lost_peer(error: BaseException | None) -> bool:

@@ -16,6 +16,10 @@ class UserError(Exception):
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+class LostPeer(RuntimeError):
+    """Another process of the group has died, or shows no sign of life."""
+
+
 class Diverged(UserError):
     """Training has diverged: what it has learned must not replace the last good checkpoint."""
 

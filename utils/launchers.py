@@ -1,9 +1,11 @@
-"""What srun and mpirun say of a task, put as torchrun would say it."""
+"""What a launcher says of this process, and what srun and mpirun say, put as torchrun would."""
 
 import os
 import re
+import socket
 import sys
 import zlib
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +27,78 @@ STARTERS = (
 )
 # what tells one set of tasks from another
 JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PBS_JOBID")
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's number of how many, and where the first one listens."""
+
+    rank: int
+    processes: int
+    address: str
+    port: int
+
+
+def read_place() -> Place:
+    """The place that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT give.
+
+    Raises:
+        UserError: one of them is missing, no number or out of range, or the host is unknown.
+    """
+    processes = environment_number("WORLD_SIZE", 1)
+    rank = environment_number("RANK", 0, processes - 1)
+    address = os.environ.get("MASTER_ADDR", "")
+    if not address:
+        raise UserError("MASTER_ADDR is not set: start by torchrun, or set it to the first host")
+    port = environment_number("MASTER_PORT", 1, 2**16 - 1)
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"MASTER_ADDR is {address}: no such host ({error})") from error
+    return Place(rank, processes, address, port)
+
+
+def environment_number(name: str, least: int, most: int = 2**31 - 1) -> int:
+    """The whole number of the environment variable ``name``.
+
+    Raises:
+        UserError: it is not set, no number or out of range.
+    """
+    text = os.environ.get(name, "")
+    if not text:
+        raise UserError(f"{name} is not set: start by torchrun, which sets it")
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise UserError(f"{name} is {text!r}, which is no whole number")
+    if not least <= int(text) <= most:
+        raise UserError(f"{name} is {text}, but it must lie between {least} and {most}")
+    return int(text)
+
+
+def launched() -> bool:
+    """Whether this process is one of a group: of a launcher, or of tasks of srun or mpirun.
+
+    Raises:
+        UserError: it is one of several tasks, but the first one's host cannot be known.
+    """
+    if "RANK" not in os.environ:
+        join_tasks()
+    return "RANK" in os.environ
+
+
+def local_rank(default: int = 0) -> int:
+    """Number of this process on its machine, ``default`` if no launcher says.
+
+    Raises:
+        UserError: LOCAL_RANK is no number, or see ``launched``.
+    """
+    launched()
+    return environment_number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else default
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine; without LOCAL_WORLD_SIZE, all of the group."""
+    names = ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    return next((environment_number(name, 1) for name in names if name in os.environ), 1)
 
 
 def join_tasks() -> None:

@@ -25,7 +25,6 @@ from utils.distributed import (
     lost_peer,
     on_first_process,
     rank,
-    say_goodbye,
     world_size,
 )
 from utils.errors import UserError
@@ -280,7 +279,6 @@ def _fail(message: str) -> None:
     """Say why, and end without waiting for peers that may be inside a collective."""
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    say_goodbye()
     os._exit(1)
 
 

@@ -1,6 +1,5 @@
 """Stopping at a signal: all processes after the same update, with a checkpoint."""
 
-import datetime
 import logging
 import multiprocessing
 import os
@@ -11,13 +10,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from utils.distributed import lost_peer, world_size
+from utils.distributed import ask_all, lost_peer, world_size
 
 # exit codes
 RESUMABLE = 75  # stopped by a signal, start again to continue (EX_TEMPFAIL)
@@ -43,8 +40,7 @@ class StopSignals:
         self.requested = ""  # name of the signal
         self._training = False
         self._first_interrupt: float | None = None
-        self._group: dist.ProcessGroup | None = None
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._pending: Callable[[], list[bool]] = lambda: [False, False]
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -63,16 +59,8 @@ class StopSignals:
             _exit(RESUMABLE, f"{self.requested}: another process has ended, no checkpoint written")
         self.close()
 
-    def training(self, timeout: float) -> None:
-        """From now on there is something to save; every process has to call it.
-
-        Args:
-            timeout: seconds until waiting for another process is an error.
-        """
-        if world_size() > 1:
-            wait = datetime.timedelta(seconds=timeout)
-            group = dist.new_group(backend="gloo", timeout=wait)
-            self._group = cast(dist.ProcessGroup, group)  # every process is a member
+    def training(self) -> None:
+        """From now on there is something to save."""
         self._training = True
 
     def agree(self, save: bool) -> tuple[bool, bool]:
@@ -84,21 +72,11 @@ class StopSignals:
         Args:
             save: whether this process wants to save.
         """
-        wanted = torch.tensor([bool(self.requested), save], dtype=torch.int32)
-        if self._group is None:
-            return bool(wanted[0]), bool(wanted[1])
-        work = dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True)
-        pending, self._pending = self._pending, (work, wanted)
-        if pending is None:
-            return False, False
-        pending[0].wait()
-        stop, save = pending[1].tolist()
-        return bool(stop), bool(save)
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The group of gloo in which the processes agree, None before ``training`` and alone."""
-        return self._group
+        answer = ask_all([bool(self.requested), save])
+        if world_size() > 1:
+            answer, self._pending = self._pending, answer
+        stop, save = answer()
+        return stop, save
 
     def close(self) -> None:
         """Restore the handlers that were there before."""

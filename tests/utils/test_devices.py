@@ -12,7 +12,8 @@ from helpers import spawn
 from utils import group
 from utils.distributed import init_process_group
 from utils.errors import UserError
-from utils.group import Peers, Place, interface_to
+from utils.group import interface_to
+from utils.launchers import Place
 
 BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be"
 FULL = "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 1 has a total capacity of 15.0 GiB"
@@ -50,11 +51,11 @@ def test_nccl_is_told_its_gpu_and_left_to_torchs_defaults(gpus, monkeypatch):
 
 
 def test_of_several_too(gpus, monkeypatch):
-    monkeypatch.setattr(Peers, "__init__", lambda self, place, timeout: None)
+    monkeypatch.setattr(group, "Peers", lambda timeout: None)
     monkeypatch.setattr(group, "interface_to", lambda *place: None)
-    peers = Peers(None, 0)
-    peers.place, peers.timeout, peers.store = Place(0, 2, "localhost", 1), 5, "store"
-    peers.init_collectives("nccl", device_id=torch.device("cuda", 0))
+    monkeypatch.setattr(group, "read_place", lambda: Place(0, 2, "localhost", 1))
+    monkeypatch.setattr(group, "_connect", lambda place, timeout: "store")
+    group.form_group("nccl", 5, device_id=torch.device("cuda", 0))
     ((_, more),) = gpus.groups
     assert more["device_id"] == torch.device("cuda", 0) and more["world_size"] == 2
 

@@ -12,9 +12,8 @@ from forked import Script
 from helpers import ROOT, arguments, free_port
 
 from utils.arguments import parse_arguments
-from utils.distributed import launched, local_world_size
 from utils.errors import UserError
-from utils.launchers import STARTERS, first_host
+from utils.launchers import STARTERS, Place, first_host, launched, local_world_size, read_place
 
 RESULT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
@@ -164,6 +163,46 @@ def test_the_configuration_knows_the_place_on_the_machine(task, monkeypatch):
         monkeypatch.setenv(name, value)
     _, config = parse_arguments("", argv=["--cfg", str(ROOT / "configs/demo.yaml")])
     assert config.LOCAL_RANK == 1 and local_world_size() == 2
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Set the launcher's variables: ``place(RANK="1", ...)``."""
+    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+    def set_all(**values: str) -> None:
+        for name, value in (given | values).items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "2", "RANK is 2, but it must lie between 0 and 1"),
+        ("RANK", "-1", "RANK is -1, but it must lie between 0 and 1"),
+        ("RANK", "one", "RANK is 'one', which is no whole number"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', which is no whole number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE is 0, but it must lie between 1 and"),
+        ("WORLD_SIZE", "", "WORLD_SIZE is not set: start by torchrun"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is not set: start by torchrun"),
+        ("MASTER_ADDR", "no.such.host.invalid", "MASTER_ADDR is no.such.host.invalid: no such"),
+        ("MASTER_ADDR", "a" * 70, "no such host"),  # longer than a name may be
+        ("MASTER_PORT", "", "MASTER_PORT is not set"),
+        ("MASTER_PORT", "70000", "MASTER_PORT is 70000, but it must lie between 1 and 65535"),
+        ("MASTER_PORT", "1e3", "MASTER_PORT is '1e3', which is no whole number"),
+    ],
+)
+def test_a_wrong_variable_is_named_with_its_value(place, name, value, message):
+    place(**{name: value})
+    with pytest.raises(UserError, match=message):
+        read_place()
+
+
+def test_what_the_launcher_says(place):
+    place()
+    assert read_place() == Place(1, 2, "localhost", 29500)
 
 
 def finished(output) -> list[str]:

@@ -9,7 +9,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from helpers import ROOT
 
 from utils import signals
@@ -40,7 +39,7 @@ def test_a_signal_ends_at_once_before_training_and_is_noted_then(ended, number):
         until(lambda: ended)
         assert ended == [(RESUMABLE, f"stopped by {number.name} before training began")]
         stop.requested = ""
-        stop.training(60)
+        stop.training()
         assert stop.agree(False) == (False, False) and stop.agree(True) == (False, True)
         os.kill(os.getpid(), number)
         until(lambda: stop.requested)
@@ -54,7 +53,7 @@ def test_the_first_signal_is_named_and_others_are_left_alone(ended):
     signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
         with StopSignals() as stop:
-            stop.training(60)
+            stop.training()
             os.kill(os.getpid(), signal.SIGUSR2)
             time.sleep(0.1)
             assert not stop.requested
@@ -71,7 +70,7 @@ def test_a_second_interrupt_ends_but_not_one_that_comes_twice(ended, monkeypatch
     now = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     with StopSignals() as stop:
-        stop.training(60)
+        stop.training()
         for after in (0.0, 0.9):
             now[0] = 100.0 + after
             os.kill(os.getpid(), signal.SIGINT)
@@ -91,7 +90,7 @@ def test_handlers_are_restored_and_nohup_stays(ended):
     try:
         before = [signal.getsignal(number) for number in SIGNALS]
         with StopSignals() as stop:
-            stop.training(60)
+            stop.training()
             now = [signal.getsignal(number) for number in SIGNALS]
             assert [old is new for old, new in zip(before, now, strict=True)] == [
                 number == signal.SIGHUP for number in SIGNALS
@@ -111,18 +110,14 @@ def test_in_a_group_the_answer_is_that_of_the_call_before(ended, monkeypatch):
     """So that no update waits; another process's wish is among what comes back."""
     waits, others = [], iter([(0, 0), (0, 1), (1, 0), (0, 0)])
 
-    def all_reduce(tensor, operation, group, async_op):
-        assert operation == torch.distributed.ReduceOp.MAX and group == "small" and async_op
-        tensor |= torch.tensor(next(others), dtype=torch.int32)
-        return SimpleNamespace(wait=lambda: waits.append(1))
+    def ask_all(flags):
+        found = [flag or bool(other) for flag, other in zip(flags, next(others), strict=True)]
+        return lambda: waits.append(1) or found
 
     monkeypatch.setattr(signals, "world_size", lambda: 2)
-    monkeypatch.setattr(signals.dist, "all_reduce", all_reduce)
-    made = {}
-    monkeypatch.setattr(signals.dist, "new_group", lambda **given: made.update(given) or "small")
+    monkeypatch.setattr(signals, "ask_all", ask_all)
     with StopSignals() as stop:
-        stop.training(90)
-        assert made["backend"] == "gloo" and made["timeout"].total_seconds() == 90
+        stop.training()
         answers = [stop.agree(False) for _ in range(3)]
         assert answers == [(False, False), (False, False), (False, True)] and len(waits) == 2
         assert stop.agree(False) == (True, False)
@@ -131,7 +126,7 @@ def test_in_a_group_the_answer_is_that_of_the_call_before(ended, monkeypatch):
 def test_a_child_ignores_the_signals():
     """Schedulers send them to all processes of a job; a worker has to deliver its batch."""
     with StopSignals() as stop:
-        stop.training(60)
+        stop.training()
         child = os.fork()
         if not child:
             wakeup = signal.set_wakeup_fd(-1)
