@@ -32,10 +32,9 @@ from models.momentum import MomentumMethod, Output, key_momentum
 from models.network import check_network, network_changes, network_of, network_said
 from models.synco import SynCo
 from optimizer import build_optimizer
-from utils.agreement import check_agreement
 from utils.arguments import add_tracker_arguments, number_in, parse_arguments
 from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
-from utils.distributed import data_parallel, mean_over_processes, rank, world_size
+from utils.distributed import check_agreement, data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
 from utils.progress import (
     Checkpoints,

@@ -265,6 +265,11 @@ def settings(config: Mapping[str, Any], uses: Use) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
+def configuration_facts(config: CfgNode) -> dict[str, object]:
+    """Each key with its value, except those in which processes may differ."""
+    return {k: repr(v) for k, v in leaves(as_dict(config)) if not KEYS[k].local}
+
+
 def _defaults() -> CfgNode:
     root: dict[str, Any] = {}
     for key, entry in KEYS.items():

@@ -184,6 +184,30 @@ def wait_for_all() -> None:
     all_gather_objects(None)
 
 
+def check_agreement(
+    facts: dict[str, object],
+    advice: str = "start all processes with the same arguments, code and data",
+) -> None:
+    """Compare what each process holds of ``facts``; every process has to call it.
+
+    Args:
+        facts: short values, by names that a user knows.
+        advice: what to do if they differ.
+
+    Raises:
+        UserError: on every process: which one differs from the first, and in what.
+    """
+    first, *others = all_gather_objects(facts)
+    for number, theirs in enumerate(others, 1):
+        for name in first.keys() | theirs.keys():
+            one, other = first.get(name), theirs.get(name)
+            if one != other:
+                raise UserError(
+                    f"process {number} differs from process 0: {name} is {other}, not {one}: "
+                    f"{advice}"
+                )
+
+
 def ask_all(flags: list[bool]) -> Callable[[], list[bool]]:
     """Begin to ask which of ``flags`` are set on any process; every process has to call it.
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from yacs.config import CfgNode
 
-from utils.agreement import configuration_facts
+from utils.config import configuration_facts
 from utils.distributed import all_gather_objects
 from utils.errors import UserError
 from utils.progress import EpochSize, Progress

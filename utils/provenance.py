@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import ArrayLike
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.agreement import ROOT, source_digest
 from utils.config import to_json
 from utils.distributed import world_size
 
+ROOT = Path(__file__).parent.parent
+ROOMS = ("models", "data", "evaluation", "utils")
 # what is known of the weights: the file, the digest of the encoder's weights, whose they are
 ORIGIN = ("checkpoint", "weights", "method", "encoder", "network", "key", "epoch", "step")
 # no lock is taken, and no program that the repository's configuration names is started
@@ -91,6 +93,15 @@ def data_facts(root: str, **splits: tuple[Sequence[str], ArrayLike]) -> dict[str
         total.update(np.ascontiguousarray(numbers).data)
     images = {split: len(names) for split, (names, _) in splits.items()}
     return {"digest": total.hexdigest(), "images": images}
+
+
+def source_digest() -> str:
+    """The first 16 digits of a SHA-256 of all source files of the program, with their names."""
+    total = hashlib.sha256()
+    for path in sorted([*ROOT.glob("*.py"), *(p for d in ROOMS for p in (ROOT / d).glob("*.py"))]):
+        for part in (str(path.relative_to(ROOT)).encode(), path.read_bytes()):
+            total.update(part + b"\0")
+    return total.hexdigest()[:16]
 
 
 def names_digest(names: Sequence[str], root: str) -> str:

@@ -16,10 +16,10 @@ import torch
 from yacs.config import CfgNode
 
 from logger import create_logger
-from utils.agreement import check_agreement, code_facts, configuration_facts
 from utils.checkpoint import replacing
-from utils.config import run_folder, to_json, with_values
+from utils.config import configuration_facts, run_folder, to_json, with_values
 from utils.distributed import (
+    check_agreement,
     init_process_group,
     leave_group,
     lost_peer,
@@ -29,7 +29,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError
 from utils.lock import lock_folder
-from utils.provenance import moment
+from utils.provenance import moment, source_digest
 from utils.update import LEVELS, Precision
 
 
@@ -72,7 +72,8 @@ def start(config: CfgNode, folder: str | None = None, trains: bool = False) -> R
     """
     keep_freed_memory()
     device = init_process_group(config.LOCAL_RANK, config.DIST_TIMEOUT)
-    check_agreement(configuration_facts(config) | code_facts())
+    code = {"the program's source (sha256)": source_digest()}
+    check_agreement(configuration_facts(config) | code)
     level = config.AMP_OPT_LEVEL
     level = "O0" if level == "auto" and not trains else level
     precision = Precision(level, device, trains and config.TRAIN.TF32)

@@ -5,10 +5,10 @@ import shutil
 import pytest
 from helpers import ROOT, arguments, run_forked, spawn
 
-from utils.agreement import check_agreement, code_facts, configuration_facts, digest
-from utils.config import load_config
-from utils.distributed import on_first_process, rank
+from utils.config import configuration_facts, load_config
+from utils.distributed import check_agreement, on_first_process, rank
 from utils.errors import UserError
+from utils.provenance import source_digest
 
 
 def disagree(_, folder: str) -> None:
@@ -47,26 +47,26 @@ def test_what_may_differ_between_machines():
 
 
 def test_the_code_is_compared(monkeypatch, tmp_path):
-    before = code_facts()
-    assert before == code_facts()
+    before = source_digest()
+    assert before == source_digest()
     for name in ("models", "data", "evaluation", "utils"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr("utils.agreement.ROOT", tmp_path)
-    assert before == code_facts()
+    monkeypatch.setattr("utils.provenance.ROOT", tmp_path)
+    assert before == source_digest()
     for name in ("main_pretrain.py", "models/moby.py"):
         with open(tmp_path / name, "a") as file:
             file.write("# another version\n")
-        assert before != code_facts()
-        before = code_facts()
+        assert before != source_digest()
+        before = source_digest()
 
 
 @pytest.mark.parametrize("odd", [1, 2, 3])
 def test_the_process_that_differs_is_named(monkeypatch, odd):
     """With what it holds, and what the first holds; a fact that one of them lacks counts too."""
     facts = [{"the seed": 0, "the images": "ab"} for _ in range(4)]
-    monkeypatch.setattr("utils.agreement.all_gather_objects", lambda own: facts)
+    monkeypatch.setattr("utils.distributed.all_gather_objects", lambda own: facts)
     check_agreement(facts[0])
     facts[odd] = facts[odd] | {"the seed": 7}
     message = f"process {odd} differs from process 0: the seed is 7, not 0: start all processes"
@@ -78,10 +78,6 @@ def test_the_process_that_differs_is_named(monkeypatch, odd):
     facts[odd] = facts[0] | {"the model": 1}
     with pytest.raises(UserError, match=f"process {odd} .*: the model is 1, not None"):
         check_agreement(facts[0])
-
-
-def test_parts_do_not_run_into_each_other():
-    assert digest(["ab", "c"]) != digest(["a", "bc"]) and digest([b"a"]) == digest(["a"])
 
 
 @pytest.mark.slow

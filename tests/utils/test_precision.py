@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_pretrain
-import utils.agreement
+import utils.distributed
 from models import build_method
 from utils import run as run_module
 from utils import update as update_module
@@ -168,7 +168,7 @@ def test_processes_that_differ_are_refused(monkeypatch, computer):
     ours = Precision("auto", GPU)
     computer(new_gpu=False)
     theirs = {"the precision": Precision("auto", GPU).about}
-    monkeypatch.setattr(utils.agreement, "all_gather_objects", lambda own: [own, own, theirs])
+    monkeypatch.setattr(utils.distributed, "all_gather_objects", lambda own: [own, own, theirs])
     with pytest.raises(UserError, match=r"^process 2 differs .* the precision is float16 .*-level"):
         check_same_precision(ours)
 
