@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 
 from models.batch_norm import SyncBatchNorm
-from models.swin import SwinTransformer, rename_microsoft
+from models.swin import SwinTransformer, rename_microsoft, shift_by_maps
 from models.vit import VisionTransformer, fit_positions
 from utils.errors import UserError
 from utils.update import Precision
@@ -63,21 +63,23 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str,
                 Backbone, timm.create_model(name, pretrained=False, num_classes=0, **options)
             )
             break
-        except TypeError as error:
-            # a constructor names one unknown argument at a time
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if not unknown or unknown[1] not in options:
-                raise
-            del options[unknown[1]]
-        except (AssertionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"MODEL.ENCODER {PREFIX}{name}: timm refuses it ({reason})") from error
+        except Exception as error:  # constructors of 1300 kinds can raise anything
+            # one names the first argument that it does not know, another all of them
+            _, _, named = str(error).partition("unexpected keyword argument")
+            unknown = options.keys() & set(re.findall(r"'(\w+)'", named))
+            if not unknown:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(
+                    f"MODEL.ENCODER {PREFIX}{name}: timm refuses it ({reason})"
+                ) from error
+            options = {option: value for option, value in options.items() if option not in unknown}
     # some have layers between the last map and the classifier
     encoder.num_features = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     if isinstance(encoder, TimmVisionTransformer):
         encoder.register_load_state_dict_pre_hook(fit_positions)
     if isinstance(encoder, TimmSwinTransformer):
         encoder.register_load_state_dict_pre_hook(rename_microsoft)
+    shift_by_maps(encoder)
     if not hasattr(encoder, "no_weight_decay"):
         encoder.no_weight_decay = set  # none besides the one-dimensional ones
     return encoder, options

@@ -1,10 +1,12 @@
 """Swin transformers (arXiv 2103.14030) on timm's layers."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
+from torch import nn
 
 WINDOW = 7
 PATCH = 4
@@ -57,6 +59,28 @@ class SwinTransformer(TimmSwinTransformer):
         patches: Any = self.patch_embed  # torch's types allow no attributes of other types
         patches.dynamic_img_pad = True
         self.register_load_state_dict_pre_hook(rename_microsoft)
+        shift_by_maps(self)
+
+
+def shift_by_maps(model: nn.Module) -> None:
+    """Let each block of any Swin of timm, also of version 2, shift by the map that it gets.
+
+    timm decides at construction, by ``img_size``, whether a map is larger than a window. The same
+    weights would give an image other features then, by a size that is not the image's.
+    """
+    for block in model.modules():
+        if any(getattr(block, "target_shift_size", ())):
+            block.register_forward_pre_hook(_shift_by_map)
+
+
+def _shift_by_map(block: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    fit_shift(block, inputs[0].shape[1:3])  # BxHxWxC
+
+
+def fit_shift(block: Any, size: Sequence[int]) -> None:
+    """Shift by half a window along the sides on which a map of (h, w) is larger than a window."""
+    halves = zip(size, block.window_size, strict=True)
+    block.shift_size = tuple(window // 2 if side > window else 0 for side, window in halves)
 
 
 def rename_microsoft(model: TimmSwinTransformer, state_dict: dict, prefix: str, *_: object) -> None:
@@ -93,6 +117,8 @@ def microsoft_weights(encoder: TimmSwinTransformer) -> dict[str, torch.Tensor]:
         for j, block in enumerate(stage.blocks):
             name = f"layers.{i}.blocks.{j}"
             weights[f"{name}.attn.relative_position_index"] = block.attn.relative_position_index
+            if any(block.target_shift_size):
+                fit_shift(block, block.input_resolution)
             mask = block.get_attn_mask()
             if mask is not None:
                 weights[f"{name}.attn_mask"] = mask

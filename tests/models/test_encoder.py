@@ -1,13 +1,15 @@
 """Backbones against the published ones, at any size, and through their options."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from helpers import reference
+from torch import nn
 
-from models.encoder import ENCODERS, RESNETS, choose_attention, create_encoder
+from models.encoder import ENCODERS, RESNETS, choose_attention, create_encoder, create_timm_backbone
 from models.swin import SwinTransformer
 from models.vit import VisionTransformer, fixed_positions
 from utils.errors import UserError
@@ -362,3 +364,41 @@ def test_networks_are_built_as_published_unless_told_otherwise():
         assert {m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
         assert not any(getattr(m, "drop_prob", 0.0) for m in encoder.modules())
         assert encoder.patch_embed.img_size == (224, 224)
+
+
+TWO_STAGES = {"embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
+
+
+def swin(size):
+    return SwinTransformer(size, **TWO_STAGES)
+
+
+def of_timm(name, size, **options):
+    return create_timm_backbone(name, img_size=size, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("create", "sizes"),
+    [
+        (swin, (32, 48, 56, 64, 96)),
+        (partial(of_timm, "swin_tiny_patch4_window7_224", **TWO_STAGES), (56, 64, 96)),
+        (partial(of_timm, "swinv2_tiny_window8_256", **TWO_STAGES), (64, 72, 96)),
+        (partial(create_encoder, "vit_nano"), (32, 56, 64)),
+        (partial(of_timm, "convnext_atto"), (32, 64)),
+    ],
+)
+@pytest.mark.parametrize("image", [(56, 56), (64, 56), (64, 72)])
+@torch.no_grad()
+def test_a_feature_does_not_depend_on_the_size_of_construction(create, sizes, image):
+    """Whatever DATA.IMG_SIZE is: the same weights and the same image give the same feature."""
+    torch.manual_seed(0)
+    weights = {name: nn.init.normal_(p) for name, p in create(sizes[-1]).named_parameters()}
+    weights.pop("pos_embed", None)  # of a grid
+    images, features = torch.randn(2, 3, *image), []
+    for size in sizes:
+        encoder = create(size).eval()
+        encoder.load_state_dict(weights, strict=False)
+        encoder(torch.zeros(1, 3, 128, 128))  # what it saw before does not matter either
+        features.append(encoder(images))
+    for other in features[1:]:
+        torch.testing.assert_close(other, features[0])

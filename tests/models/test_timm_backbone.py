@@ -75,6 +75,26 @@ def test_mistakes_are_named(name, options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["caformer_s18", "hrnet_w18_small", "ese_vovnet19b_slim", "naflexvit_base_patch16_gap"]
+)
+def test_backbones_that_know_no_size_are_built(name):
+    """Their constructors name all unknown arguments at once."""
+    with torch.device("meta"):
+        encoder = create_encoder(f"timm/{name}", 64)
+        assert encoder(torch.zeros(2, 3, 64, 64)).shape == (2, encoder.num_features)
+
+
+@pytest.mark.parametrize("fault", [TypeError("odd"), KeyError("x"), ZeroDivisionError()])
+def test_whatever_timm_raises_is_one_line(monkeypatch, fault):
+    def refuse(*_, **__):
+        raise fault
+
+    monkeypatch.setattr("timm.create_model", refuse)
+    with pytest.raises(UserError, match=r"MODEL\.ENCODER timm/resnet18: timm refuses it \("):
+        create_encoder("timm/resnet18")
+
+
 def test_patches_that_a_backbone_does_not_give():
     encoder = nn.Conv2d(3, 8, 32, 32)
     with pytest.raises(UserError, match="Conv2d has no features of patches of 16 pixels"):
