@@ -132,7 +132,7 @@ def main() -> None:
         if config.EVAL_MODE:
             return evaluate_saved(asked, given, test, folder, run)
         drop = args.drop_path_rate if args.drop_path_rate is not None else protocol.drop_path_rate
-        encoder, origin = load_pretrained_encoder(args, config, run, drop)
+        encoder, origin = load_pretrained_encoder(args, config, run, drop, learns=not frozen)
         tokens = choose_tokens(args, protocol, encoder)
         how: dict[str, Any] = {"protocol": protocol.name}
         how["class_tokens"] = list(tokens) if tokens else None

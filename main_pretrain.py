@@ -236,7 +236,7 @@ def read_starting_weights(
 
 def start_from(weights: "EncoderFile", model: MomentumMethod, run: Run) -> None:
     """Load the encoder and the key encoder; heads, optimizer and schedule are new."""
-    run.logger.info("starting from %s", weights.load(model.encoder))
+    run.logger.info("starting from %s", weights.load(model.encoder, learns=True))
     model.encoder_k.load_state_dict(model.encoder.state_dict())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 from yacs.config import CfgNode
 
@@ -13,6 +14,7 @@ from models import build_encoder
 from models.encoder import ENCODERS, Backbone, add_encoder_list
 from models.families import LEFT_OUT, Found, find_weights
 from models.network import (
+    POSITIONS,
     adapt,
     check_network,
     configured,
@@ -24,6 +26,7 @@ from models.network import (
     network_said,
     transform_said,
 )
+from models.vit import take_grid
 from utils.checkpoint import LATEST, load_model
 from utils.config import DEFAULTS, check_ranges, run_folder, with_values
 from utils.errors import UserError
@@ -50,10 +53,10 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_pretrained_encoder(
-    args: argparse.Namespace, config: CfgNode, run: Run, drop_path_rate: float = 0.0
+    args: argparse.Namespace, config: CfgNode, run: Run, drop_path_rate: float = 0.0, **how: bool
 ) -> tuple[Backbone, dict[str, Any]]:
     """The encoder of ``build_pretrained_encoder`` on the device of ``run``, and its origin."""
-    encoder, origin = build_pretrained_encoder(args, config, run.logger.info, drop_path_rate)
+    encoder, origin = build_pretrained_encoder(args, config, run.logger.info, drop_path_rate, **how)
     return encoder.to(run.device), origin
 
 
@@ -62,6 +65,7 @@ def build_pretrained_encoder(
     config: CfgNode,
     say: Callable[[str], Any],
     drop_path_rate: float = 0.0,
+    learns: bool = False,
 ) -> tuple[Backbone, dict[str, Any]]:
     """The configured encoder with the weights that ``--pretrained`` names, frozen, in eval mode.
 
@@ -70,6 +74,7 @@ def build_pretrained_encoder(
         config: the configuration.
         say: gets lines that say where the weights are from, and which encoder it is.
         drop_path_rate: stochastic depth.
+        learns: whether it will go on learning, or be written, see ``EncoderFile.load``.
 
     Returns:
         the encoder, and the origin of its weights for ``gather_provenance``.
@@ -86,7 +91,7 @@ def build_pretrained_encoder(
         path = pretrained_path(args, config)
         file, adapted = read_encoder_for(config, path, args.key)
         encoder = build_encoder(adapted, drop_path_rate)
-        say(file.load(encoder))
+        say(file.load(encoder, learns))
         for line in network_changes(config, adapted):
             say(line)
         say(f"the encoder that is judged: {describe_origin(file.origin)}")
@@ -143,8 +148,17 @@ class EncoderFile(NamedTuple):
     network: dict[str, Any]
     origin: dict[str, Any]
 
-    def load(self, encoder: nn.Module) -> str:
-        """Load all weights of ``encoder``; returns a line that says what was found."""
+    def load(self, encoder: nn.Module, learns: bool = False) -> str:
+        """Load all weights of ``encoder``; returns a line that says what was found.
+
+        Args:
+            encoder: a backbone of their kind.
+            learns: whether it goes on learning, or is written: with learned positions for images
+                of its own size, where others keep those of the file.
+        """
+        positions = self.found.weights.get(POSITIONS)
+        if isinstance(encoder, TimmVisionTransformer) and positions is not None and not learns:
+            take_grid(encoder, positions)
         expected = encoder.state_dict()
         # a backbone of timm may have a head.norm of its own
         own = {

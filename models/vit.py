@@ -127,6 +127,21 @@ def fit_positions(model: TimmVisionTransformer, state_dict: dict, prefix: str, *
         )
 
 
+def take_grid(model: TimmVisionTransformer, positions: torch.Tensor) -> None:
+    """Give a ViT the grid of learned positions, 1 x N x width, that will be loaded.
+
+    So they are interpolated once, from their own grid to that of an image. A ViT that goes on
+    learning keeps the grid of its images, to which ``fit_positions`` interpolates.
+    """
+    own = model.pos_embed
+    if own is None or positions.ndim != 3 or positions.shape[2] != own.shape[2]:
+        return
+    side = _side(positions.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens))
+    if side and not are_fixed_positions(positions):
+        height, width = model.patch_embed.patch_size
+        model.set_input_size((side * height, side * width))
+
+
 def _side(patches: int) -> int:
     """The side of a square of so many patches, 0 if they make none."""
     side = math.isqrt(max(patches, 0))

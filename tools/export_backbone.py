@@ -73,7 +73,7 @@ def main() -> None:
     started = time.monotonic()
     args, config = parse_arguments(__doc__.splitlines()[0], add_arguments)
     config = with_values(config, {"DATA.IMG_SIZE": args.size or config.DATA.IMG_SIZE})
-    encoder, origin = build_pretrained_encoder(args, config, print)
+    encoder, origin = build_pretrained_encoder(args, config, print, learns=True)
     computed = {"AMP_OPT_LEVEL": "O0"}  # whatever the machine has
     config = with_values(config, Network(**origin["network"]).by_key() | computed)
     suffix, write = WRITERS[args.format]

@@ -237,8 +237,31 @@ def test_positions_of_any_vit_of_timm_are_interpolated(tmp_path):
         nn.init.normal_(small.pos_embed)
         torch.save(small.state_dict(), tmp_path / "w.pth")
         load_encoder_weights(large, str(tmp_path / "w.pth"))
-        assert large.pos_embed.shape[1] > small.pos_embed.shape[1]
-        same(large, small, 96)
+        for size in (64, 96, 128):  # once, from the file's grid to that of the image
+            same(large, small, size)
+
+
+@pytest.mark.parametrize("name", ["vit_nano", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_learned_positions_of_a_file_serve_every_size(tmp_path, name, size):
+    """Not by way of DATA.IMG_SIZE; of an encoder that learns they fit its images."""
+    real, heads = create_encoder(name, 64).eval(), 4 if name == "vit_nano" else 3
+    nn.init.normal_(real.pos_embed)
+    torch.save(
+        {"model": real.state_dict(), "provenance": {"network": {"num_heads": heads}}},
+        tmp_path / "w.pth",
+    )
+    encoder, *_ = judged(tmp_path / "w.pth", name, size)
+    if name == "vit_nano":
+        real.fixed_positions = False
+    for image in (32, 48, 64, 96):
+        same(encoder, real, image)
+    args = argparse.Namespace(
+        pretrained=str(tmp_path / "w.pth"), random_weights=False, key="encoder"
+    )
+    learning, _ = build_pretrained_encoder(args, config(name, size), str, learns=True)
+    assert learning.pos_embed.shape == create_encoder(name, size).pos_embed.shape
+    same(learning, real, size)
 
 
 def test_fixed_positions_are_known():
