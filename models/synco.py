@@ -113,7 +113,7 @@ class SyntheticNegatives:
         def along_q(
             qn: torch.Tensor, of_q: torch.Tensor | float, of_n: torch.Tensor | float
         ) -> torch.Tensor:
-            norm = (of_q**2 + of_n**2 + 2 * of_q * of_n * qn.detach()).sqrt()
+            norm = _length(of_q**2 + of_n**2 + 2 * of_q * of_n * qn.detach())
             return (of_q * qq + of_n * qn) / norm
 
         keys = queue.T  # KxD
@@ -126,11 +126,11 @@ class SyntheticNegatives:
         return [
             along_q(qn1, a, 1 - a),
             along_q(qn2, 1 - b, b),
-            (g * qn3 + (1 - g) * qn3_other) / (g**2 + (1 - g) ** 2 + 2 * g * (1 - g) * n3n3).sqrt(),
-            (qn4 + self.sigma * qz) / (1 + 2 * self.sigma * n4z + self.sigma**2 * zz).sqrt(),
+            (g * qn3 + (1 - g) * qn3_other) / _length(g**2 + (1 - g) ** 2 + 2 * g * (1 - g) * n3n3),
+            (qn4 + self.sigma * qz) / _length(1 + 2 * self.sigma * n4z + self.sigma**2 * zz),
             along_q(qn5, self.delta, 1.0),
             (qn6 + self.eta * (q * sign).sum(1, keepdim=True))
-            / (1 + 2 * self.eta * sign_n + self.eta**2 * sign.square().sum(1, keepdim=True)).sqrt(),
+            / _length(1 + 2 * self.eta * sign_n + self.eta**2 * sign.square().sum(1, keepdim=True)),
         ]
 
 
@@ -241,6 +241,11 @@ def synco_loss(
 ) -> torch.Tensor:
     """``SynCoLoss(**options)(q, k, queue)``."""
     return SynCoLoss(**options)(q, k, queue)
+
+
+def _length(squared: torch.Tensor) -> torch.Tensor:
+    """The square root, for a sum whose parts cancel that of its rounding error: never 0 or NaN."""
+    return squared.clamp_min(torch.finfo(squared.dtype).eps).sqrt()
 
 
 def _products(vectors: torch.Tensor, keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

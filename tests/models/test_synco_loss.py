@@ -69,6 +69,32 @@ def test_half_precision_is_computed_in_float32():
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 
+CANCELLING = {"alpha": (0.5, 0.5), "beta": (0.5, 0.5), "gamma": (0.5, 0.5), "delta": 1.0}
+
+
+@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("keys", ["opposite", "zero", "opposite pairs", "equal", "signs"])
+def test_vectors_that_cancel_give_similarities_still(kind, keys):
+    """Of each kind alone, where n is -q, 0, -n', q or -sign(q)/|sign(q)|: no NaN, none above 1."""
+    q = unit(64, 16).requires_grad_()
+    own = q.detach()
+    queue = {
+        "opposite": -own,
+        "zero": torch.zeros(64, 16),
+        "opposite pairs": torch.cat([unit(1, 16), -unit(1, 16)]).repeat(32, 1),
+        "equal": own,
+        "signs": F.normalize(-own.sign(), dim=1),
+    }[keys].T
+    counts = [50 * (number == kind) for number in range(6)]
+    loss = SynCoLoss(n_hard=64, counts=counts, sigma=0.0, eta=16**-0.5, **CANCELLING)
+    similarity = q @ queue
+    found = torch.cat(loss.synthetic(q, similarity, queue, loss.draw(similarity, 16)), 1)
+    assert found.shape == (64, 50) and found.abs().max() < 1.01  # NaN fails too
+    found.sum().backward()
+    assert q.grad.isfinite().all()
+    assert loss(q, own, queue).isfinite()
+
+
 @pytest.mark.parametrize("wrong", [{"counts": (1,) * 5}, {"counts": (-1,) * 6}, {"n_hard": 0}])
 def test_mistakes_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
