@@ -44,7 +44,7 @@ from evaluation.protocols import (
     set_aside,
     settings,
 )
-from lr_scheduler import build_scheduler, scaled_rates
+from lr_scheduler import build_scheduler, scaled_rates, without_effect
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder, read_encoder_for
@@ -179,6 +179,8 @@ def main() -> None:
             build_scheduler(config, optimizer, schedule, loader.size.updates)
             for optimizer, schedule in zip(optimizers, schedules, strict=True)
         ]
+        for line in without_effect(config, given):
+            run.logger.warning(line)
         update = Update(ddp, optimizers, run.precision, config.TRAIN.CLIP_GRAD, scale=not frozen)
         mixup = None if frozen or metric == MAP else build_mixup(config, classes)
         smoothing = config.MODEL.LABEL_SMOOTHING

@@ -1,5 +1,6 @@
 """The learning rate of each update, on timm's schedulers."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,12 @@ from yacs.config import CfgNode
 
 from utils.errors import UserError
 
+# keys that only some schedules read: the linear one ends at 1% of the base rate, as published
+READ_BY = {
+    "TRAIN.MIN_LR": ("cosine",),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": ("step",),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": ("step",),
+}
 REFERENCE_BATCH = 512  # images an update for which the configured rates hold
 
 
@@ -33,6 +40,27 @@ def scaled_rates(config: CfgNode, images_per_update: int) -> Rates:
     """BASE_LR, WARMUP_LR and MIN_LR of the section TRAIN, scaled to the images of one update."""
     train, scale = config.TRAIN, images_per_update / REFERENCE_BATCH
     return Rates(train.BASE_LR * scale, train.WARMUP_LR * scale, train.MIN_LR * scale)
+
+
+def without_effect(config: CfgNode, given: Collection[str]) -> list[str]:
+    """What of the schedule does nothing in this configuration, in lines for the log.
+
+    Args:
+        config: the configuration.
+        given: the keys that the command line has set.
+    """
+    train = config.TRAIN
+    name = train.LR_SCHEDULER.NAME
+    idle = [key for key, schedules in READ_BY.items() if key in given and name not in schedules]
+    lines = [
+        f"{key} has no effect: TRAIN.LR_SCHEDULER.NAME {name} does not read it" for key in idle
+    ]
+    if train.WARMUP_EPOCHS > train.EPOCHS:
+        lines.append(
+            f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is above TRAIN.EPOCHS {train.EPOCHS}: "
+            "the rate never reaches TRAIN.BASE_LR"
+        )
+    return lines
 
 
 def build_scheduler(

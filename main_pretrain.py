@@ -24,7 +24,7 @@ from data.dataset import Views
 from data.loader import BadImages, TrainingLoader, build_pretraining_loader, normalize
 from data.source import build_source
 from evaluation.knn_monitor import KnnMonitor
-from lr_scheduler import build_scheduler, scaled_rates
+from lr_scheduler import build_scheduler, scaled_rates, without_effect
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import add_encoder_list, choose_attention
@@ -32,7 +32,7 @@ from models.momentum import MomentumMethod, Output, key_momentum
 from models.network import check_network, network_changes, network_of, network_said
 from models.synco import SynCo
 from optimizer import build_optimizer
-from utils.arguments import add_tracker_arguments, number_in, parse_arguments
+from utils.arguments import add_tracker_arguments, given_keys, number_in, parse_arguments
 from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
 from utils.distributed import check_agreement, data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
@@ -95,6 +95,8 @@ def main() -> None:
         effective = in_effect(config, derived | rates.by_key())
         optimizer = build_optimizer(config, model, rates.base)
         scheduler = build_scheduler(config, optimizer, rates, loader.size.updates)
+        for line in without_effect(config, given_keys(args)):
+            run.logger.warning(line)
         parts = {name: getattr(model, name) for name in PARTS}
         update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
         describe(effective, model, loader, run)

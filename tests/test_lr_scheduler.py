@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import ROOT, reference
 
-from lr_scheduler import REFERENCE_BATCH, build_scheduler, scaled_rates
+from lr_scheduler import READ_BY, REFERENCE_BATCH, build_scheduler, scaled_rates, without_effect
 from utils.config import load_config
 from utils.errors import UserError
 from utils.progress import images_per_update
@@ -67,3 +67,34 @@ def test_unknown_schedule_is_named():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
     with pytest.raises(UserError, match="must be cosine, linear or step, got 'cyclic'"):
         build_scheduler(config, optimizer, scaled_rates(config, REFERENCE_BATCH), 5)
+
+
+def rates_of(config):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.TRAIN.BASE_LR)
+    scheduler = build_scheduler(config, optimizer, scaled_rates(config, REFERENCE_BATCH), 5)
+    rates = []
+    for step in range(5 * config.TRAIN.EPOCHS):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, 0.125) for key in READ_BY] + [("TRAIN.BASE_LR", 9)]
+)
+def test_a_key_that_changes_no_rate_is_said_to_have_no_effect(name, key, value):
+    """And only such a key: the rates tell."""
+    value = 2 if key.endswith("EPOCHS") else value
+    plain = configured("TRAIN.LR_SCHEDULER.NAME", name, "TRAIN.EPOCHS", 40)
+    config = configured("TRAIN.LR_SCHEDULER.NAME", name, "TRAIN.EPOCHS", 40, key, value)
+    said = without_effect(config, {key})
+    assert [line.split()[0] for line in said] == [key] * (rates_of(config) == rates_of(plain))
+    assert not without_effect(config, set())
+
+
+def test_a_warm_up_that_does_not_end_is_said():
+    config = configured("TRAIN.EPOCHS", 5, "TRAIN.WARMUP_EPOCHS", 6)
+    assert "never reaches TRAIN.BASE_LR" in without_effect(config, set())[0]
+    assert max(rates_of(config)) < config.TRAIN.BASE_LR
+    assert not without_effect(configured("TRAIN.EPOCHS", 5, "TRAIN.WARMUP_EPOCHS", 5), set())

@@ -135,7 +135,7 @@ KEYS = {
         "scaled to the images of yours, "
         "as are the next two"),
     "TRAIN.WARMUP_LR": Key(5e-7, TRAINING | CLASSIFIER, (0, 1e6), "at the start"),
-    "TRAIN.MIN_LR": Key(5e-6, TRAINING | CLASSIFIER, (0, 1e6), "at the end"),
+    "TRAIN.MIN_LR": Key(5e-6, TRAINING | CLASSIFIER, (0, 1e6), "at the end, if it is cosine"),
     "TRAIN.CLIP_GRAD": Key(5.0, TRAINING | CLASSIFIER, (0, 1e12), "largest norm of the "
         "gradient; 0: any"),
     "TRAIN.AUTO_RESUME": Key(True, PLACE, (), "continue from the run folder's newest checkpoint"),
