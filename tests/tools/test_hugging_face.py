@@ -97,6 +97,27 @@ def test_timm_makes_the_same_model_of_the_folder(tmp_path, monkeypatch, encoder,
         assert json.loads(file.metadata()["provenance"])["method"] == "synco"
 
 
+@pytest.mark.parametrize(
+    ("encoder", "strides", "order"),
+    [("vit_nano", [8, 8, 8], "NCHW"), ("swin_tiny", [4, 8, 16, 32], "NHWC")],
+)
+def test_timm_gives_the_maps_of_the_folder_for_detection(
+    tmp_path, monkeypatch, encoder, strides, order
+):
+    opts = ("MODEL.ENCODER", encoder)
+    expected, _ = write_run(tmp_path / "run", *opts)
+    export(monkeypatch, tmp_path / "run", tmp_path / "hub", "timm-hub", *opts)
+    model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, features_only=True)
+    assert model.feature_info.reduction() == strides
+    images = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        maps = model.eval()(images)
+        own = expected.forward_intermediates(images, intermediates_only=True)  # NCHW
+    for found, true in zip(maps, own[-len(strides) :], strict=True):
+        found = found if order == "NCHW" else found.permute(0, 3, 1, 2)
+        torch.testing.assert_close(found, true)
+
+
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_the_names_are_those_that_transformers_wrote(kind):
     """And the values: q, k and v are parted as they were joined."""
