@@ -187,6 +187,7 @@ def test_the_card_says_data_recipe_results_and_licence(tmp_path, monkeypatch):
     assert rows["Images"] == "1234 train" and rows["Epoch, update"] == "7, 70"
     assert rows["TRAIN.BASE_LR"] == "0.125" and rows["MODEL.TYPE"] == "synco"
     assert rows["knn_imagenet knn.20.top1"] == "71.25"
+    assert rows["MODEL.N_HARD"] and "SAVE_FREQ" not in rows  # the defaults too, but no place
     assert "knn_cifar10" not in body  # of other weights
     assert "/secret" not in card and str(tmp_path) not in card
     monkeypatch.chdir(tmp_path)  # and its example runs
@@ -199,13 +200,14 @@ def test_a_card_of_weights_alone_says_what_is_missing(tmp_path, monkeypatch):
     os.rename(tmp_path / "run/checkpoint.pth", tmp_path / "checkpoint.pth")
     export(monkeypatch, tmp_path, tmp_path / "hub", "transformers")
     card = (tmp_path / "hub/README.md").read_text()
+    assert "lowest cosine measured" in card  # of features by transformers' own processor
     assert "No config.json lies beside" in card and "No evaluation of these weights" in card
 
 
 def test_mistakes(tmp_path, monkeypatch):
     write_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="timm-hub is a folder, this is a file"):
+    with pytest.raises(UserError, match="file: cannot write"):
         export(monkeypatch, tmp_path / "run", tmp_path / "file", "timm-hub")
     opts = ("MODEL.ENCODER", "timm/resnet18")
     write_run(tmp_path / "resnet", *opts)
