@@ -123,17 +123,16 @@ def features_of(args: argparse.Namespace, config: CfgNode) -> tuple[str | None, 
     Raises:
         UserError: the command line names another data set or baseline.
     """
-    about = read_manifest(args.load_features)
-    origin, dataset = about.get("provenance", {}), config.DATA.DATASET
-    said = identity_said(origin)
-    baseline = origin.get("encoder") if origin.get("encoder") in BASELINES else None
-    for flag, dumped, given in (
-        ("--dataset", about.get("protocol", {}).get("dataset", dataset), dataset),
-        ("--baseline", baseline or origin.get("encoder"), args.baseline),
-    ):
-        if given and dumped and dumped != given:
-            raise UserError(f"{args.load_features}: features of {dumped}, not of {flag} {given}")
-    return baseline or args.baseline, str(said.get("--subset") or "")
+    about, folder = read_manifest(args.load_features), args.load_features
+    dataset = about.get("protocol", {}).get("dataset", config.DATA.DATASET)
+    if dataset != config.DATA.DATASET:
+        raise UserError(f"{folder}: features of {dataset}: give --dataset {dataset}")
+    origin = about.get("provenance", {})
+    of = origin.get("encoder", args.baseline)
+    if args.baseline and of != args.baseline:
+        raise UserError(f"{folder}: features of {of}: leave --baseline {args.baseline} out")
+    subset = str(identity_said(origin).get("--subset") or "")
+    return (of if of in BASELINES else None), subset
 
 
 def encode(
