@@ -161,7 +161,7 @@ def encode(
     )
     provenance = gather_provenance(run.config, run.device, origin, data)
     flags = {"--baseline": args.baseline, "--subset": subset_suffix(args.subset)}
-    provenance["identity"] = identity(run.config, NETWORK | FEATURE, origin, data, **flags)
+    provenance["identity"] = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
     parts = [
         tensor
         for source in sources

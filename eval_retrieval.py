@@ -113,10 +113,9 @@ def encode(
     loaded, origin = load_pretrained_encoder(args, config, run)
     encoder = MultiScale(loaded) if args.multiscale else loaded
     protocol = {name: getattr(args, name) for name in ("imsize", "multiscale", "crop_query")}
-    data, level = facts(truth), run.precision.level
-    flags = {"--dataset": config.DATA.DATASET, "AMP_OPT_LEVEL": level} | as_flags(protocol)
+    data, flags = facts(truth), {"--dataset": config.DATA.DATASET} | as_flags(protocol)
     provenance = gather_provenance(run.config, run.device, origin, data)
-    provenance["identity"] = identity(run.config, NETWORK, origin, data, **flags)
+    provenance["identity"] = identity(run, config, NETWORK, origin, data, **flags)
     features = [
         # images of many sizes, so one at a time
         extract_features(

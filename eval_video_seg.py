@@ -81,9 +81,9 @@ def main() -> None:
     data = data_facts(config.DATA.DATA_PATH, frames=(frames, []))
     provenance = gather_provenance(run.config, run.device, origin, data)
     protocol = {name: getattr(args, name) for name in PROTOCOL}
-    flags = {"AMP_OPT_LEVEL": run.precision.level} | as_flags(protocol)
-    provenance["identity"] = identity(run.config, NETWORK, origin, data, **flags)
-    warn_of_replacing(run, provenance["identity"])
+    of = identity(run, config, NETWORK, origin, data, **as_flags(protocol))
+    provenance["identity"] = of
+    warn_of_replacing(run, of)
 
     own = {}
     mine = videos[rank() :: world_size()]

@@ -16,14 +16,20 @@ DIGESTS = ("weights", "images")
 
 
 def identity(
-    config: CfgNode, uses: Use, origin: Mapping[str, Any], data: Mapping[str, Any], **how: Any
+    run: Run,
+    config: CfgNode,
+    uses: Use,
+    origin: Mapping[str, Any],
+    data: Mapping[str, Any],
+    **how: Any,
 ) -> dict[str, Any]:
     """All that the figures of an evaluation depend on, by the names of keys and flags.
 
     It is the entry ``identity`` of a ``provenance``, in results.json, checkpoints and manifests.
 
     Args:
-        config: the configuration in effect.
+        run: its precision.
+        config: the configuration of the evaluation.
         uses: what depends on its keys, such as ``NETWORK | FEATURE``.
         origin: of the weights, from ``load_pretrained_encoder``; a baseline has no ``weights``.
         data: from ``utils.provenance.data_facts``.
@@ -35,7 +41,7 @@ def identity(
     judged = {name: origin.get(name) for name in JUDGED} | {"images": data.get("digest")}
     if not judged["weights"]:
         uses &= ~NETWORK
-    return judged | settings(config, uses) | how
+    return judged | settings(config, uses) | {"AMP_OPT_LEVEL": run.precision.level} | how
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
