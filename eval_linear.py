@@ -19,11 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from data.loader import TrainingLoader, build_classification_loader
-from data.source import ImageSource, add_dataset_arguments, build_labelled_sources
+from data.opening import DataPath, add_dataset_arguments, open_splits
+from data.source import ImageSource
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
-from evaluation.identity import identity, warn_of_replacing
 from evaluation.judged import TEST, TRAIN, Judged, by_name, summary, table
 from evaluation.linear import (
     LinearClassifiers,
@@ -34,14 +34,16 @@ from evaluation.linear import (
 )
 from evaluation.logistic_regression import probe
 from evaluation.protocols import (
+    BEFORE,
+    PROTOCOLS,
     add_protocol_arguments,
     apply_protocol,
-    changes,
     choose_protocol,
     choose_tokens,
+    differing,
     head_schedule,
-    protocol_said,
     set_aside,
+    settings,
 )
 from lr_scheduler import build_scheduler, scaled_rates, without_effect
 from models import build_encoder
@@ -58,7 +60,7 @@ from utils.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, NETWORK, run_folder
+from utils.config import run_folder
 from utils.distributed import data_parallel, rank, world_size
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, locate, warn_of_changes
@@ -107,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, default, least, most, about in (
         ("--num-l2", 45, 1, math.inf, "L2 strengths from 1e-6 to 1e5 that lbfgs tries"),
-        ("--layer-decay", None, 0.01, 1.0, "of fine-tuning's rate from a layer to the one before"),
+        ("--layer-decay", 0.75, 0.01, 1.0, "of fine-tuning's rate from a layer to the one before"),
     ):
         parser.add_argument(flag, type=number_in(least, most), default=default, help=about)
 
@@ -116,22 +118,21 @@ def main() -> None:
     """Data, encoder, heads, resume, loop, figures; a signal stops it so that it can be resumed."""
     with StopSignals() as signals:
         args, asked = parse_arguments(__doc__, add_arguments)
-        frozen, given = asked.LINEAR_EVAL.WEIGHTS == "freeze", given_keys(args)
+        protocol, given = choose_protocol(args, asked.LINEAR_EVAL.WEIGHTS), given_keys(args)
+        config, rates = apply_protocol(asked, protocol, given, args.lr)
+        frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
         kind = "linprob" if frozen else "ft"
         kind += "_lbfgs" if args.probe == "lbfgs" else ""
         kind += subset_suffix(args.subset)
-        folder = os.path.join(run_folder(asked), f"linear_{asked.DATA.DATASET}_{kind}")
-        protocol = choose_protocol(args, asked, folder)
-        config, rates = apply_protocol(asked, protocol, given, args.lr)
+        folder = os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
         run = start(config, folder, trains=not (frozen or config.EVAL_MODE))
 
-        train, test = build_labelled_sources(config, args.download)
+        train, test = open_splits(DataPath.of(config), args.download)
         train = take_subset(train, args.subset, config.SEED)
         metric = TRANSFER_SETS[config.DATA.DATASET].metric
         if config.EVAL_MODE:
             return evaluate_saved(asked, given, test, folder, run)
-        drop = protocol.drop_path_rate if args.drop_path_rate is None else args.drop_path_rate
-        decay = args.layer_decay or protocol.layer_decay
+        drop = args.drop_path_rate if args.drop_path_rate is not None else protocol.drop_path_rate
         encoder, origin = load_pretrained_encoder(args, config, run, drop, learns=not frozen)
         tokens = choose_tokens(args, protocol, encoder)
         how: dict[str, Any] = {"protocol": protocol.name}
@@ -140,11 +141,6 @@ def main() -> None:
         data = data_facts(config.DATA.DATA_PATH, **splits)
         if args.probe == "lbfgs":
             provenance = gather_provenance(run.config, run.device, origin, data)
-            flags = {"--num-l2": args.num_l2, "--protocol": protocol.name, "SEED": config.SEED}
-            flags["--subset"] = subset_suffix(args.subset)
-            of = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
-            warn_of_replacing(run, of)
-            provenance["identity"] = of
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
             found, classifier = probe(config, encoder, (train, test), strengths, run)
             if rank() == 0:
@@ -158,20 +154,16 @@ def main() -> None:
             judged_on.append(chosen_by)
         loader = build_classification_loader(config, train)
 
-        uses = NETWORK | FEATURE | CLASSIFIER
-        uses |= NETWORK if frozen else FINE_TUNING
-        flags = {"--lr": rates, "--protocol": protocol.name, "--select": args.select}
-        flags |= {"--subset": subset_suffix(args.subset), "--drop-path-rate": drop}
-        flags |= {"class tokens": how["class_tokens"], "processes": world_size()}
-        flags |= {} if frozen else {"--layer-decay": decay}
-        of = identity(run, config, uses, origin, data, **flags)
-        saved = find_checkpoint(config, of, run)
+        # an interrupted run is continued only by one that agrees in these
+        identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
+        identity |= {"select": args.select, "subset": args.subset, **how}
+        identity |= {"data": data["digest"], "settings": settings(config, drop, args.layer_decay)}
+        saved = find_checkpoint(config, identity, run)
         if saved and not frozen:
             run = keep_precision(run, config, *saved)
-            of["AMP_OPT_LEVEL"] = run.precision.level
         classes = len(train.classes)
         model = LinearClassifiers(
-            encoder, classes, len(rates), config.SEED, frozen, drop > 0, tokens, protocol.as_mae
+            encoder, classes, len(rates), config.SEED, frozen, drop > 0, tokens
         )
         check_batch(config, model)
         model = synchronize_batch_norm(model, run.device)
@@ -179,15 +171,13 @@ def main() -> None:
         ddp = data_parallel(model, run.device)
 
         scaled = scaled_rates(config, loader.size.images_per_update)
-        if protocol.as_mae:
-            scaled = replace(scaled, minimum=config.TRAIN.MIN_LR)
         derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
         effective = in_effect(config, derived | scaled.by_key())
-        groups = weight_groups(config, model, rates, decay, protocol.group)
+        groups = weight_groups(config, model, rates, args.layer_decay, protocol.group)
         optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
         schedules = [head_schedule(scaled, rate) for rate in rates] if frozen else [scaled]
         schedulers = [
-            build_scheduler(config, optimizer, schedule, loader.size.updates, protocol.as_mae)
+            build_scheduler(config, optimizer, schedule, loader.size.updates)
             for optimizer, schedule in zip(optimizers, schedules, strict=True)
         ]
         for line in without_effect(config, given):
@@ -203,7 +193,6 @@ def main() -> None:
         )
 
         provenance = gather_provenance(effective, run.device, origin, data)
-        provenance["identity"] = of
         progress, judged, resumed_from = resume(saved, effective, model, update, loader, run, rates)
         saved = None  # its tensors take memory
         run = replace(run, config=effective)
@@ -217,7 +206,7 @@ def main() -> None:
             return provenance | moment(run.device, run.started)
 
         def state() -> dict[str, Any]:
-            place = progress.state_dict() | judged.state_dict() | {"lr": rates, **how}
+            place = progress.state_dict() | identity | judged.state_dict()
             return training_state(effective, model, update, **place, provenance=came_from())
 
         # the weights of a head that diverges are kept as they are, beside those of the others
@@ -260,8 +249,8 @@ def main() -> None:
                         end_stopped(run.logger, progress.step)  # raises SystemExit
                 if judged.epoch < progress.epoch:
                     if not frozen:
-                        judge = model.eval().features
-                        features = [encode_images(config, judge, part, run) for part in judged_on]
+                        encoder = model.eval().encoder
+                        features = [encode_images(config, encoder, part, run) for part in judged_on]
                     scored = [
                         score_heads(model, *part, metric, judged.left_out) for part in features
                     ]
@@ -302,35 +291,27 @@ def weight_groups(
 
 
 def find_checkpoint(
-    config: CfgNode, of: dict[str, Any], run: Run
+    config: CfgNode, identity: dict[str, Any], run: Run
 ) -> tuple[str, dict[str, Any]] | None:
     """Path and content of the checkpoint to continue from, if there is one.
 
-    One that is found, not named, is left aside if it is of another evaluation.
-
-    Args:
-        config: the configuration of the evaluation.
-        of: its identity.
-        run: its folder and log.
-
-    Raises:
-        UserError: MODEL.RESUME names a checkpoint of another evaluation.
+    One that is found, not named, is left aside if it belongs to other weights, rates or classes.
     """
     named = config.MODEL.RESUME
     found = checkpoint_to_resume(config, run.folder, run.logger)
+    older = {"protocol": BEFORE[config.LINEAR_EVAL.WEIGHTS].name}
     for path in dict.fromkeys(filter(None, (found, named))):
-        state = read_checkpoint(path, run.device)
-        other, allowed = changes(state, of, config, asked=path == named)
+        state = older | read_checkpoint(path, run.device)
+        other = differing(identity, state)
+        epoch = state.get("epoch")
+        if isinstance(epoch, int) and epoch >= config.TRAIN.EPOCHS:
+            other.append("TRAIN.EPOCHS")
         if not other:
-            if allowed:
-                run.logger.warning("%s: it goes on all the same: %s", path, "; ".join(allowed))
             return path, state
         if path == named:
-            raise UserError(f"{path}: checkpoint of another evaluation ({'; '.join(other)})")
+            raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
         begin = f"from {named}" if named else "anew"
-        run.logger.warning(
-            "%s is of another evaluation (%s): starting %s", path, "; ".join(other), begin
-        )
+        run.logger.warning("%s is of another %s: starting %s", path, ", ".join(other), begin)
     return None
 
 
@@ -416,7 +397,7 @@ def evaluate_saved(
     for path in paths:
         _, adapted = read_encoder_for(asked, path, "encoder")
         model, state = read_classifiers(path, build_encoder(adapted, 0.0), len(test.classes))
-        protocol = protocol_said(state, asked.LINEAR_EVAL.WEIGHTS == "freeze")
+        protocol = PROTOCOLS.get(str(state.get("protocol")), BEFORE[asked.LINEAR_EVAL.WEIGHTS])
         config, _ = apply_protocol(asked, protocol, given)
         features, labels = encode_images(config, model.to(run.device).features, test, run)
         run.logger.info("%s", path)

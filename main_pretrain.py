@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from data.dataset import Views
 from data.loader import BadImages, TrainingLoader, build_pretraining_loader, normalize
-from data.source import build_source
+from data.opening import DataPath, open_splits
 from evaluation.knn_monitor import KnnMonitor
 from lr_scheduler import build_scheduler, scaled_rates, without_effect
 from models import build_method
@@ -117,9 +117,13 @@ def main() -> None:
                 raise UserError(f"{run.config.OUTPUT}: no checkpoint to evaluate: see --tag")
             return evaluate(model, loader, run)
         if args.dry_run:
-            val = partial(build_source, config, "val", cache_mode="no")
+            place = DataPath.of(config, cache_mode="no")
+
+            def open_val() -> "ImageSource":
+                return open_splits(place, labelled=False, train=source)[1]
+
             step = single_update(config, ddp, update, run)
-            return rehearse(effective, loader, val, progress, step, run)
+            return rehearse(effective, loader, open_val, progress, step, run)
 
         began_with = resumed_from or args.pretrained
         provenance = describe_run(effective, model, data, began_with, run)

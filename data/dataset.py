@@ -23,7 +23,7 @@ from data.augmentation import (
     geometry,
 )
 from data.image import decode_rgb
-from data.source import FileSource, ImageSource
+from data.source import ImageSource
 from utils.errors import UserError
 from utils.seed import seed_libraries
 
@@ -69,7 +69,7 @@ class TwoViews(Dataset):
 
     def __init__(
         self,
-        source: FileSource,
+        source: ImageSource,
         augmentations: tuple[Augmentation, Augmentation],
         size: int,
         seed: int,

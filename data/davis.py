@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data.image import open_image, read_file, read_rgb
-from data.listing import HIDDEN, OTHER, is_hidden, log_left_out, read_lines
-from data.source import check_root
+from data.listing import HIDDEN, OTHER, check_root, is_hidden, log_left_out, read_lines
 from utils.errors import UserError
 
 RESOLUTION = "480p"

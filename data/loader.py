@@ -17,7 +17,8 @@ from yacs.config import CfgNode
 
 from data.augmentation import MEAN, STD, configured_views
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TrainImages, TwoViews, Views
-from data.source import CostlySource, FileSource, ImageSource, build_source
+from data.opening import DataPath, open_splits, open_train
+from data.source import CostlySource, ImageSource
 from utils.distributed import (
     all_gather_objects,
     first_on_each_node,
@@ -146,8 +147,9 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
     Raises:
         UserError: no data, an unknown augmentation, or a batch larger than the data set.
     """
-    source = build_source(config, split, labelled=False)
-    assert isinstance(source, FileSource)  # as all are that ``build_source`` opens
+    source = open_train(DataPath.of(config), labelled=False)
+    if split != "train":
+        _, source = open_splits(DataPath.of(config), labelled=False, train=source)
     if isinstance(source, CostlySource):
         source.log_cost()
     try:

@@ -8,18 +8,18 @@ from functools import partial
 
 import numpy as np
 
-from data.index import Listing, open_index
-from data.source import IndexedSource
-from utils.errors import UserError
+from data.listing import Listing, files_in, open_listing
+from data.shards import numbered
+from data.source import Form, ImageFiles
+from utils.errors import UserError, reading
 
 try:
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 except ImportError:
     ParquetFile = None
 
 
-class ParquetSource(IndexedSource):
+class ParquetSource(ImageFiles):
     """The rows of Parquet files, in the order in which they are stored.
 
     A file is read by groups of rows, so one image costs a group unless its neighbours are read
@@ -40,12 +40,9 @@ class ParquetSource(IndexedSource):
                 f"{files[0]}: reading Parquet needs pyarrow: pip install pyarrow (extra [parquet])"
             )
         self.files = files
-        try:
-            index = open_index(root, f"{split}-parquet", "", partial(_fill, files), files)
-        except (OSError, ArrowException) as error:
-            raise UserError(f"{files[0]}: not readable Parquet ({_line(error)})") from error
-        super().__init__(index)
-        self._columns = index.columns
+        found = open_listing(root, f"{split}-parquet", "", partial(_fill, files), files)
+        super().__init__(found.names, found.labels, found.classes)
+        self._columns = found.columns
         self._group: tuple[tuple[int, int], list[bytes | None]] = ((-1, -1), [])
 
     def read(self, index: int) -> bytes:
@@ -56,13 +53,9 @@ class ParquetSource(IndexedSource):
         """
         number, group, row = (int(self._columns[name][index]) for name in ("file", "group", "row"))
         if self._group[0] != (number, group):
-            try:
+            with reading(self.files[number], f"cannot read {self.names[index]}"):
                 with ParquetFile(self.files[number]) as file:
                     table = file.read_row_group(group, columns=["image.bytes"])
-            except (OSError, ArrowException) as error:
-                raise UserError(
-                    f"{self.files[number]}: cannot read {self.names[index]} ({_line(error)})"
-                ) from error
             images = table["image"].combine_chunks().field("bytes").to_pylist()
             self._group = ((number, group), images)
         content = self._group[1][row]
@@ -123,5 +116,9 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
         return []
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _find(root: str, split: str) -> list[str]:
+    rows = rf"{numbered(split)}(?:-[0-9a-f]+)?\.parquet"  # Hugging Face ends the names with a digest
+    return files_in(root, rows) or files_in(os.path.join(root, "data"), rows)
+
+
+PARQUET = Form("Parquet", _find, ParquetSource)

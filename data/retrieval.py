@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 
 from data.dataset import to_tensor
 from data.image import read_rgb
-from data.listing import list_images, log_left_out
-from data.source import check_root
+from data.listing import check_root, list_images, log_left_out
 from utils.errors import UserError
 from utils.unpickle import load_plain_pickle
 

@@ -2,8 +2,7 @@
 
 import torch
 
-from data.transfer import MAP, MEAN_PER_CLASS, TOP1
-from data.transfer_readers import DIFFICULT
+from data.transfer import DIFFICULT, MAP, MEAN_PER_CLASS, TOP1
 
 
 def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int = 1) -> float:

@@ -8,7 +8,8 @@ from yacs.config import CfgNode
 
 from data.dataset import TestImages
 from data.loader import build_test_images, num_workers
-from data.source import ImageSource, build_labelled_sources
+from data.opening import DataPath, open_splits
+from data.source import ImageSource
 from utils.errors import UserError
 from utils.run import Run
 
@@ -37,7 +38,7 @@ class KnnMonitor:
             return
         try:
             # a few val images are not worth the memory of all
-            _, val = build_labelled_sources(config, train=train, val_cache_mode="no")
+            _, val = open_splits(DataPath.of(config, cache_mode="no"), train=train)
         except UserError as error:
             raise UserError(f"TRAIN.KNN_FREQ: {error}") from error
         if np.ndim(val.labels) > 1:

@@ -12,8 +12,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data.source import ImageSource
-from data.transfer import TRANSFER_SETS
-from data.transfer_readers import DIFFICULT
+from data.transfer import DIFFICULT, TRANSFER_SETS
 from evaluation.classification_metrics import METRICS
 from evaluation.features import check_features, encode_images
 from evaluation.judged import TRAIN, last_figures

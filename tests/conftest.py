@@ -64,6 +64,7 @@ class Messages(logging.Handler):
 def logged(monkeypatch) -> list[str]:
     """The lines of the log, whatever a run before has done to the logger."""
     messages = Messages()
+    logging.getLogger("synco").setLevel(logging.INFO)
     monkeypatch.setattr(logging.getLogger("synco"), "handlers", [messages])
     return messages.lines
 

@@ -18,7 +18,7 @@ from forked import as_in_a_script, forking, run_group
 
 import main_pretrain
 from data.dataset import Views
-from data.source import FolderSource
+from data.folders import FolderSource
 from models import build_method
 from models.encoder import create_encoder
 from optimizer import build_optimizer

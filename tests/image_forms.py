@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.source import FolderSource
+from data.folders import FolderSource
 from tools import pack_images
 
 SPLITS = ("train", "val")

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from image_forms import WRITERS
 
 from data import opencv
-from data.archives import ZipSource
 from data.augmentation import view_augmentations
 from data.dataset import TwoViews
+from data.folders import FolderSource
 from data.image import decode_rgb
+from data.opening import open_source
 from data.retrieval import read_ground_truth
-from data.source import FolderSource, open_source
 from data.transfer import open_transfer_set
+from data.zips import ZipSource
 from evaluation.features import check_features
 from tools.make_tiny_retrieval import write_retrieval
 from tools.make_tiny_transfer import write_tiny

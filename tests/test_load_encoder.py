@@ -12,8 +12,8 @@ from helpers import REFERENCE, ROOT, TINY, fresh
 from PIL import Image
 from safetensors.torch import save_file
 
+from data.folders import FolderSource
 from data.loader import build_test_images, normalize
-from data.source import FolderSource
 from evaluation.encoder import build_transform
 from models import build_method
 from models.encoder import create_encoder

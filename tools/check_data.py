@@ -17,9 +17,9 @@ from tqdm import tqdm
 from data import davis, retrieval
 from data.image import check_head, read_file
 from data.loader import quiet_worker
-from data.source import FileSource, ImageSource, open_source
-from data.transfer import MAP, TRANSFER_SETS, open_transfer_set
-from data.transfer_readers import ImageFiles
+from data.opening import DataPath, open_splits, open_train
+from data.source import ImageFiles, ImageSource
+from data.transfer import MAP, TRANSFER_SETS
 from utils.config import DEFAULTS
 from utils.distributed import on_terminal, processors
 from utils.errors import UserError
@@ -66,15 +66,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.zip and args.dataset != "imagenet":
         raise UserError(f"--zip is for imagenet, not for {args.dataset}")
-    sources, missing = open_splits(args)
+    sources, missing = open_each(args)
     bad = {}
     for split, source in sources.items():
         bad[split] = check_images(source, split, args)
         summarize(args.dataset, split, source, bad[split])
-    untrained = untrained_classes(sources)
-    scripts = ready_for(args.dataset, sources, bad, untrained > 0)
+    scripts = ready_for(args.dataset, sources, bad)
     ready = f"ready for {', '.join(scripts) or 'no script'}"
-    missing, bad_images = missing + untrained, sum(bad.values())
+    bad_images = sum(bad.values())
     if missing or bad_images:
         raise UserError(
             f"{args.data_path}: {missing} missing, {bad_images} bad, see above; {ready}"
@@ -121,14 +120,14 @@ class Problems(Dataset):
         try:
             if not self.fast:
                 self.source.read_image(index)
-            elif isinstance(self.source, FileSource):
+            else:
                 check_head(self.source.read(index), self.source.names[index])
         except UserError as error:
             return str(error)
         return None
 
 
-def open_splits(args: argparse.Namespace) -> tuple[dict[str, ImageSource], int]:
+def open_each(args: argparse.Namespace) -> tuple[dict[str, ImageSource], int]:
     """The splits that can be opened, and how many cannot; prints a line for each of those.
 
     Training images without classes need no validation images.
@@ -137,28 +136,25 @@ def open_splits(args: argparse.Namespace) -> tuple[dict[str, ImageSource], int]:
     lines = []
     for split in SPLITS.get(args.dataset, TRAIN_AND_TEST):
         try:
-            sources[split] = open_split(args, split)
+            sources[split] = open_split(args, split, sources)
         except UserError as error:
             lines.append(f"missing: {split}: {error}")
     if args.dataset == "imagenet" and not (sources or args.zip):
         with contextlib.suppress(UserError):
-            sources["train"] = open_source(args.data_path, "train", labelled=False)
+            sources["train"] = open_train(DataPath(args.data_path), labelled=False)
             lines = ["warning: train: images without classes are for pre-training alone"]
     for line in lines:
         print(line)
     return sources, sum(line.startswith("missing") for line in lines)
 
 
-def ready_for(
-    dataset: str, sources: dict[str, ImageSource], bad: dict[str, int], untrained: bool
-) -> list[str]:
+def ready_for(dataset: str, sources: dict[str, ImageSource], bad: dict[str, int]) -> list[str]:
     """The scripts that can use the data set as it is.
 
     Args:
         dataset: its name.
         sources: the splits that could be opened.
         bad: unreadable images in each. Pre-training replaces a few, evaluations stop.
-        untrained: whether a class has validation images alone.
     """
     scripts = []
     train = sources.get("train")
@@ -171,26 +167,29 @@ def ready_for(
         return ["eval_video_seg.py" if dataset == "davis" else "eval_retrieval.py"]
     if TRANSFER_SETS[dataset].metric == MAP:
         return [*scripts, "eval_linear.py"]
-    if untrained or len(np.unique(sources["train"].labels)) < 2:
+    if len(np.unique(sources["train"].labels)) < 2:
         return scripts
     return [*scripts, "eval_knn.py", "eval_linear.py"]
 
 
-def open_split(args: argparse.Namespace, split: str) -> ImageSource:
-    """The images of a split.
+def open_split(args: argparse.Namespace, split: str, opened: dict[str, ImageSource]) -> ImageSource:
+    """The images of a split; ``opened`` are those before it.
 
     Raises:
         UserError: what is missing or damaged.
     """
-    if args.dataset == "imagenet":
-        return open_source(args.data_path, split, args.zip)
     if args.dataset == "davis":
         return Frames(davis.read_videos(args.data_path, split))
     if args.dataset in retrieval.DATASETS:
         truth = retrieval.read_ground_truth(args.data_path, args.dataset)
         names = truth.database if split == "database" else truth.queries
         return RankedImages(truth, names)
-    return open_transfer_set(args.dataset, args.data_path, split)
+    place = DataPath(args.data_path, args.dataset, args.zip)
+    if split == "train":
+        return open_train(place)
+    train = opened.get("train") or open_train(place)
+    judged = train.labels.ndim > 1 or len(np.unique(train.labels)) > 1  # else it only trains
+    return open_splits(place, labelled=judged, train=train)[1]
 
 
 def check_images(source: ImageSource, split: str, args: argparse.Namespace) -> int:
@@ -228,17 +227,6 @@ def summarize(dataset: str, split: str, source: ImageSource, bad: int) -> None:
     known = TRANSFER_SETS[dataset].classes if dataset in TRANSFER_SETS else classes
     if classes != known:
         print(f"warning: {split}: the official {dataset} has {known} classes, here are {classes}")
-
-
-def untrained_classes(sources: dict) -> int:
-    """Print the classes of validation images without training images; returns their number."""
-    if set(sources) != {"train", "val"}:
-        return 0
-    train, val = ({s.classes[label] for label in np.unique(s.labels)} for s in sources.values())
-    for name in sorted(val - train):
-        line = f"missing: train: class {name} is among the validation images alone"
-        print(UserError(line))  # whose text has no bytes that cannot be printed
-    return len(val - train)
 
 
 if __name__ == "__main__":

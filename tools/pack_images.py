@@ -17,9 +17,10 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data.archives import CLASSES, class_folders, tar_members
-from data.index import Names
-from data.source import SPLITS, FileSource, open_source
+from data.listing import Names
+from data.opening import DataPath, open_present
+from data.source import ImageSource
+from data.tars import CLASSES, class_folders, tar_members
 from utils.checkpoint import replacing
 from utils.distributed import on_terminal
 from utils.errors import UserError
@@ -39,16 +40,7 @@ def main() -> None:
         help="write <split>.zip and <split>_map.txt, the layout of Swin's repository for --zip",
     )
     args = parser.parse_args()
-    sources: dict[str, FileSource] = {}
-    missing = []
-    for split in SPLITS:
-        try:
-            sources[split] = open_source(args.data, split, labelled=False)
-        except UserError as error:
-            missing.append(str(error))
-    if not sources:
-        raise UserError(missing[0])
-    for split, source in sources.items():
+    for split, source in open_present(DataPath(args.data)).items():
         path = os.path.join(args.folder, f"{split}.{'zip' if args.zip else 'tar'}")
         try:
             os.makedirs(args.folder, exist_ok=True)
@@ -60,7 +52,7 @@ def main() -> None:
         print(f"{split}: {len(source.names)} images in {path}")
 
 
-def member_names(source: FileSource) -> list[str]:
+def member_names(source: ImageSource) -> list[str]:
     """What the images are called in an archive: a folder for each class, and a path in it."""
     folders = class_folders(source.classes)
     names = []
@@ -71,7 +63,7 @@ def member_names(source: FileSource) -> list[str]:
     return names
 
 
-def pack_tar(source: FileSource, path: str) -> None:
+def pack_tar(source: ImageSource, path: str) -> None:
     """Write ``path``, going on from a part of it that an earlier start has left.
 
     Raises:
@@ -111,7 +103,7 @@ def _whole_members(file: BinaryIO) -> tuple[list[str], int]:
     end = 0
     try:
         file.seek(0)
-        for name, start, size in tar_members(file):
+        for name, start, size, *_ in tar_members(file):
             after = start + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if after > length:
                 break
@@ -122,9 +114,9 @@ def _whole_members(file: BinaryIO) -> tuple[list[str], int]:
     return names, end
 
 
-def _compare(source: FileSource, file: BinaryIO, path: str) -> None:
+def _compare(source: ImageSource, file: BinaryIO, path: str) -> None:
     file.seek(0)
-    members = [(start, size) for _, start, size in tar_members(file)][1:]
+    members = [(start, size) for _, start, size, *_ in tar_members(file)][1:]
     for index in _bar(range(len(source.names)), f"compare {path}"):
         start, size = members[index]
         if os.pread(file.fileno(), size, start) != source.read(index):
@@ -134,7 +126,7 @@ def _compare(source: FileSource, file: BinaryIO, path: str) -> None:
             )
 
 
-def pack_zip(source: FileSource, path: str) -> None:
+def pack_zip(source: ImageSource, path: str) -> None:
     """Write ``path`` and, beside it, the list of its images.
 
     Raises:

@@ -23,7 +23,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from data.source import ImageSource, PartOfSource, build_source
+from data.opening import DataPath, open_splits
+from data.source import ImageSource, PartOfSource
 from evaluation.baselines import BASELINES
 from evaluation.pictures import (
     GREY,
@@ -207,7 +208,7 @@ def pictures(config: Any, run: Run) -> list[Section]:
     """Neighbours before and after, map, and patches."""
     titles = ("Nearest neighbours", "Map of the features", "Patches")
     try:
-        val, train = (build_source(config, split, labelled=False) for split in ("val", "train"))
+        train, val = open_splits(DataPath.of(config), labelled=False)
         trained, untrained = (load(config, run, random) for random in (False, True))
     except UserError as error:
         reason = f'<p class="left-out">Left out: {html.escape(str(error))}.</p>'

@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 
-from data.forms import read_classes
+from data.imagenet import read_classes
 from utils.errors import UserError
 from utils.run import run_script
 

@@ -10,8 +10,8 @@ from collections import Counter
 import numpy as np
 from yacs.config import CfgNode
 
-from data.source import ImageSource, PartOfSource, add_dataset_arguments, build_source
-from data.transfer_readers import ImageFiles
+from data.opening import DataPath, add_dataset_arguments, open_splits, open_train
+from data.source import ImageFiles, ImageSource, PartOfSource
 from evaluation import pictures
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import number_in, parse_arguments
@@ -53,12 +53,12 @@ def main() -> None:
     """Images, encoder, picture."""
     args, config = parse_arguments(__doc__, add_arguments)
     run = start(config, os.path.join(run_folder(config), "pictures"))
+    place = DataPath.of(config)
     if args.files:
         images: ImageSource = find_images(args.files)
     else:
-        images = choose(
-            build_source(config, "val", args.download), args.images or COUNTS[args.picture], config
-        )
+        _, val = open_splits(place, args.download, labelled=False)
+        images = choose(val, args.images or COUNTS[args.picture], config)
     encoder, _ = load_pretrained_encoder(args, config, run)
     subject = pictures.Subject(config, images, encoder, run)
     if args.picture == "attention":
@@ -66,7 +66,7 @@ def main() -> None:
     elif args.picture == "components":
         figure = pictures.draw_components(subject, args.size, args.foreground)
     elif args.picture == "neighbours":
-        train = build_source(config, "train", args.download)
+        train = open_train(place, args.download)
         figure = pictures.draw_neighbours(subject, train, args.neighbours)
     else:
         figure = pictures.draw_features(subject, args.method)

@@ -45,7 +45,8 @@ def reading(path: object, doing: str = "cannot read") -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or path}: no such file or folder") from error
     except OSError as error:
-        raise UserError(f"{path}: {doing} ({error.strerror or error})") from error
+        where = error.filename or path
+        raise UserError(f"{where}: {doing} ({error.strerror or error})") from error
     except Exception as error:  # a damaged or hostile file can raise anything
         raise UserError(f"{path}: {doing} ({_words(error)})") from error
 

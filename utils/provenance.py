@@ -107,7 +107,7 @@ def source_digest() -> str:
 def names_digest(names: Sequence[str], root: str) -> str:
     """The SHA-256 of all names, with a NUL after each; ``root`` is taken off where it begins one.
 
-    A list that ``data.index`` keeps has it at hand, as ``names.digest``.
+    A list that ``data.listing`` keeps has it at hand, as ``names.digest``.
     """
     if known := getattr(names, "digest", None):
         return known

@@ -277,15 +277,12 @@ def test_validation_images_go_to_their_classes(kit, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            lambda kit: (kit / "kit/data/meta.mat").unlink(),
-            r"meta\.mat: cannot read .*t12\.tar\.gz",
-        ),
-        (lambda kit: shutil.rmtree(kit / "kit"), r"ground_truth\.txt: cannot read"),
+        (lambda kit: (kit / "kit/data/meta.mat").unlink(), r"meta\.mat: no such file"),
+        (lambda kit: shutil.rmtree(kit / "kit"), r"ground_truth\.txt: no such file"),
         (lambda kit: (kit / "kit/data/meta.mat").write_bytes(b"no"), r"meta\.mat: not the classes"),
         (
             lambda kit: write_kit(kit / "kit/data", [2, 3, 1], ["n1", "n2"]),
-            r"ground_truth\.txt: 3 is no class of meta\.mat",
+            r"ground_truth\.txt: names a class that meta\.mat has not \(3\)",
         ),
         (
             lambda kit: (kit / "val/ILSVRC2012_val_00000004.JPEG").touch(),

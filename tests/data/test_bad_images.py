@@ -13,15 +13,15 @@ import torch
 from helpers import ROOT, run_forked, spawn, zip_folder
 from PIL import Image
 
-import data.archives
 import data.dataset
+import data.zips
 from data import opencv
-from data.archives import ZipSource
 from data.augmentation import draw_view, view_augmentations
 from data.dataset import CropAndFlip, TestImages, TrainImages, TwoViews, Views
+from data.folders import FolderSource
 from data.image import FORMATS, MAX_BYTES, decode_rgb
 from data.loader import BadImages, build_pretraining_loader
-from data.source import FolderSource
+from data.zips import ZipSource
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -220,7 +220,7 @@ def test_a_damaged_member_of_a_zip_is_replaced(source, tmp_path, cache):
 
 
 def test_a_zip_bomb_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.archives, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(data.zips, "MAX_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", b"\0" * (2**20 + 1))
     (tmp_path / "train_map.txt").write_text("bomb.jpg\t0\n")
@@ -228,13 +228,15 @@ def test_a_zip_bomb_is_refused_unread(tmp_path, monkeypatch):
         ZipSource(str(tmp_path), "train").read(0)
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "class0/../../secret.jpg"])
+@pytest.mark.parametrize("name", ["../secret.jpg", "/secret.jpg", "class0/../../secret.jpg"])
 def test_a_list_cannot_leave_its_zip(tmp_path, name):
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr(name, b"x")
-    (tmp_path / "train_map.txt").write_text(f"{name}\t0\n")
-    with pytest.raises(UserError, match=r"train_map\.txt:1: .* lies outside of the archive"):
-        ZipSource(str(tmp_path), "train")
+        archive.writestr("0.jpg", b"y")
+    (tmp_path / "train_map.txt").write_text(f"{name}\t0\n0.jpg\t0\n")
+    source = ZipSource(str(tmp_path), "train")
+    assert {source.read(index) for index in range(len(source.names))} <= {b"x", b"y"}
 
 
 def batch(replaced: torch.Tensor) -> Views:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from data.archives import ZipSource
 from data.augmentation import (
     MEAN,
     STD,
@@ -24,10 +23,12 @@ from data.augmentation import (
     view_augmentations,
 )
 from data.dataset import CropAndFlip, RandAugmented, TestImages, TwoViews
+from data.folders import FolderSource
 from data.image import decode_rgb
 from data.loader import EpochBatches, build_pretraining_loader, normalize, num_workers
-from data.source import FolderSource, build_labelled_sources, build_source, open_source
+from data.opening import DataPath, open_source, open_splits, open_train
 from data.transfer import open_transfer_set
+from data.zips import ZipSource
 from tools.make_tiny_transfer import write_tiny
 from utils.config import DEFAULTS, load_config
 from utils.errors import UserError
@@ -129,7 +130,7 @@ def test_mistakes_in_a_zip_are_named(imagenet, tmp_path, text, message):
 def test_what_is_no_zip_is_named(imagenet, tmp_path):
     make_zip(tmp_path, imagenet)
     (tmp_path / "train.zip").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"train\.zip: not a readable zip"):
+    with pytest.raises(UserError, match=r"train\.zip: cannot read \(File is not a zip"):
         ZipSource(str(tmp_path), "train")
 
 
@@ -506,9 +507,10 @@ def test_a_zip_is_cached_as_the_configuration_says(imagenet, tmp_path, process_g
     make_zip(tmp_path, imagenet)
     config = DEFAULTS.clone()
     config.DATA.update({"DATA_PATH": str(tmp_path), "ZIP_MODE": True, "CACHE_MODE": given})
-    assert len(build_source(config, "train").cache) == kept
-    assert len(build_source(config, "train", cache_mode="no").cache) == 0
-    train, val = build_labelled_sources(config, val_cache_mode="no")
+    assert len(open_train(DataPath.of(config)).cache) == kept
+    assert len(open_train(DataPath.of(config, "no")).cache) == 0
+    train = open_train(DataPath.of(config))
+    train, val = open_splits(DataPath.of(config, cache_mode="no"), train=train)
     assert len(train.cache) == kept and len(val.cache) == 0
 
 

@@ -5,9 +5,8 @@ from helpers import write_images
 
 from data.davis import read_videos
 from data.loader import build_pretraining_loader
+from data.opening import DataPath, open_source, open_splits
 from data.retrieval import read_ground_truth
-from data.source import build_labelled_sources, open_source
-from data.transfer import open_transfer_set
 from utils.config import DEFAULTS, with_values
 from utils.errors import UserError
 
@@ -43,25 +42,12 @@ def test_the_nearest_path_is_named(root, open_it):
     assert said(open_it, f"{root}/zzz").endswith("does not exist or is no folder")
 
 
-def test_a_set_that_could_be_fetched(root):
-    line = said(open_transfer_set, "cifar10", f"{root}/imagnet", "train")
-    assert f", did you mean {root}/imagenet?; expected cifar-10-batches-py/" in line
-    assert "did you mean" not in said(open_transfer_set, "cifar10", f"{root}/imagenet", "train")
-
-
 def test_a_relative_path_and_a_file(root, monkeypatch):
     monkeypatch.chdir(root)
     assert said(open_source, "imgenet", "train").endswith(", did you mean imagenet?")
     (root / "imagenet/all.tar").write_bytes(b"")
     line = said(open_source, "imagenet/all.tar", "train")
     assert line.endswith("is no folder, did you mean imagenet?")
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_an_empty_folder(tmp_path, labelled):
-    (tmp_path / ".DS_Store").write_bytes(b"")
-    line = said(open_source, str(tmp_path), "train", False, labelled)
-    assert "no folder train/ in the data path" in line and line.endswith(", which is empty")
 
 
 @pytest.mark.parametrize(
@@ -77,12 +63,6 @@ def test_one_folder_too_deep_or_too_high(root, given, split, hint):
     assert line.endswith(f"no folder {split}/ in the data path{hint.format(root=root)}")
 
 
-def test_another_name(root):
-    (root / "imagenet/train").rename(root / "imagenet/Training")
-    line = said(open_source, f"{root}/imagenet", "train")
-    assert line.endswith("in the data path, did you name it Training/?")
-
-
 @pytest.mark.parametrize("labelled", [True, False])
 def test_val_without_train(root, labelled):
     (root / "imagenet/train").rename(root / "elsewhere")
@@ -96,7 +76,7 @@ def test_one_class_is_enough_to_train_on_but_not_to_judge_by(tmp_path, process_g
     values = {"DATA.DATA_PATH": str(tmp_path), "DATA.BATCH_SIZE": 2, "AUG.SSL_AUG": True}
     config = with_values(DEFAULTS, values | {"DATA.NUM_WORKERS": 0})
     assert len(build_pretraining_loader(config)) == 2
-    line = said(build_labelled_sources, config)
+    line = said(open_splits, DataPath.of(config))
     assert line == (
         f"{tmp_path}: the training images are of one class alone, class0: lay them out as "
         "train/<class>/<image>"

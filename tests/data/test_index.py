@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_forms import WRITERS
 
-from data import index
-from data.index import FOLDER, Listing
+from data import listing
+from data.folders import FolderSource
+from data.listing import FOLDER, Listing
 from data.loader import EpochBatches
-from data.source import FolderSource, PartOfSource, open_source
+from data.opening import open_source
+from data.source import PartOfSource
 from utils.distributed import all_gather_objects, first_on_each_node
 from utils.errors import UserError
 from utils.provenance import names_digest
@@ -29,8 +31,8 @@ NAME = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), min_size=
 @pytest.fixture(autouse=True)
 def keeping(monkeypatch, tmp_path):
     """Keep the list of however few images, and trust what has just changed."""
-    monkeypatch.setattr(index, "WORTH_KEEPING", 1)
-    monkeypatch.setattr(index, "SETTLED", -60)
+    monkeypatch.setattr(listing, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(listing, "SETTLED", -60)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
 
 
@@ -57,10 +59,10 @@ def is_read_again(root: Path, monkeypatch) -> bool:
 
 @given(st.lists(st.tuples(NAME, st.integers(0, 2**62)), min_size=1, max_size=30))
 def test_a_listing_keeps_what_is_added(entries):
-    listing = Listing(".")
+    making = Listing(".")
     for name, number in entries:
-        listing.add([name, f"{name}{name}"], number, place=[number, 7])
-    found = listing.index("/top")
+        making.add([name, f"{name}{name}"], number, place=[number, 7])
+    found = making.listed("/top")
     expected = [n for name, _ in entries for n in (name, f"{name}{name}")]
     assert list(found.names) == [f"/top/{name}" for name in expected]
     assert [found.names.short(i) for i in range(len(expected))] == expected
@@ -104,7 +106,7 @@ def test_a_change_is_noticed(root, monkeypatch, change):
     listed(root)
     change(root)
     with monkeypatch.context() as patched:
-        patched.setattr(index, "WORTH_KEEPING", 10**9)
+        patched.setattr(listing, "WORTH_KEEPING", 10**9)
         assert is_read_again(root, monkeypatch)
         truth = listed(root)
     assert listed(root) == truth  # and is kept
@@ -122,7 +124,7 @@ def test_a_cut_list_is_made_anew(root, monkeypatch):
 
 
 def test_folders_that_have_just_changed_are_not_trusted(root, monkeypatch):
-    monkeypatch.setattr(index, "SETTLED", 2.0)
+    monkeypatch.setattr(listing, "SETTLED", 2.0)
     os.utime(root / "train/class0")
     listed(root)
     assert not (root / FOLDER).exists()
@@ -134,7 +136,7 @@ def test_folders_that_have_just_changed_are_not_trusted(root, monkeypatch):
 
 
 def test_few_images_are_not_kept(root, monkeypatch):
-    monkeypatch.setattr(index, "WORTH_KEEPING", 25)
+    monkeypatch.setattr(listing, "WORTH_KEEPING", 25)
     listed(root)
     assert not (root / FOLDER).exists()
 

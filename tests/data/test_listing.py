@@ -11,16 +11,23 @@ from helpers import zip_folder
 from torchvision.datasets import ImageFolder
 
 import eval_knn
-from data.archives import ZipSource
+from data.folders import FolderSource
 from data.image import read_file
-from data.listing import is_hidden, list_classes, list_images, read_lines
-from data.source import FolderSource
+from data.listing import Listing, is_hidden, list_classes, list_images, read_lines
+from data.zips import ZipSource
 from logger import create_logger
 from utils.errors import UserError
 
 
 def listed(source) -> tuple[list[str], list[int]]:
     return list(source.names), source.labels.tolist()
+
+
+def classes_of(folder: Path) -> tuple[list[str], list[str], list[int]]:
+    listing = Listing(str(folder))
+    list_classes(str(folder), listing)
+    found = listing.listed(str(folder))
+    return found.classes, list(found.names), found.labels.tolist()
 
 
 LATIN_1 = os.fsdecode(b"caf\xe9.jpg")
@@ -97,7 +104,7 @@ def test_litter_is_left_out_and_counted_in_one_line(folder, litter, logged):
 def test_one_line_counts_everything(folder, logged):
     for litter in (named_pipe, *(copy_to(f"class0/.{i}.jpg") for i in range(3))):
         litter(folder)
-    list_classes(str(folder))
+    FolderSource(str(folder.parent), "train")
     assert logged == [f"{folder}: left out: 3 hidden, 1 pipes, devices or links to no file"]
 
 
@@ -105,7 +112,7 @@ def test_links_to_an_image_and_to_a_class_are_what_they_lead_to(folder, tmp_path
     shutil.move(folder / "class1", tmp_path / "elsewhere")
     (folder / "class1").symlink_to(tmp_path / "elsewhere")
     (folder / "class0/link.jpg").symlink_to("0.jpg")
-    classes, paths, labels = list_classes(str(folder))
+    classes, paths, labels = classes_of(folder)
     assert classes == ["class0", "class1"]
     assert labels == [0] * 13 + [1] * 12
     assert str(folder / "class0/link.jpg") in paths
@@ -119,7 +126,7 @@ def test_the_order_is_that_of_torchvision(folder):
     for name in NAMES:
         for place in ("class0", "class0/sub", "class0/sub-b", "class0/sub/deeper", "odd\n'class"):
             copy_to(f"{place}/{name}")(folder)
-    classes, paths, labels = list_classes(str(folder))
+    classes, paths, labels = classes_of(folder)
     expected = ImageFolder(folder, loader=str)
     assert classes == expected.classes
     assert list(zip(paths, labels, strict=True)) == expected.samples

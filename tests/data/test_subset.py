@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import eval_knn
 import eval_linear
-from data.source import FolderSource
+from data.folders import FolderSource
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from utils.errors import UserError
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.transfer_readers import DIFFICULT
+from data.transfer import DIFFICULT
 from evaluation.classification_metrics import (
     average_precision,
     mean_average_precision,

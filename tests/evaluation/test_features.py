@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 import evaluation.features
 from data.loader import build_classification_loader
-from data.source import build_source
+from data.opening import DataPath, open_splits, open_train
 from evaluation.features import check_features, encode_images, extract_features
 from utils.config import load_config
 from utils.errors import UserError
@@ -103,7 +103,7 @@ def test_training_views_follow_from_seed_epoch_and_image(imagenet, weights):
         opts += ["DATA.NUM_WORKERS", str(workers), "SEED", str(seed)]
         config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
         config.DATA.DATA_PATH = str(imagenet)
-        source = build_source(config, "train")
+        source = open_train(DataPath.of(config))
         loader = build_classification_loader(config, source)
         torch.manual_seed(workers)
         epochs = []
@@ -167,7 +167,7 @@ def test_images_are_encoded_as_the_configuration_says(imagenet, monkeypatch, nor
         return 3 + images.mean((2, 3))
 
     more = {} if normalize is None else {"normalize": normalize}
-    source = build_source(config, "val")
+    source = open_splits(DataPath.of(config))[1]
     features, labels = encode_images(config, encoder, source, run, **more)
     assert sizes == [(5, 3, 32, 32), (2, 3, 32, 32)] and len(shielded) == 1
     assert labels.tolist() == source.labels.tolist()

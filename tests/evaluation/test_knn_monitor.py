@@ -13,7 +13,7 @@ from helpers import arguments, assert_same, run_forked, spawn, weights
 
 import eval_knn
 import main_pretrain
-from data.source import build_source
+from data.opening import DataPath, open_train
 from evaluation.knn_monitor import KnnMonitor
 from utils.config import load_config
 from utils.errors import UserError
@@ -34,7 +34,7 @@ def monitor(imagenet, *opts) -> KnnMonitor:
     config.DATA.DATA_PATH = str(imagenet)
     logger = logging.getLogger("monitor")
     run = SimpleNamespace(device=device, precision=Precision("O0", device), logger=logger)
-    return KnnMonitor(config, build_source(config, "train"), run)
+    return KnnMonitor(config, open_train(DataPath.of(config)), run)
 
 
 class MeanColour(torch.nn.Module):

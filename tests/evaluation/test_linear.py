@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from data.loader import normalize
-from data.transfer_readers import DIFFICULT
+from data.transfer import DIFFICULT
 from evaluation.linear import (
     LinearClassifiers,
     build_mixup,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import spawn
 from sklearn.linear_model import LogisticRegression as Reference
 
-from data.transfer_readers import DIFFICULT
+from data.transfer import DIFFICULT
 from evaluation import logistic_regression
 from evaluation.logistic_regression import LogisticRegression, choose_strength
 

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from data.davis import palette
-from data.source import open_source
+from data.opening import open_source
 from evaluation import pictures
 from evaluation.pictures import (
     GREY,

@@ -13,9 +13,11 @@ import pytest
 import torch
 from helpers import ROOT
 
-from data.archives import ZipSource
+from data import opening
+from data.folders import FolderSource
 from data.loader import build_pretraining_loader
-from data.source import FolderSource, open_source
+from data.opening import open_source
+from data.zips import ZipSource
 from tools import pack_images
 from utils.config import load_config
 from utils.errors import UserError
@@ -112,7 +114,7 @@ def test_mistakes_are_named(imagenet, tmp_path, pack, missing, monkeypatch):
             (data / "val/class1/2.jpg").unlink(missing_ok=True)
             return source
 
-        monkeypatch.setattr(pack_images, "open_source", list_and_lose)
+        monkeypatch.setattr(opening, "open_source", list_and_lose)
     messages = {
         "data": "data: the data path does not exist",
         "splits": "no folder train/ in the data path",

@@ -6,7 +6,7 @@ import torch
 from helpers import ROOT, TINY, fresh, write_images
 from PIL import Image
 
-from data.source import open_source
+from data.opening import open_source
 from evaluation import pictures
 from tools import visualize
 from utils.config import load_config

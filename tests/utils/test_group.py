@@ -13,9 +13,9 @@ import torch.distributed as dist
 from forked import Script
 from helpers import ROOT, arguments, free_port, spawn, wait_for, zip_folder
 
-import data.source
+import data.opening
 import data.transfer
-from data.archives import ZipSource
+from data.zips import ZipSource
 from tools.make_tiny_transfer import write_tiny
 from utils.config import load_config
 from utils.distributed import all_gather_objects, on_first_process, rank, wait_for_all
@@ -131,7 +131,7 @@ def reads_slowly(number: int, folder: str, step: str) -> None:
     config = load_config(str(ROOT / "configs/moby_vit_tiny.yaml"), opts)
     module, name = {
         "download": (data.transfer, "open_transfer_set"),
-        "list": (data.source, "open_source"),
+        "list": (data.opening, "open_source"),
         "cache": (ZipSource, "fill_cache"),
     }[step]
     real = getattr(module, name)
@@ -142,7 +142,7 @@ def reads_slowly(number: int, folder: str, step: str) -> None:
         return real(*given, **{k: v for k, v in more.items() if k != "download"})
 
     setattr(module, name, slow)
-    assert len(data.source.build_source(config, "train", download=True).names) > 4
+    assert len(data.opening.open_train(data.opening.DataPath.of(config), download=True).names) > 4
     all_reduced = torch.ones(1)
     dist.all_reduce(all_reduced)  # the first collective, which has the timeout
     assert all_reduced == 2
