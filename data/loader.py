@@ -21,6 +21,7 @@ from data.opening import DataPath, open_splits, open_train
 from data.source import CostlySource, ImageSource
 from utils.distributed import (
     all_gather_objects,
+    check_shared_memory,
     first_on_each_node,
     on_first_process,
     processors,
@@ -160,7 +161,7 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
     images = TwoViews(source, views, data.IMG_SIZE, config.SEED, data.BACKEND)
     if split != "train":
         images.replacements = 0
-    return _training_loader(config, images)
+    return _training_loader(config, images, 2 * 3)  # two views in three colours
 
 
 def build_classification_loader(config: CfgNode, source: ImageSource) -> TrainingLoader:
@@ -175,16 +176,20 @@ def build_classification_loader(config: CfgNode, source: ImageSource) -> Trainin
     data = config.DATA
     augment: CropAndFlip | RandAugmented
     if config.LINEAR_EVAL.WEIGHTS == "freeze":
-        augment = CropAndFlip(data.IMG_SIZE)
+        augment, pixel_bytes = CropAndFlip(data.IMG_SIZE), 3
     else:
         try:
             augment = RandAugmented(data.IMG_SIZE, data.INTERPOLATION, config.AUG)
+            pixel_bytes = 3 * 4  # of float32
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"AUG: timm refuses the augmentation ({error!r})") from error
-    return _training_loader(config, TrainImages(source, augment, config.SEED))
+    return _training_loader(config, TrainImages(source, augment, config.SEED), pixel_bytes)
 
 
-def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> TrainingLoader:
+def _training_loader(
+    config: CfgNode, dataset: TwoViews | TrainImages, pixel_bytes: int
+) -> TrainingLoader:
+    """The loader of ``dataset``, an image of which has so many bytes a pixel."""
     try:
         sampler = EpochBatches(
             len(dataset),
@@ -215,6 +220,8 @@ def _training_loader(config: CfgNode, dataset: TwoViews | TrainImages) -> Traini
         collate_fn=collate,
         worker_init_fn=quiet_worker,
     )
+    batch_bytes = pixel_bytes * config.DATA.BATCH_SIZE * config.DATA.IMG_SIZE**2
+    check_shared_memory(workers, loader.prefetch_factor or 0, batch_bytes)
     shield_workers(loader)
     return loader
 

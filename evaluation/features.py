@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from data.loader import build_test_images, num_workers
 from data.loader import normalize as normalize_images
 from data.source import ImageSource
-from utils.distributed import on_terminal, rank, world_size
+from utils.distributed import check_shared_memory, on_terminal, rank, world_size
 from utils.errors import UserError
 from utils.run import Run
 from utils.signals import shield_workers
@@ -84,12 +84,14 @@ def encode_images(
     normalize: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features and labels of all images of ``source``, see ``extract_features``."""
+    workers, size = num_workers(config), config.DATA.IMG_SIZE
+    check_shared_memory(workers, 2, 3 * config.DATA.BATCH_SIZE * size**2)  # as torch reads ahead
     return extract_features(
         encoder,
         build_test_images(config, source),
         run,
         batch_size=config.DATA.BATCH_SIZE,
-        num_workers=num_workers(config),
+        num_workers=workers,
         normalize=normalize,
     )
 

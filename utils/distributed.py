@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ T = TypeVar("T")
 Outcome = tuple[Any, UserError | None]
 NOTHING: Outcome = (None, None)
 
+SHARED = "/dev/shm"  # where data workers leave their batches
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
 
 _peers: "Peers | None" = None  # the launcher's processes
@@ -122,6 +124,32 @@ def processors() -> int:
     """
     own = len(os.sched_getaffinity(0)) // (_sharing or local_world_size())
     return max(1, int(min(own, cgroup_quota() / local_world_size())))
+
+
+def check_shared_memory(workers: int, ahead: int, batch_bytes: int) -> None:
+    """Refuse data workers whose batches do not fit into the machine's shared memory.
+
+    Torch would end in the middle of an epoch, with a bus error or a long traceback.
+
+    Args:
+        workers: of this process.
+        ahead: batches that each worker holds ready.
+        batch_bytes: of one batch.
+
+    Raises:
+        UserError: what is free is less than what the processes of this machine may need.
+    """
+    if not os.path.isdir(SHARED):  # torch has another way there
+        return
+    free, processes = shutil.disk_usage(SHARED).free / 1e6, local_world_size()
+    needed = processes * workers * ahead * batch_bytes / 1e6
+    if needed > free:
+        raise UserError(
+            f"{SHARED} has {free:.4g} MB free, but {needed:.4g} MB of shared memory are needed "
+            f"({processes} processes x {workers} workers x {ahead} batches x "
+            f"{batch_bytes / 1e6:.3g} MB): enlarge it (docker run --shm-size), lower "
+            "DATA.NUM_WORKERS, or lower --batch-size"
+        )
 
 
 def cgroup_quota(root: str = "/") -> float:

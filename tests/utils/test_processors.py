@@ -1,15 +1,19 @@
-"""How many processors a process may keep busy: affinity, quotas of cgroups, other processes."""
+"""What a process may use of its machine: affinity, quotas of cgroups, shared memory."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import spawn
 
 import utils.distributed
-from utils.distributed import cgroup_quota, processors, rank
+from utils.distributed import cgroup_quota, check_shared_memory, processors, rank
+from utils.errors import UserError
 
 V1 = "4:cpu,cpuacct:/jobs/7\n3:memory:/jobs/7\n0::/\n"
 
@@ -95,3 +99,25 @@ def bound(_, folder: str) -> None:
 def test_processes_that_are_bound_apart_do_not_share(tmp_path):
     spawn(bound, 3, str(tmp_path))
     assert [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(3)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers", "fits"), [(1, 0, True), (1, 2, True), (2, 2, False), (1, 3, False)]
+)
+def test_shared_memory_that_is_too_small_is_told_before_workers_start(
+    monkeypatch, tmp_path, processes, workers, fits
+):
+    """What is free must do for the batches that all workers of the machine hold ready."""
+    monkeypatch.setattr(utils.distributed, "SHARED", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8_000_000))
+    monkeypatch.setattr(utils.distributed, "local_world_size", lambda: processes)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError) as raised:
+        check_shared_memory(workers, 4, 1_000_000)
+    if not fits:
+        needed = f"8 MB free, but {4 * processes * workers} MB"
+        assert needed in str(raised.value) and "--shm-size" in str(raised.value)
+
+
+def test_a_system_without_shared_memory_files_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(utils.distributed, "SHARED", str(tmp_path / "none"))
+    check_shared_memory(10**6, 10**6, 10**6)
