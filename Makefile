@@ -36,9 +36,10 @@ test: lint
 coverage: $(VENV)/installed
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
 
-# on a node with GPUs: tests and benchmark, and one page to send back
+# on a node with GPUs: the benchmark, whose page is one to send back, and the tests that need one
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m tools.gpu_page gpu.md
+	$(BIN)/python -m tools.benchmark gpu --batch 128 --markdown gpu.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(WORKERS) --dist worksteal -rfEs
 
 # the documentation as web pages in site/; a warning is an error
 site: $(SITE)/installed

@@ -22,12 +22,18 @@ from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import TRANSFER_SETS
 from evaluation.baselines import BASELINES
 from evaluation.classification_metrics import MAP
-from evaluation.feature_files import add_feature_arguments, dump_features, load_features
+from evaluation.feature_files import (
+    add_feature_arguments,
+    dump_features,
+    load_features,
+    read_manifest,
+)
 from evaluation.features import check_features, encode_images, unit_length
+from evaluation.identity import identity, identity_said, warn_of_replacing
 from evaluation.knn import knn_classify
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
-from utils.config import run_folder
+from utils.config import FEATURE, NETWORK, run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance, moment
@@ -75,15 +81,13 @@ def main() -> None:
         raise UserError("--pictures shows images: leave it out with --load-features")
     if min(args.nb_knn) < 1:
         raise UserError(f"--nb-knn must be from 1, got {min(args.nb_knn)}")
-    name = f"knn_{config.DATA.DATASET}{subset_suffix(args.subset)}"
-    if args.baseline:
-        name += f"_{args.baseline}"
+    baseline, subset = args.baseline, subset_suffix(args.subset)
+    if args.load_features:
+        baseline, subset = features_of(args, config)
+    name = f"knn_{config.DATA.DATASET}{subset}" + (f"_{baseline}" if baseline else "")
     run = start(config, os.path.join(run_folder(config), name))
     if args.load_features:
         images, (parts, about) = None, load_features(args.load_features, FILES, run.logger)
-        dumped = about["protocol"].get("dataset", config.DATA.DATASET)
-        if dumped != config.DATA.DATASET:
-            raise UserError(f"{args.load_features}: features of {dumped}: give --dataset {dumped}")
     else:
         images, parts, about = encode(args, config, run)
         if args.dump_features and rank() == 0:
@@ -104,12 +108,32 @@ def main() -> None:
     results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
     origin = about["provenance"]  # of the encoder, and the images
     provenance = gather_provenance(run.config, run.device, origin, origin.get("data"))
+    provenance["identity"] = identity_said(origin) | {"--temperature": args.temperature}
+    warn_of_replacing(run, provenance["identity"])
     protocol = {k: v for k, v in about["protocol"].items() if k != "dataset"}
     write_results(run, results | {"protocol": protocol}, provenance)
     if args.pictures and images:
         k = args.nb_knn[0]
         judged = everyones(ranked[k][:, 0], len(test), run.device)
         write_pictures(run, partial(draw, images, (train, test), judged, k, config.SEED))
+
+
+def features_of(args: argparse.Namespace, config: CfgNode) -> tuple[str | None, str]:
+    """The baseline and the subset that the features of ``--load-features`` are of.
+
+    Raises:
+        UserError: the command line names another data set or baseline.
+    """
+    about, folder = read_manifest(args.load_features), args.load_features
+    dataset = about.get("protocol", {}).get("dataset", config.DATA.DATASET)
+    if dataset != config.DATA.DATASET:
+        raise UserError(f"{folder}: features of {dataset}: give --dataset {dataset}")
+    origin = about.get("provenance", {})
+    of = origin.get("encoder", args.baseline)
+    if args.baseline and of != args.baseline:
+        raise UserError(f"{folder}: features of {of}: leave --baseline {args.baseline} out")
+    subset = str(identity_said(origin).get("--subset") or "")
+    return (of if of in BASELINES else None), subset
 
 
 def encode(
@@ -137,6 +161,8 @@ def encode(
         **{n: (s.names, s.labels) for n, s in zip(("train", "test"), sources, strict=True)},
     )
     provenance = gather_provenance(run.config, run.device, origin, data)
+    flags = {"--baseline": args.baseline, "--subset": subset_suffix(args.subset)}
+    provenance["identity"] = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
     parts = [
         tensor
         for source in sources

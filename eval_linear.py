@@ -24,6 +24,7 @@ from data.source import ImageSource
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
+from evaluation.identity import identity, warn_of_replacing
 from evaluation.judged import TEST, TRAIN, Judged, by_name, summary, table
 from evaluation.linear import (
     LinearClassifiers,
@@ -34,16 +35,14 @@ from evaluation.linear import (
 )
 from evaluation.logistic_regression import probe
 from evaluation.protocols import (
-    BEFORE,
-    PROTOCOLS,
     add_protocol_arguments,
     apply_protocol,
+    changes,
     choose_protocol,
     choose_tokens,
-    differing,
     head_schedule,
+    protocol_said,
     set_aside,
-    settings,
 )
 from lr_scheduler import build_scheduler, scaled_rates, without_effect
 from models import build_encoder
@@ -60,7 +59,7 @@ from utils.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from utils.config import run_folder
+from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, NETWORK, run_folder
 from utils.distributed import data_parallel, rank, world_size
 from utils.errors import UserError
 from utils.progress import Checkpoints, Progress, locate, warn_of_changes
@@ -109,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, default, least, most, about in (
         ("--num-l2", 45, 1, math.inf, "L2 strengths from 1e-6 to 1e5 that lbfgs tries"),
-        ("--layer-decay", 0.75, 0.01, 1.0, "of fine-tuning's rate from a layer to the one before"),
+        ("--layer-decay", None, 0.01, 1.0, "of fine-tuning's rate from a layer to the one before"),
     ):
         parser.add_argument(flag, type=number_in(least, most), default=default, help=about)
 
@@ -118,13 +117,13 @@ def main() -> None:
     """Data, encoder, heads, resume, loop, figures; a signal stops it so that it can be resumed."""
     with StopSignals() as signals:
         args, asked = parse_arguments(__doc__, add_arguments)
-        protocol, given = choose_protocol(args, asked.LINEAR_EVAL.WEIGHTS), given_keys(args)
-        config, rates = apply_protocol(asked, protocol, given, args.lr)
-        frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
+        frozen, given = asked.LINEAR_EVAL.WEIGHTS == "freeze", given_keys(args)
         kind = "linprob" if frozen else "ft"
         kind += "_lbfgs" if args.probe == "lbfgs" else ""
         kind += subset_suffix(args.subset)
-        folder = os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
+        folder = os.path.join(run_folder(asked), f"linear_{asked.DATA.DATASET}_{kind}")
+        protocol = choose_protocol(args, asked, folder)
+        config, rates = apply_protocol(asked, protocol, given, args.lr)
         run = start(config, folder, trains=not (frozen or config.EVAL_MODE))
 
         train, test = open_splits(DataPath.of(config), args.download)
@@ -132,7 +131,8 @@ def main() -> None:
         metric = TRANSFER_SETS[config.DATA.DATASET].metric
         if config.EVAL_MODE:
             return evaluate_saved(asked, given, test, folder, run)
-        drop = args.drop_path_rate if args.drop_path_rate is not None else protocol.drop_path_rate
+        drop = protocol.drop_path_rate if args.drop_path_rate is None else args.drop_path_rate
+        decay = args.layer_decay or protocol.layer_decay
         encoder, origin = load_pretrained_encoder(args, config, run, drop, learns=not frozen)
         tokens = choose_tokens(args, protocol, encoder)
         how: dict[str, Any] = {"protocol": protocol.name}
@@ -141,6 +141,11 @@ def main() -> None:
         data = data_facts(config.DATA.DATA_PATH, **splits)
         if args.probe == "lbfgs":
             provenance = gather_provenance(run.config, run.device, origin, data)
+            flags = {"--num-l2": args.num_l2, "--protocol": protocol.name, "SEED": config.SEED}
+            flags["--subset"] = subset_suffix(args.subset)
+            of = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
+            warn_of_replacing(run, of)
+            provenance["identity"] = of
             strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
             found, classifier = probe(config, encoder, (train, test), strengths, run)
             if rank() == 0:
@@ -154,16 +159,20 @@ def main() -> None:
             judged_on.append(chosen_by)
         loader = build_classification_loader(config, train)
 
-        # an interrupted run is continued only by one that agrees in these
-        identity = {"encoder": origin["weights"], "lr": rates, "classes": len(train.classes)}
-        identity |= {"select": args.select, "subset": args.subset, **how}
-        identity |= {"data": data["digest"], "settings": settings(config, drop, args.layer_decay)}
-        saved = find_checkpoint(config, identity, run)
+        uses = NETWORK | FEATURE | CLASSIFIER
+        uses |= NETWORK if frozen else FINE_TUNING
+        flags = {"--lr": rates, "--protocol": protocol.name, "--select": args.select}
+        flags |= {"--subset": subset_suffix(args.subset), "--drop-path-rate": drop}
+        flags |= {"class tokens": how["class_tokens"], "processes": world_size()}
+        flags |= {} if frozen else {"--layer-decay": decay}
+        of = identity(run, config, uses, origin, data, **flags)
+        saved = find_checkpoint(config, of, run)
         if saved and not frozen:
             run = keep_precision(run, config, *saved)
+            of["AMP_OPT_LEVEL"] = run.precision.level
         classes = len(train.classes)
         model = LinearClassifiers(
-            encoder, classes, len(rates), config.SEED, frozen, drop > 0, tokens
+            encoder, classes, len(rates), config.SEED, frozen, drop > 0, tokens, protocol.as_mae
         )
         check_batch(config, model)
         model = synchronize_batch_norm(model, run.device)
@@ -171,13 +180,15 @@ def main() -> None:
         ddp = data_parallel(model, run.device)
 
         scaled = scaled_rates(config, loader.size.images_per_update)
+        if protocol.as_mae:
+            scaled = replace(scaled, minimum=config.TRAIN.MIN_LR)
         derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
         effective = in_effect(config, derived | scaled.by_key())
-        groups = weight_groups(config, model, rates, args.layer_decay, protocol.group)
+        groups = weight_groups(config, model, rates, decay, protocol.group)
         optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
         schedules = [head_schedule(scaled, rate) for rate in rates] if frozen else [scaled]
         schedulers = [
-            build_scheduler(config, optimizer, schedule, loader.size.updates)
+            build_scheduler(config, optimizer, schedule, loader.size.updates, protocol.as_mae)
             for optimizer, schedule in zip(optimizers, schedules, strict=True)
         ]
         for line in without_effect(config, given):
@@ -193,6 +204,7 @@ def main() -> None:
         )
 
         provenance = gather_provenance(effective, run.device, origin, data)
+        provenance["identity"] = of
         progress, judged, resumed_from = resume(saved, effective, model, update, loader, run, rates)
         saved = None  # its tensors take memory
         run = replace(run, config=effective)
@@ -206,7 +218,7 @@ def main() -> None:
             return provenance | moment(run.device, run.started)
 
         def state() -> dict[str, Any]:
-            place = progress.state_dict() | identity | judged.state_dict()
+            place = progress.state_dict() | judged.state_dict() | {"lr": rates, **how}
             return training_state(effective, model, update, **place, provenance=came_from())
 
         # the weights of a head that diverges are kept as they are, beside those of the others
@@ -249,8 +261,8 @@ def main() -> None:
                         end_stopped(run.logger, progress.step)  # raises SystemExit
                 if judged.epoch < progress.epoch:
                     if not frozen:
-                        encoder = model.eval().encoder
-                        features = [encode_images(config, encoder, part, run) for part in judged_on]
+                        judge = model.eval().features
+                        features = [encode_images(config, judge, part, run) for part in judged_on]
                     scored = [
                         score_heads(model, *part, metric, judged.left_out) for part in features
                     ]
@@ -291,27 +303,35 @@ def weight_groups(
 
 
 def find_checkpoint(
-    config: CfgNode, identity: dict[str, Any], run: Run
+    config: CfgNode, of: dict[str, Any], run: Run
 ) -> tuple[str, dict[str, Any]] | None:
     """Path and content of the checkpoint to continue from, if there is one.
 
-    One that is found, not named, is left aside if it belongs to other weights, rates or classes.
+    One that is found, not named, is left aside if it is of another evaluation.
+
+    Args:
+        config: the configuration of the evaluation.
+        of: its identity.
+        run: its folder and log.
+
+    Raises:
+        UserError: MODEL.RESUME names a checkpoint of another evaluation.
     """
     named = config.MODEL.RESUME
     found = checkpoint_to_resume(config, run.folder, run.logger)
-    older = {"protocol": BEFORE[config.LINEAR_EVAL.WEIGHTS].name}
     for path in dict.fromkeys(filter(None, (found, named))):
-        state = older | read_checkpoint(path, run.device)
-        other = differing(identity, state)
-        epoch = state.get("epoch")
-        if isinstance(epoch, int) and epoch >= config.TRAIN.EPOCHS:
-            other.append("TRAIN.EPOCHS")
+        state = read_checkpoint(path, run.device)
+        other, allowed = changes(state, of, config, asked=path == named)
         if not other:
+            if allowed:
+                run.logger.warning("%s: it goes on all the same: %s", path, "; ".join(allowed))
             return path, state
         if path == named:
-            raise UserError(f"{path}: checkpoint of another evaluation (other {', '.join(other)})")
+            raise UserError(f"{path}: checkpoint of another evaluation ({'; '.join(other)})")
         begin = f"from {named}" if named else "anew"
-        run.logger.warning("%s is of another %s: starting %s", path, ", ".join(other), begin)
+        run.logger.warning(
+            "%s is of another evaluation (%s): starting %s", path, "; ".join(other), begin
+        )
     return None
 
 
@@ -397,7 +417,7 @@ def evaluate_saved(
     for path in paths:
         _, adapted = read_encoder_for(asked, path, "encoder")
         model, state = read_classifiers(path, build_encoder(adapted, 0.0), len(test.classes))
-        protocol = PROTOCOLS.get(str(state.get("protocol")), BEFORE[asked.LINEAR_EVAL.WEIGHTS])
+        protocol = protocol_said(state, asked.LINEAR_EVAL.WEIGHTS == "freeze")
         config, _ = apply_protocol(asked, protocol, given)
         features, labels = encode_images(config, model.to(run.device).features, test, run)
         run.logger.info("%s", path)

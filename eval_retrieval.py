@@ -22,10 +22,11 @@ from data.loader import num_workers
 from data.retrieval import DATASETS, LABELS, GroundTruth, RetrievalImages, read_ground_truth
 from evaluation.feature_files import add_feature_arguments, dump_features, load_features
 from evaluation.features import extract_features
+from evaluation.identity import as_flags, identity, identity_said, warn_of_replacing
 from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
-from utils.config import run_folder
+from utils.config import NETWORK, run_folder
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance, moment
@@ -70,6 +71,9 @@ def main() -> None:
     truth = read_ground_truth(config.DATA.DATA_PATH, dataset)
     if args.load_features:
         features, about = load_features(args.load_features, FILES, run.logger)
+        dumped = identity_said(about["provenance"]).get("--dataset", dataset)
+        if dumped != dataset:
+            raise UserError(f"{args.load_features}: features of {dumped}, not of {dataset}")
     else:
         features, about = encode(args, config, truth, run)
         if args.dump_features and rank() == 0:
@@ -83,6 +87,8 @@ def main() -> None:
         rankings = rank_images(F.normalize(database).numpy(), F.normalize(queries).numpy())
         results = score(rankings, truth) | {"protocol": about["protocol"]}
         provenance = gather_provenance(run.config, run.device, about["provenance"], data)
+        provenance["identity"] = identity_said(about["provenance"])
+        warn_of_replacing(run, provenance["identity"])
         report({"dataset": dataset} | results, provenance, run)
         if args.pictures:
             scored = [name for name, figure in results["mAP"].items() if figure is not None]
@@ -107,7 +113,9 @@ def encode(
     loaded, origin = load_pretrained_encoder(args, config, run)
     encoder = MultiScale(loaded) if args.multiscale else loaded
     protocol = {name: getattr(args, name) for name in ("imsize", "multiscale", "crop_query")}
-    provenance = gather_provenance(run.config, run.device, origin, facts(truth))
+    data, flags = facts(truth), {"--dataset": config.DATA.DATASET} | as_flags(protocol)
+    provenance = gather_provenance(run.config, run.device, origin, data)
+    provenance["identity"] = identity(run, config, NETWORK, origin, data, **flags)
     features = [
         # images of many sizes, so one at a time
         extract_features(

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from data.dataset import to_tensor
 from data.davis import MULTIPLE, Video, fit_frame, read_frame, read_mask, read_videos, write_mask
 from data.loader import normalize
+from evaluation.identity import as_flags, identity, warn_of_replacing
 from evaluation.label_propagation import LabelPropagation
 from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
 from models.encoder import Backbone
 from models.patch_features import STRIDE, patch_features
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
-from utils.config import run_folder
+from utils.config import NETWORK, run_folder
 from utils.distributed import all_gather_objects, on_terminal, rank, world_size
 from utils.errors import UserError
 from utils.provenance import data_facts, gather_provenance
@@ -79,6 +80,10 @@ def main() -> None:
     frames = [frame for video in videos for frame in video.frames]
     data = data_facts(config.DATA.DATA_PATH, frames=(frames, []))
     provenance = gather_provenance(run.config, run.device, origin, data)
+    protocol = {name: getattr(args, name) for name in PROTOCOL}
+    of = identity(run, config, NETWORK, origin, data, **as_flags(protocol))
+    provenance["identity"] = of
+    warn_of_replacing(run, of)
 
     own = {}
     mine = videos[rank() :: world_size()]
@@ -94,7 +99,6 @@ def main() -> None:
         found = {name: curves for part in gathered for name, curves in part.items()}
         scored = {video.name: found[video.name] for video in videos}  # in the order of the list
         per_object = {k: v for curves in scored.values() for k, v in summarize(curves).items()}
-        protocol = {name: getattr(args, name) for name in PROTOCOL}
         report(per_object, {"protocol": protocol}, provenance, run)
         if args.pictures:
             write_pictures(run, partial(draw, videos, scored, run.folder))

@@ -64,7 +64,11 @@ def without_effect(config: CfgNode, given: Collection[str]) -> list[str]:
 
 
 def build_scheduler(
-    config: CfgNode, optimizer: torch.optim.Optimizer, rates: Rates, steps_per_epoch: int
+    config: CfgNode,
+    optimizer: torch.optim.Optimizer,
+    rates: Rates,
+    steps_per_epoch: int,
+    after_warmup: bool = False,
 ) -> Scheduler:
     """The schedule that ``config.TRAIN`` names; ``step_update(t)`` sets the rate of update ``t``.
 
@@ -73,6 +77,7 @@ def build_scheduler(
         optimizer: its groups are set.
         rates: from ``scaled_rates``.
         steps_per_epoch: updates an epoch.
+        after_warmup: the cosine begins at its end, as in MAE (arXiv 2111.06377), not with it.
 
     Raises:
         UserError: unknown name.
@@ -84,7 +89,11 @@ def build_scheduler(
     name = train.LR_SCHEDULER.NAME
     if name == "cosine":
         return CosineLRScheduler(
-            optimizer, t_initial=total, lr_min=rates.minimum, warmup_prefix=False, **shared
+            optimizer,
+            t_initial=max(1, total - warmup) if after_warmup else total,
+            lr_min=rates.minimum,
+            warmup_prefix=after_warmup,
+            **shared,
         )
     if name == "linear":
         return PolyLRScheduler(

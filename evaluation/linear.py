@@ -15,7 +15,7 @@ from data.loader import normalize
 from data.transfer import DIFFICULT
 from evaluation.classification_metrics import MAP, METRICS, top_k_accuracy
 from models.encoder import Backbone
-from models.patch_features import ClassTokens
+from models.patch_features import ClassTokens, has_class_token, mean_of_patches
 from utils.checkpoint import load_model, read_checkpoint
 from utils.errors import UserError
 from utils.update import Forward, encode
@@ -35,6 +35,10 @@ class LinearClassifiers(nn.Module):
         drops: a frozen encoder is in train mode while the heads learn, so that its stochastic
             depth and dropout act; its BatchNorms stay in eval mode. Else all of it stays so.
         tokens: what the heads see of the encoder, by default its feature.
+        as_mae: as MAE's fine-tuning has it (arXiv 2111.06377, models_vit.py, main_finetune.py): of
+            a ViT the heads see the mean of the patches after a LayerNorm of their own, in place
+            of the class token after the encoder's last one; they begin near zero, and positions
+            learn.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class LinearClassifiers(nn.Module):
         frozen: bool,
         drops: bool = False,
         tokens: ClassTokens | None = None,
+        as_mae: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.drops, self.tokens = encoder, drops, tokens
@@ -53,13 +58,21 @@ class LinearClassifiers(nn.Module):
         heads = [nn.Linear(width, num_classes) for _ in range(num_heads)]
         for head in heads:
             generator = torch.Generator().manual_seed(seed)
-            nn.init.normal_(head.weight, std=0.01, generator=generator)
+            if as_mae:
+                nn.init.trunc_normal_(head.weight, std=2e-5, generator=generator)
+            else:
+                nn.init.normal_(head.weight, std=0.01, generator=generator)
             nn.init.zeros_(head.bias)
         self.heads = nn.ModuleList(heads)
         self.frozen = frozen
         encoder.requires_grad_(not frozen)
+        self.fc_norm: nn.LayerNorm | None = None
+        if as_mae and has_class_token(encoder):
+            self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+            encoder.norm.requires_grad_(False)  # the heads do not see it
         if getattr(encoder, "fixed_positions", False):
-            encoder.pos_embed.requires_grad_(False)
+            encoder.pos_embed.requires_grad_(as_mae)
+            encoder.fixed_positions = not as_mae  # type: ignore[assignment]
 
     def train(self, mode: bool = True) -> "LinearClassifiers":
         """As ``nn.Module.train``, but a frozen encoder stays in eval mode, see ``drops``."""
@@ -73,6 +86,8 @@ class LinearClassifiers(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, F), what the heads see."""
+        if self.fc_norm:
+            return self.fc_norm(mean_of_patches(self.encoder, images))
         return self.tokens(self.encoder, images) if self.tokens else encode(self.encoder, images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -109,9 +124,10 @@ class LinearClassifiers(nn.Module):
             layer_decay=layer_decay,
         )
         weights, biases = ([getattr(h, n) for h in self.heads] for n in ("weight", "bias"))
+        norm = list(self.fc_norm.parameters()) if self.fc_norm else []
         return groups + [
             {"params": weights, "lr_scale": 1.0, "weight_decay": weight_decay},
-            {"params": biases, "lr_scale": 1.0, "weight_decay": 0.0},
+            {"params": biases + norm, "lr_scale": 1.0, "weight_decay": 0.0},
         ]
 
     def with_head(self, index: int) -> dict[str, torch.Tensor]:
@@ -205,6 +221,7 @@ def read_classifiers(
         0,
         frozen=True,
         tokens=ClassTokens(*tokens) if tokens else None,
+        as_mae="fc_norm.weight" in weights,
     )
     load_model(model, weights, path)
     return model.eval(), state

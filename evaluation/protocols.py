@@ -1,22 +1,35 @@
 """The training recipes of linear evaluation and fine-tuning."""
 
 import argparse
+import contextlib
 import logging
 import math
-import re
-from collections.abc import Collection
-from dataclasses import dataclass, field
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import yaml
 from yacs.config import CfgNode
 
 from data.source import ImageSource, PartOfSource
+from evaluation.identity import differences, identity_said
 from lr_scheduler import Rates
 from models.encoder import Backbone
 from models.patch_features import ClassTokens, has_class_token
 from utils.arguments import number_in
-from utils.config import as_dict, leaves, with_values
+from utils.checkpoint import LATEST, read_checkpoint
+from utils.config import (
+    CLASSIFIER,
+    FEATURE,
+    FINE_TUNING,
+    KEYS,
+    NETWORK,
+    leaves,
+    settings,
+    with_values,
+)
 from utils.errors import UserError
 
 
@@ -26,13 +39,15 @@ class Protocol:
 
     Attributes:
         name: of ``--protocol``, and in results.json.
-        keys: a configuration file describes pre-training, so these replace its keys; rates are
-            for 512 images.
+        keys: what differs from the defaults of the configuration; rates are for 512 images.
         drop_path_rate: stochastic depth of the encoder while the classifier learns. A frozen
             encoder with any is in train mode.
         group: options of the optimizer's groups of weights.
         rate_by_epoch: the rate stays for an epoch; else each update has its own.
         last_blocks: of a ViT the class tokens of so many blocks are the feature; 0: its own.
+        layer_decay: of fine-tuning's rate from a layer to the one before.
+        as_mae: the rate falls after the warm-up to a MIN_LR that no batch scales, and the
+            classifier is that of ``LinearClassifiers`` with ``as_mae``.
     """
 
     name: str
@@ -41,6 +56,8 @@ class Protocol:
     group: dict[str, Any] = field(default_factory=dict)
     rate_by_epoch: bool = False
     last_blocks: int = 0
+    layer_decay: float = 0.75
+    as_mae: bool = False
 
 
 _SGD = {
@@ -87,33 +104,47 @@ DINO = Protocol(
 )
 # logistic regression on frozen features, which makes no updates
 LBFGS = Protocol("lbfgs")
-# the fine-tuning of MAE (arXiv 2111.06377, table 9), with AUG.* and MODEL.LABEL_SMOOTHING
+_ADAMW = {
+    "TRAIN.EPOCHS": 100,
+    "TRAIN.WARMUP_EPOCHS": 5,
+    "TRAIN.BASE_LR": 2e-3,
+    "TRAIN.WARMUP_LR": 0.0,
+    "TRAIN.MIN_LR": 1e-6,
+    "TRAIN.WEIGHT_DECAY": 0.05,
+    "TRAIN.CLIP_GRAD": 0.0,
+    "TRAIN.LR_SCHEDULER.NAME": "cosine",
+    "TRAIN.OPTIMIZER.NAME": "adamw",
+}
+# what was called MAE's fine-tuning until version 0.2
+MAE_V0_2 = Protocol("mae-v0.2", _ADAMW, drop_path_rate=0.2)
+# The fine-tuning of MAE's code (arXiv 2111.06377), FINETUNE.md: for ViT-B and all that it does not
+# name, for ViT-L and for ViT-H. Its rates are for 256 images.
+_MAE = _ADAMW | {"DATA.BATCH_SIZE": 32, "DATA.INTERPOLATION": "bicubic", "AUG.COLOR_JITTER": 0.0}
 MAE = Protocol(
-    "mae",
-    {
-        "TRAIN.EPOCHS": 100,
-        "TRAIN.WARMUP_EPOCHS": 5,
-        "TRAIN.BASE_LR": 2e-3,
-        "TRAIN.WARMUP_LR": 0.0,
-        "TRAIN.MIN_LR": 1e-6,
-        "TRAIN.WEIGHT_DECAY": 0.05,
-        "TRAIN.CLIP_GRAD": 0.0,
-        "TRAIN.LR_SCHEDULER.NAME": "cosine",
-        "TRAIN.OPTIMIZER.NAME": "adamw",
-    },
-    drop_path_rate=0.2,
+    "mae", _MAE | {"TRAIN.BASE_LR": 1e-3}, drop_path_rate=0.1, layer_decay=0.65, as_mae=True
 )
+_LARGE = replace(MAE, keys=_MAE | {"TRAIN.EPOCHS": 50}, drop_path_rate=0.2, layer_decay=0.75)
+MAE_OF = {
+    "vit_large": _LARGE,
+    "vit_huge": replace(_LARGE, keys=_LARGE.keys | {"DATA.BATCH_SIZE": 16}, drop_path_rate=0.3),
+}
+# all that a classifier depends on, but what follows from the encoder and the command line
+_STAY = {"SEED", "LINEAR_EVAL.WEIGHTS", *settings({}, NETWORK | FEATURE)}
+DEFAULT_KEYS = {
+    key: KEYS[key].default for key in settings({}, CLASSIFIER | FINE_TUNING) if key not in _STAY
+}
 PROBES = {protocol.name: protocol for protocol in (MOBY, PLAIN, DINO)}
-PROTOCOLS = PROBES | {protocol.name: protocol for protocol in (LBFGS, MAE)}
-BEFORE = {"freeze": PLAIN, "finetune": MAE}  # of checkpoints that do not name theirs
+FINE_TUNINGS = {protocol.name: protocol for protocol in (MAE, MAE_V0_2)}
+PROTOCOLS = PROBES | FINE_TUNINGS | {LBFGS.name: LBFGS}
+BEFORE = {"freeze": PLAIN, "finetune": MAE_V0_2}  # of checkpoints that do not name theirs
 
 
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--protocol``, and what it leaves open."""
     add = parser.add_argument
-    text = f"whose linear probe, see docs/evaluation.md (default: {MOBY.name})"
-    add("--protocol", choices=list(PROBES), help=text)
-    text = "stochastic depth (default: 0.2 in fine-tuning and --protocol moby, else 0)"
+    text = f"see docs/evaluation.md (default: {MOBY.name} for a probe, {MAE.name} for fine-tuning)"
+    add("--protocol", choices=[*PROBES, *FINE_TUNINGS], help=text)
+    text = "stochastic depth (default: the protocol's)"
     add("--drop-path-rate", type=number_in(0.0, 0.99), help=text)
     text = "of --protocol dino: a ViT's last blocks whose class tokens are joined (default: 4)"
     add("--n-last-blocks", type=number_in(1, 1000), help=text)
@@ -121,27 +152,43 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add("--avgpool-patchtokens", action="store_true", help=text)
 
 
-def choose_protocol(args: argparse.Namespace, weights: str) -> Protocol:
+def choose_protocol(args: argparse.Namespace, config: CfgNode, folder: str) -> Protocol:
     """The protocol of a command line.
+
+    A fine-tuning that version 0.2 began keeps its protocol, if none is asked for.
 
     Args:
         args: with ``protocol`` and ``probe``.
-        weights: LINEAR_EVAL.WEIGHTS.
+        config: names the encoder, and whether it learns.
+        folder: of the fine-tuning.
 
     Raises:
         UserError: flags that do not go together.
     """
-    frozen, lbfgs = weights == "freeze", args.probe == "lbfgs"
+    frozen, lbfgs = config.LINEAR_EVAL.WEIGHTS == "freeze", args.probe == "lbfgs"
     if lbfgs and not frozen:
         raise UserError("--probe lbfgs needs a frozen encoder: leave LINEAR_EVAL.WEIGHTS at freeze")
-    if args.protocol and (lbfgs or not frozen):
-        what = "--probe lbfgs" if lbfgs else "fine-tuning"
-        raise UserError(
-            f"--protocol {args.protocol} is of a probe by SGD, {what} has its own: leave it out"
-        )
-    if not frozen:
-        return MAE
-    return LBFGS if lbfgs else PROBES[args.protocol or MOBY.name]
+    kind = "--probe lbfgs" if lbfgs else "a probe by SGD" if frozen else "fine-tuning"
+    fitting = {LBFGS.name: LBFGS} if lbfgs else PROBES if frozen else FINE_TUNINGS
+    name = args.protocol or next(iter(fitting))
+    if name not in fitting:
+        raise UserError(f"--protocol {name} is not for {kind}, which has {', '.join(fitting)}")
+    if frozen or name != MAE.name:
+        return fitting[name]
+    begun = config.MODEL.RESUME or os.path.join(folder, LATEST)
+    if not args.protocol and os.path.exists(begun):
+        with contextlib.suppress(UserError):  # whoever reads it in earnest will say why
+            if protocol_said(read_checkpoint(begun), frozen) is MAE_V0_2:
+                return MAE_V0_2
+    return next((MAE_OF[size] for size in MAE_OF if size in config.MODEL.ENCODER), MAE)
+
+
+def protocol_said(state: Mapping[str, Any], frozen: bool) -> Protocol:
+    """The protocol of a checkpoint of classifiers; one of version 0.1 names none."""
+    name = state.get("protocol")
+    if name == MAE.name and not identity_said(state.get("provenance")):
+        return MAE_V0_2
+    return PROTOCOLS.get(str(name), BEFORE["freeze" if frozen else "finetune"])
 
 
 def choose_tokens(
@@ -167,7 +214,10 @@ def choose_tokens(
 def apply_protocol(
     config: CfgNode, protocol: Protocol, given: Collection[str], rates: list[float] | None = None
 ) -> tuple[CfgNode, list[float]]:
-    """Replace keys of pre-training by those of a protocol.
+    """Replace the keys that describe pre-training by those of a protocol.
+
+    The encoder, the seed, and how images are resized and cropped stay, unless the protocol has
+    them.
 
     Args:
         config: the configuration as it was read.
@@ -183,7 +233,7 @@ def apply_protocol(
     Raises:
         UserError: impossible rates, or several for fine-tuning.
     """
-    keys = {key: value for key, value in protocol.keys.items() if key not in given}
+    keys = {k: v for k, v in (DEFAULT_KEYS | protocol.keys).items() if k not in given}
     rates = rates or [keys.get("TRAIN.BASE_LR", config.TRAIN.BASE_LR)]
     frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
     if not frozen and len(rates) > 1:
@@ -250,30 +300,64 @@ def set_aside(train: ImageSource, seed: int) -> tuple[PartOfSource, PartOfSource
     return PartOfSource(train, kept.tolist()), PartOfSource(train, aside.tolist())
 
 
-# what changes the figures; batches may change, and more epochs may follow
-SETTINGS = re.compile(
-    r"SEED|DATA\.(IMG_SIZE|INTERPOLATION)|TEST\.CROP|MODEL\.(LABEL_SMOOTHING|DROP_RATE)"
-    r"|TRAIN\.(WARMUP_EPOCHS|WEIGHT_DECAY|WARMUP_LR|MIN_LR|CLIP_GRAD|OPTIMIZER\..*)"
-    r"|TRAIN\.LR_SCHEDULER\..*"
-)
-AUGMENTATION = re.compile(r"AUG\.(?!SSL|VIEW).*")  # of fine-tuning
+# a training that has not ended may go on with its batches divided otherwise
+DIVISION = ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "processes")
 
 
-def settings(config: CfgNode, drop_path_rate: float, layer_decay: float) -> dict[str, Any]:
-    """The settings of an evaluation on which its figures depend, by name."""
+def changes(
+    state: Mapping[str, Any], new: Mapping[str, Any], config: CfgNode, asked: bool
+) -> tuple[list[str], list[str]]:
+    """Why a checkpoint of classifiers must not go on as another evaluation, in words.
+
+    Args:
+        state: the checkpoint.
+        new: the identity of the evaluation that would go on from it.
+        config: its configuration as it was read.
+        asked: the checkpoint was named. It may go on with more epochs, or another batch.
+
+    Returns:
+        what forbids it, and what differs and may: an AMP_OPT_LEVEL that nobody asks for, and, until
+        the training has ended, how the images of an update are divided.
+    """
     frozen = config.LINEAR_EVAL.WEIGHTS == "freeze"
-    found: dict[str, Any] = {"--drop-path-rate": drop_path_rate}
-    found |= {} if frozen else {"--layer-decay": layer_decay}
-    for key, value in leaves(as_dict(config)):
-        if SETTINGS.fullmatch(key) or (not frozen and AUGMENTATION.fullmatch(key)):
-            found[key] = value
-    return found
+    old = identity_of(state, frozen)
+    words = differences(old, new)
+    allowed = []
+    if not frozen and config.AMP_OPT_LEVEL == "auto":
+        words.pop("AMP_OPT_LEVEL", None)  # whoever keeps it says so
+    ended = state.get("judged", state.get("epoch", 0)) + 1 >= old.get("TRAIN.EPOCHS", math.inf)
+    if asked or (not ended and _images(old) == _images(new)):
+        allowed += [words.pop(name) for name in DIVISION if name in words]
+    if asked and old.get("TRAIN.EPOCHS", 0) < new["TRAIN.EPOCHS"] and "TRAIN.EPOCHS" in words:
+        allowed.append(words.pop("TRAIN.EPOCHS"))
+    return list(words.values()), allowed
 
 
-def differing(identity: dict[str, Any], state: dict[str, Any]) -> list[str]:
-    """The names of what a checkpoint's identity has otherwise; an older one has not all."""
-    known = {name: identity[name] for name in ("data", "settings")} | state
-    names = [name for name, value in identity.items() if known.get(name) != value]
-    if names == ["settings"] and isinstance(known["settings"], dict):
-        names = [k for k, v in identity["settings"].items() if known["settings"].get(k) != v]
-    return [name for name in names if name != "settings" or len(names) == 1]
+def identity_of(state: Mapping[str, Any], frozen: bool) -> dict[str, Any]:
+    """The identity of a checkpoint of classifiers; before version 0.3 it is spread over it."""
+    provenance = state.get("provenance")
+    if known := identity_said(provenance):
+        return known
+    old: dict[str, Any] = {"--protocol": protocol_said(state, frozen).name}
+    for now, before in {
+        **{"weights": "encoder", "images": "data", "--lr": "lr", "--select": "select"},
+        **{"class tokens": "class_tokens"},
+    }.items():
+        if before in state:
+            old[now] = state[before]
+    if isinstance(provenance, dict) and "processes" in provenance:
+        old["processes"] = provenance["processes"]
+    with contextlib.suppress(yaml.YAMLError):
+        written = yaml.safe_load(str(state.get("config")))
+        config = dict(leaves(written)) if isinstance(written, dict) else {}
+        for key in (*DIVISION, "TRAIN.EPOCHS", "AMP_OPT_LEVEL"):
+            if key in config:
+                old[key] = config[key]
+    said = state.get("settings")
+    return old | (said if isinstance(said, dict) else {})
+
+
+def _images(of: Mapping[str, Any]) -> int:
+    """Images of an update."""
+    batch, steps, processes = (of.get(name) or 1 for name in DIVISION)
+    return batch * steps * processes

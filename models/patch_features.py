@@ -97,6 +97,11 @@ class ClassTokens(NamedTuple):
         return torch.cat(parts, 1)
 
 
+def mean_of_patches(encoder: Any, images: torch.Tensor) -> torch.Tensor:
+    """The mean of a ViT's patch tokens before its last LayerNorm, (B, 3, H, W) -> (B, F)."""
+    return encoder.get_intermediate_layers(images)[-1].mean(1)
+
+
 def class_attention(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """The attention of the class token to the patches in the last block.
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import timm
 import torch
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save
+from timm.models._hub import save_config_for_hf
 from torch import nn
 from yacs.config import CfgNode
 
@@ -19,15 +20,9 @@ from models.swin import SwinTransformer, microsoft_weights
 from models.vit import VisionTransformer
 from tools.compare import CONFIG, RESULTS, read_json, read_run
 from utils.checkpoint import replacing
-from utils.config import KEYS, leaves
+from utils.config import NETWORK, TRAINING, settings
 from utils.errors import UserError
 from utils.run import write_text
-
-# of a run's configuration: where it ran, and what else its weights do not depend on
-PLACE = ("BASE", "OUTPUT", "TAG", "LOCAL_RANK", "DATA.DATA_PATH", "MODEL.RESUME", "MODEL.NAME")
-RECIPE = ("SEED", "AMP_OPT_LEVEL", "DATA", "MODEL", "AUG", "TRAIN")  # keys, sections
-# always told, though they may be the defaults
-TOLD = ("MODEL.TYPE", "MODEL.ENCODER", "DATA.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.BASE_LR")
 
 
 def write_folder(
@@ -35,22 +30,32 @@ def write_folder(
     weights: Mapping[str, torch.Tensor],
     header: Mapping[str, str],
     files: Mapping[str, dict[str, Any]],
-    card: str,
+    card: ModelCard,
 ) -> None:
     """Write model.safetensors with its header, files of JSON by their names, and README.md."""
     os.makedirs(path, exist_ok=True)
-    contiguous = {name: value.contiguous() for name, value in weights.items()}
-    with replacing(os.path.join(path, "model.safetensors")) as file:
-        file.write(save(contiguous, dict(header)))
+    write_weights(os.path.join(path, "model.safetensors"), weights, header)
     for name, content in files.items():
         write_text(os.path.join(path, name), json.dumps(content, indent=2) + "\n")
-    write_text(os.path.join(path, "README.md"), card)
+    card.save(os.path.join(path, "README.md"))
 
 
-def timm_config(config: CfgNode, architecture: str, options: dict[str, Any]) -> dict[str, Any]:
-    """config.json for timm.
+def write_weights(
+    path: str, weights: Mapping[str, torch.Tensor], header: Mapping[str, str]
+) -> None:
+    """Write safetensors, whole or not at all."""
+    contiguous = {name: value.contiguous() for name, value in weights.items()}
+    with replacing(path) as file:
+        file.write(save(contiguous, dict(header)))
+
+
+def write_timm_config(
+    path: str, config: CfgNode, architecture: str, options: dict[str, Any]
+) -> None:
+    """Write config.json for timm.
 
     Args:
+        path: of the file.
         config: the configuration.
         architecture: timm's name.
         options: of its constructor.
@@ -58,26 +63,16 @@ def timm_config(config: CfgNode, architecture: str, options: dict[str, Any]) -> 
     size = config.DATA.IMG_SIZE
     with torch.device("meta"):
         model = timm.create_model(architecture, **options)
-    own: Any = model.pretrained_cfg
-    pretrained: Any = {
-        "num_classes": 0,
-        "input_size": [3, size, size],
+    transform = {
+        "input_size": (3, size, size),
         "interpolation": config.DATA.INTERPOLATION,
         "crop_pct": size / (size + 32) if config.TEST.CROP else 1.0,  # as data.dataset
         "crop_mode": "center" if config.TEST.CROP else "squash",
         "mean": MEAN,
         "std": STD,
     }
-    for name in ("fixed_input_size", "first_conv", "classifier"):
-        if name in own:
-            pretrained[name] = own[name]
-    return {
-        "architecture": architecture,
-        "num_classes": 0,
-        "num_features": model.num_features,
-        "pretrained_cfg": pretrained,
-        "model_args": {name: v for name, v in options.items() if name != "num_classes"},
-    }
+    arguments = {name: value for name, value in options.items() if name != "num_classes"}
+    save_config_for_hf(model, path, model_args=arguments, data_config=transform)
 
 
 def transformers_config(config: CfgNode, encoder: nn.Module) -> dict[str, Any]:
@@ -168,23 +163,23 @@ def plain_weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
 
 def model_card(
     library: str, usage: str, metadata: Mapping[str, str], provenance: Mapping[str, Any]
-) -> str:
+) -> ModelCard:
     """README.md of a model: what it is, how to load it, its data, recipe and results.
 
     Args:
         library: ``timm`` or ``transformers``.
-        usage: lines of Python that load it.
+        usage: how to load it, in Markdown.
         metadata: what an export says of its encoder.
         provenance: of the export. The recipe and the results are those of the run folder in which
             its checkpoint lies, the results only if these very weights were judged.
     """
     method, own = metadata["method"], metadata["method"] in METHODS
-    head = {
-        "library_name": library,
-        "pipeline_tag": "image-feature-extraction",
-        "tags": ["image-feature-extraction", "self-supervised-learning", library],
-        "license": "cc-by-nc-4.0" if own else "unknown",
-    }
+    head = ModelCardData(
+        library_name=library,
+        pipeline_tag="image-feature-extraction",
+        tags=["image-feature-extraction", "self-supervised-learning", library],
+        license="cc-by-nc-4.0" if own else "unknown",
+    )
     trained = f"pre-trained without labels by {method}" if own else f"(method: {method})"
     folder = Path(provenance.get("checkpoint") or "").parent
     facts = {
@@ -200,22 +195,22 @@ def model_card(
         "`license` above is that of the code that this was trained with, if it was: CC BY-NC 4.0. "
         "Put another one there for weights that come from elsewhere."
     )
+    none = "No config.json lies beside the checkpoint.\n"
+    unjudged = "No evaluation of these weights lies beside the checkpoint.\n"
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        f"---\n{head}\n---\n",
         f"# {metadata['encoder']} {trained}\n",
         "An encoder without a classifier: normalised images (B, 3, H, W) to features (B, F).\n",
-        f"```python\n{usage}\n```\n",
+        usage,
         "## Weights and data\n",
         as_table(("what", "value"), facts),
         "## Recipe\n",
-        as_table(("key", "value"), recipe(folder))
-        or "No config.json lies beside the checkpoint.\n",
+        as_table(("key", "value"), recipe(folder)) or none,
         "## Results\n",
-        as_table(("figure", "value"), results(folder, provenance.get("weights")))
-        or "No evaluation of these weights lies beside the checkpoint.\n",
+        as_table(("figure", "value"), results(folder, provenance.get("weights"))) or unjudged,
         f"## Licence\n\n{licence}\n",
     ]
-    return "\n".join(parts)
+    return ModelCard("\n".join(parts))
 
 
 def recipe_data(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,16 +223,10 @@ def recipe_data(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe(folder: Path) -> dict[str, Any]:
-    """What the config.json of a run says of the training, without what is at its default."""
+    """What the config.json of a run says that its weights depend on."""
     if not (folder / CONFIG).is_file():
         return {}
-    found = {}
-    for key, value in leaves(read_json(folder / CONFIG)):
-        default = json.dumps(KEYS[key].default) if key in KEYS else None
-        changed = key in TOLD or json.dumps(value) != default
-        if key.split(".")[0] in RECIPE and key not in PLACE and changed:
-            found[key] = value
-    return found
+    return settings(read_json(folder / CONFIG), NETWORK | TRAINING)
 
 
 def results(folder: Path, digest: str | None) -> dict[str, Any]:

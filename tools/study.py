@@ -1,18 +1,15 @@
 """Compare settings over several seeds: train and judge every run, then one table.
 
-    python -m tools.study FILE [--jobs N] [--part I/N] [--table]
-
 FILE is YAML, see docs/studies.md. The same command continues a study that was stopped: runs that
 are finished stay, and one that was stopped goes on from its checkpoint.
+
+    python -m tools.study FILE [--jobs N] [--part I/N] [--table]
 """
 
-import argparse
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,14 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from scipy import optimize, stats
 
+from evaluation.pictures import save
 from tools import plot_run
 from tools.compare import as_csv, as_markdown, read_json
-from utils.arguments import number_in
-from utils.config import load_config, to_json
+from utils.arguments import command_parser, number_in
+from utils.config import FEATURE, NETWORK, TRAINING, load_config, settings, to_json
 from utils.distributed import processors
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.run import aligned, run_script, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +50,7 @@ class Study:
         seeds: of the setting of that name.
         processes: of a run.
         opts: keys that differ from the recipe in all runs.
+        margin: points of accuracy within which two settings count as equivalent.
     """
 
     cfg: str
@@ -59,6 +60,7 @@ class Study:
     seeds: dict[str, list[int]]
     processes: int = 1
     opts: dict[str, Any] = field(default_factory=dict)
+    margin: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Job:
         seed: of the run.
         opts: all keys that differ from the recipe.
         folder: the run folder.
-        made: what it is made of: the whole configuration, the data path, the processes.
+        made: what it is made of: the configuration, the data path, the processes.
     """
 
     setting: str
@@ -162,21 +164,13 @@ class Runs:
 
 def main() -> None:
     """Run what is missing, then write the table and the curves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="the study, in YAML")
     parser.add_argument(
-        "--jobs",
-        type=number_in(1, 1000),
-        default=1,
-        metavar="N",
-        help="runs at a time (default: 1)",
+        "--jobs", type=number_in(1, 1000), default=1, metavar="N", help="runs at a time"
     )
-    parser.add_argument(
-        "--part",
-        default="1/1",
-        metavar="I/N",
-        help="run only every Nth, as task I of an array of N",
-    )
+    every = "run only every Nth, as task I of an array of N"
+    parser.add_argument("--part", default="1/1", metavar="I/N", help=every)
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     args = parser.parse_args()
     study = read_study(args.file)
@@ -190,7 +184,7 @@ def main() -> None:
         failed = runs.make(own)
         if runs.stopped:
             failed = [*failed, "stopped: the same command goes on with the study"]
-    rows = table(jobs)
+    rows = table(jobs, study.margin)
     print(aligned(rows))
     tables = os.path.join(study.output, Path(args.file).stem)  # studies may share an output
     os.makedirs(study.output, exist_ok=True)
@@ -208,62 +202,48 @@ def read_study(path: str) -> Study:
     Raises:
         UserError: missing, malformed, or with an unknown key.
     """
-    try:
+
+    def check(right: bool, message: str) -> None:
+        if not right:
+            raise UserError(f"{path}: {message}")
+
+    with reading(path, "not YAML"):
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a list of keys and values")
-    content = dict(content)
-    shared = content.pop("seeds", None)
-    settings, seeds = {}, {}
-    for name, keys in as_mapping(path, "settings", content.pop("settings", None)).items():
-        keys = dict(as_mapping(path, f"settings {name}", keys or {}))
-        seeds[str(name)] = seed_list(path, keys.pop("seeds", shared))
-        settings[str(name)] = keys
+    check(isinstance(content, dict), "not a list of keys and values")
+    shared, by_name = content.pop("seeds", None), content.pop("settings", None)
     missing = {"cfg", "data_path", "output"} - set(content)
-    unknown = set(content) - {"cfg", "data_path", "output", "processes", "opts"}
-    if missing or unknown:
-        what = f"no {min(missing)}" if missing else f"unknown key {min(unknown)}"
-        raise UserError(
-            f"{path}: {what}; a study has cfg, data_path, output, seeds, settings, "
-            "and may have processes and opts"
-        )
+    unknown = set(content) - {"cfg", "data_path", "output", "processes", "opts", "margin"}
+    known = "a study has cfg, data_path, output, seeds, settings, and may have processes, opts and "
+    for names, what in ((missing, "no"), (unknown, "unknown key")):
+        check(not names, f"{what} {min(names, default='')}; {known}margin")
     for name in ("cfg", "data_path", "output"):
-        if not isinstance(content[name], str):
-            raise UserError(f"{path}: {name} must be a path, got {content[name]!r}")
-    as_mapping(path, "opts", content.get("opts", {}))
-    if not settings:
-        raise UserError(f"{path}: settings has none, and a study needs at least one")
-    if len({folder_name(name) for name in settings}) < len(settings):
-        raise UserError(f"{path}: two settings have names that differ in signs alone")
-    processes = content.get("processes", 1)
-    if not isinstance(processes, int) or processes < 1:
-        raise UserError(f"{path}: processes must be a number from 1, got {processes!r}")
-    study = Study(settings=settings, seeds=seeds, **content)
-    for keys in settings.values():
-        if own := OWN & set(study.opts | keys):
-            raise UserError(f"{path}: {min(own)} is set by the study: see output, seeds, settings")
-        load_config(study.cfg, flat(study.opts | keys))  # a mistake shows now, not at night
-    return study
-
-
-def as_mapping(path: str, name: str, value: Any) -> Mapping[Any, Any]:
-    """``value``, if it is a mapping."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path}: {name} must be a mapping, got {value!r}")
-    return value
-
-
-def seed_list(path: str, value: Any) -> list[int]:
-    """``seeds`` of a file: a list, or how many, from 0."""
-    if isinstance(value, int) and value > 0:
-        return list(range(value))
-    if isinstance(value, list) and value and all(isinstance(seed, int) for seed in value):
-        return value
-    raise UserError(f"{path}: seeds must be a number of seeds or a list of them, got {value!r}")
+        value = content[name]
+        check(isinstance(value, str), f"{name} must be a path, got {value!r}")
+    opts, processes, margin = (
+        content.get(n, d) for n, d in (("opts", {}), ("processes", 1), ("margin", 1))
+    )
+    check(isinstance(by_name, Mapping), f"settings must be a mapping, got {by_name!r}")
+    check(isinstance(opts, Mapping), f"opts must be a mapping, got {opts!r}")
+    check(isinstance(processes, int) and processes > 0, f"processes must be from 1: {processes!r}")
+    check(isinstance(margin, int | float) and margin > 0, f"margin must be positive: {margin!r}")
+    check(bool(by_name), "settings has none, and a study needs at least one")
+    check(
+        len({folder_name(str(name)) for name in by_name}) == len(by_name),
+        "two settings have names that differ in signs alone",
+    )
+    changed, seeds = {}, {}
+    for name, keys in by_name.items():
+        check(isinstance(keys or {}, Mapping), f"settings {name} must be a mapping, got {keys!r}")
+        changed[str(name)] = keys = dict(keys or {})
+        of_name = keys.pop("seeds", shared)
+        several = list(range(of_name)) if isinstance(of_name, int) else of_name
+        whole = isinstance(several, list) and all(isinstance(seed, int) for seed in several)
+        check(whole and bool(several), f"seeds must be a number or a list of them: {of_name!r}")
+        seeds[str(name)] = several
+        own = OWN & set(opts | keys)
+        check(not own, f"{min(own, default='')} is set by the study: see output, seeds, settings")
+        load_config(content["cfg"], flat(opts | keys))  # a mistake shows now, not at night
+    return Study(settings=changed, seeds=seeds, **content)
 
 
 def read_part(text: str) -> tuple[int, int]:
@@ -305,9 +285,19 @@ def finished(job: Job) -> bool:
     Raises:
         UserError: its folder holds a run with other settings.
     """
+
+    def matters(made: Mapping[str, Any]) -> dict[str, Any]:
+        place = {name: made.get(name) for name in ("data_path", "processes")}
+        return place | settings(made, NETWORK | TRAINING | FEATURE)
+
     path = job.folder / SETTINGS
-    if path.exists() and read_json(path) != job.made:
-        raise UserError(f"{job.folder}: a run with other settings is there: choose another output")
+    if path.exists():
+        before, now = matters(read_json(path)), matters(job.made)
+        if other := [name for name in now if before[name] != now[name]]:
+            raise UserError(
+                f"{job.folder}: a run with other settings is there ({', '.join(other[:3])}): "
+                "choose another output"
+            )
     return figure(job) is not None
 
 
@@ -324,31 +314,91 @@ def figure(job: Job) -> float | None:
     return float(found["top1"]) if found else None  # of other numbers of neighbours
 
 
-def table(jobs: list[Job]) -> list[list[str]]:
-    """A row for each setting: mean, standard error, difference to the first setting, each seed.
+@dataclass(frozen=True)
+class Paired:
+    """What the paired differences of n seeds say, by Student's t.
 
-    The difference is of the same seeds, which share weights at the start and the order of images;
-    its standard error is that of the differences.
+    Attributes:
+        mean: of the differences.
+        interval: at 95%.
+        p: of no difference, two-sided.
+        p_apart: of a difference of ``margin`` or more, by two one-sided tests.
+        found: the difference that a test at the level of ``alpha`` finds four times out of five.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    p: float
+    p_apart: float
+    found: float
+
+
+def paired(differences: list[float], margin: float, alpha: float = 0.05) -> Paired:
+    """Judge at least two differences that are not all the same."""
+    n, error = len(differences), stats.sem(differences)
+    mean = float(np.mean(differences))
+    critical = stats.t.isf(alpha / 2, n - 1)
+
+    def missed(effect: float) -> float:  # above a power of 80%
+        return 0.2 - stats.nct.cdf(critical, n - 1, effect / error)
+
+    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+    return Paired(
+        mean,
+        stats.t.interval(0.95, n - 1, mean, error),
+        float(stats.ttest_1samp(differences, 0).pvalue),
+        float(max(above, below)),
+        float(optimize.brentq(missed, 0, 20 * critical * error)),
+    )
+
+
+def holm(values: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979)."""
+    order = np.argsort(values)
+    larger = np.sort(values) * np.arange(len(values), 0, -1)
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(np.maximum.accumulate(larger), 1)
+    return corrected.tolist()
+
+
+def table(jobs: list[Job], margin: float = 0.5) -> list[list[str]]:
+    """A row for each setting: mean, paired difference to the first setting, each seed.
+
+    The difference is of the same seeds, which share weights at the start and the order of images.
+    p-values and power are corrected for the number of comparisons.
     """
     found: dict[str, dict[int, float | None]] = {}
     for job in jobs:
         found.setdefault(job.setting, {})[job.seed] = figure(job)
     first = next(iter(found))
+    apart = {}
+    for setting, by_seed in found.items():
+        pairs = [(v, found[first].get(seed)) for seed, v in by_seed.items()]
+        apart[setting] = [a - b for a, b in pairs if a is not None and b is not None]
+    compared = {s: d for s, d in apart.items() if s != first and len(set(d)) > 1}
+    judged = {s: paired(d, margin, 0.05 / len(compared)) for s, d in compared.items()}
+    different = dict(zip(judged, holm([of.p for of in judged.values()]), strict=True))
+    equal = dict(zip(judged, holm([of.p_apart for of in judged.values()]), strict=True))
     seeds = sorted({job.seed for job in jobs})
-    head = ["setting", "runs", f"{NEIGHBOURS}-NN (%)", f"difference to {first}"]
+    head = ["setting", "runs", f"{NEIGHBOURS}-NN (%)", f"difference to {first}", "95% interval"]
+    head += ["p (Holm)", "found at 80% power", f"p of {margin:g} or more (Holm)"]
     rows = [[*head, *(f"seed {seed}" for seed in seeds)]]
     for setting, by_seed in found.items():
-        known = {seed: value for seed, value in by_seed.items() if value is not None}
-        apart = [
-            value - base
-            for seed, value in known.items()
-            if (base := found[first].get(seed)) is not None
-        ]
-        cells = ["not run" if by_seed.get(seed) is None else f"{known[seed]:.1f}" for seed in seeds]
-        cells = [c if seed in by_seed else "" for c, seed in zip(cells, seeds, strict=True)]
-        difference = "" if setting == first else mean_and_error(apart, "+.1f")
-        row = [setting, str(len(known)), mean_and_error(list(known.values())), difference]
-        rows.append([*row, *cells])
+        known = [value for value in by_seed.values() if value is not None]
+        row = [setting, str(len(known)), mean_and_error(known)]
+        row.append("" if setting == first else mean_and_error(apart[setting], "+.1f"))
+        if of := judged.get(setting):
+            row.append("{:+.2f} to {:+.2f}".format(*of.interval))
+            row += [f"{different[setting]:.2g}", f"{of.found:.2f}", f"{equal[setting]:.2g}"]
+        else:
+            row += [""] * 4
+        for seed in seeds:
+            value = by_seed.get(seed)
+            row.append(
+                "" if seed not in by_seed else "not run" if value is None else f"{value:.1f}"
+            )
+        rows.append(row)
     return rows
 
 
@@ -356,10 +406,8 @@ def mean_and_error(values: list[float], form: str = ".1f") -> str:
     """Mean, and its standard error where there are several values."""
     if not values:
         return "not run"
-    mean = format(statistics.fmean(values), form)
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+    mean = format(np.mean(values), form)
+    return mean if len(values) < 2 else f"{mean} ± {stats.sem(values):.1f}"
 
 
 def draw(jobs: list[Job], path: str) -> None:
@@ -369,7 +417,7 @@ def draw(jobs: list[Job], path: str) -> None:
         if job.setting not in runs and job.results().exists():
             runs[job.setting] = plot_run.read_metrics(str(job.folder))
     if runs:
-        plot_run.draw(runs).savefig(path, dpi=120)
+        save(plot_run.draw(runs), path)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,13 @@ import eval_linear
 from data.loader import normalize
 from evaluation.linear import LinearClassifiers
 from evaluation.logistic_regression import choose_strength
-from evaluation.protocols import hold_out, set_aside
+from evaluation.protocols import MAE_V0_2, hold_out, protocol_said, set_aside
+from lr_scheduler import Rates, build_scheduler
+from models.encoder import create_encoder
 from utils.arguments import given_keys, parse_arguments
+from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, NETWORK, settings
 from utils.errors import UserError
+from utils.recipes import recipe_names
 from utils.update import Update
 
 TINY = ["MODEL.ENCODER", "vit_nano", "MODEL.NAME", "run", "DATA.IMG_SIZE", "32"]
@@ -84,7 +88,7 @@ def configured(*flags, opts=()):
     """The configuration of a probe, and the rates of its heads."""
     given = command("d", "o", *flags, opts=opts)
     args, config = parse_arguments("", eval_linear.add_arguments, given)
-    protocol = eval_linear.choose_protocol(args, config.LINEAR_EVAL.WEIGHTS)
+    protocol = eval_linear.choose_protocol(args, config, "o")
     return eval_linear.apply_protocol(config, protocol, given_keys(args), args.lr)
 
 
@@ -116,16 +120,121 @@ def test_mobys_is_the_default_and_dinos_has_a_batch():
     assert configured("--protocol", "dino", "--batch-size", "16")[0].DATA.BATCH_SIZE == 16
 
 
-def test_fine_tuning_is_that_of_mae():
-    weights = ["LINEAR_EVAL.WEIGHTS", "finetune"]
-    config, rates = configured(opts=weights)
-    tuned = config.TRAIN
-    assert (tuned.OPTIMIZER.NAME, tuned.WEIGHT_DECAY, rates) == ("adamw", 0.05, [2e-3])
+# FINETUNE.md of MAE's repository, by encoder: epochs, rate for 256 images, layer decay, drop path
+MAE = {
+    "vit_small": (100, 5e-4, 0.65, 0.1),
+    "vit_base": (100, 5e-4, 0.65, 0.1),
+    "timm/vit_large_patch16_224": (50, 1e-3, 0.75, 0.2),
+    "vit_huge": (50, 1e-3, 0.75, 0.3),
+}
+TUNED = ["LINEAR_EVAL.WEIGHTS", "finetune"]
+
+
+@pytest.mark.parametrize("encoder", MAE)
+def test_fine_tuning_is_that_of_mae(encoder):
+    epochs, rate, layer_decay, drop_path = MAE[encoder]
+    opts = [*TUNED, "MODEL.ENCODER", encoder]
+    args, asked = parse_arguments("", eval_linear.add_arguments, command("d", "o", opts=opts))
+    protocol = eval_linear.choose_protocol(args, asked, "o")
+    assert (protocol.name, protocol.layer_decay) == ("mae", layer_decay)
+    assert protocol.drop_path_rate == drop_path
+    config, rates = configured(opts=opts)
+    tuned, aug = config.TRAIN, config.AUG
+    assert (tuned.EPOCHS, tuned.WARMUP_EPOCHS, rates) == (epochs, 5, [2 * rate])
+    assert (tuned.OPTIMIZER.NAME, tuned.WEIGHT_DECAY) == ("adamw", 0.05)
+    assert tuned.OPTIMIZER.BETAS == (0.9, 0.999) and tuned.OPTIMIZER.EPS == 1e-8
     assert (tuned.WARMUP_LR, tuned.MIN_LR, tuned.CLIP_GRAD) == (0, 1e-6, 0)
-    assert (tuned.EPOCHS, tuned.WARMUP_EPOCHS, config.MODEL.LABEL_SMOOTHING) == (100, 5, 0.1)
-    assert config.DATA.INTERPOLATION == "bicubic"
-    config, _ = configured(opts=[*weights, "TRAIN.WEIGHT_DECAY", "0.3"])
+    assert (config.MODEL.LABEL_SMOOTHING, config.DATA.INTERPOLATION) == (0.1, "bicubic")
+    assert (aug.AUTO_AUGMENT, aug.COLOR_JITTER) == ("rand-m9-mstd0.5-inc1", 0)
+    assert (aug.REPROB, aug.REMODE, aug.RECOUNT) == (0.25, "pixel", 1)
+    mixed = (aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX, aug.MIXUP_PROB, aug.MIXUP_SWITCH_PROB)
+    assert mixed == (0.8, 1.0, None, 1.0, 0.5) and aug.MIXUP_MODE == "batch"
+    config, _ = configured(opts=[*TUNED, "TRAIN.WEIGHT_DECAY", "0.3"])
     assert config.TRAIN.WEIGHT_DECAY == 0.3
+
+
+def test_the_rate_of_mae_falls_after_its_warm_up_to_an_end_that_no_batch_scales():
+    """util/lr_sched.py, written out; the layers' rates are multiples of it."""
+    config, rates = configured(opts=[*TUNED, "TRAIN.EPOCHS", "8", "TRAIN.WARMUP_EPOCHS", "2"])
+    layer = torch.nn.Linear(2, 2)
+    groups = [{"params": [layer.weight], "lr_scale": 0.65}, {"params": [layer.bias]}]
+    rates = Rates(rates[0] * 64 / 512, 0, 1e-6)
+    optimizer = torch.optim.AdamW(groups, rates.base)
+    scheduler = build_scheduler(config, optimizer, rates, UPDATES, after_warmup=True)
+    for update in range(8 * UPDATES):
+        scheduler.step_update(update)
+        epoch = update / UPDATES
+        if epoch < 2:
+            expected = rates.base * epoch / 2
+        else:
+            cosine = 0.5 * (1 + math.cos(math.pi * (epoch - 2) / (8 - 2)))
+            expected = 1e-6 + (rates.base - 1e-6) * cosine
+        found = [group["lr"] for group in optimizer.param_groups]
+        assert found == pytest.approx([0.65 * expected, expected])
+
+
+def test_the_classifier_of_mae_sees_the_mean_of_the_patches():
+    """models_vit.py, written out."""
+    encoder = create_encoder("vit_nano", 32)
+    torch.nn.init.normal_(encoder.norm.weight)
+    model = LinearClassifiers(encoder, 3, 1, seed=0, frozen=False, as_mae=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    x = encoder.patch_embed(images).flatten(1, 2)
+    x = torch.cat([encoder.cls_token.expand(2, -1, -1), x], 1) + encoder.pos_embed
+    for block in encoder.blocks:
+        x = block(x)
+    x = torch.nn.functional.layer_norm(x[:, 1:].mean(1), (128,), eps=1e-6)
+    head = model.heads[0]
+    torch.testing.assert_close(model(images)[0], x @ head.weight.T + head.bias)
+    assert 1e-5 < head.weight.std() < 3e-5 and not head.bias.any()
+    model(images).sum().backward()
+    learns = {n: p.grad is not None for n, p in model.named_parameters()}
+    assert [n for n, learned in learns.items() if not learned] == [
+        *("encoder.norm.weight", "encoder.norm.bias")
+    ]
+    decays = {id(p): g["weight_decay"] for g in model.layer_groups(0.05, 0.65) for p in g["params"]}
+    names = {n for n, p in model.named_parameters() if p.ndim > 1 and decays.get(id(p)) == 0}
+    assert names == {"encoder.pos_embed", "encoder.cls_token"}
+    assert len(decays) == len(list(model.parameters())) - 2
+
+
+def test_a_fine_tuning_of_version_0_2_keeps_its_protocol(tmp_path):
+    """And says which it is; one that is begun now is MAE's, unless the old one is asked for."""
+    state = {"model": {}, "epoch": 3, "protocol": "mae", "provenance": {"weights": "w"}}
+    torch.save(state, tmp_path / "checkpoint.pth")
+    assert protocol_said(state, frozen=False) is MAE_V0_2
+
+    def chosen(*flags, folder=tmp_path):
+        given = command("d", "o", *flags, opts=TUNED)
+        args, config = parse_arguments("", eval_linear.add_arguments, given)
+        return eval_linear.choose_protocol(args, config, str(folder)).name
+
+    assert chosen() == "mae-v0.2" and chosen("--protocol", "mae") == "mae"
+    assert chosen(folder=tmp_path / "new") == "mae"
+    assert chosen("--protocol", "mae-v0.2", folder=tmp_path / "new") == "mae-v0.2"
+    torch.save(state | {"provenance": {"identity": {"weights": "w"}}}, tmp_path / "checkpoint.pth")
+    assert chosen() == "mae"
+
+
+@pytest.mark.parametrize("opts", [[], TUNED], ids=["probe", "finetune"])
+def test_all_recipes_of_an_encoder_are_judged_alike(opts):
+    """What a classifier depends on follows from its protocol, not from the pre-training."""
+    found = {}
+    for name in recipe_names():
+        words = ["--cfg", name, "--opts", "MODEL.ENCODER", "vit_nano", *opts]
+        for flags in ([],) if opts else ([], ["--protocol", "plain"], ["--protocol", "dino"]):
+            args, asked = parse_arguments("", eval_linear.add_arguments, [*flags, *words])
+            protocol = eval_linear.choose_protocol(args, asked, "none")
+            config, rates = eval_linear.apply_protocol(asked, protocol, given_keys(args), args.lr)
+            same = settings(config, CLASSIFIER | FINE_TUNING)
+            for key in settings({}, NETWORK | FEATURE):  # which follow from the encoder
+                same.pop(key, None)
+            found.setdefault(protocol.name, {})[name] = (same, rates)
+    for protocol, by_recipe in found.items():
+        first, *others = by_recipe.values()
+        assert len(others) > 20 and all(other == first for other in others)
+        batches = {"moby": 64, "plain": 64, "dino": 128, "mae": 32}
+        assert first[0]["DATA.BATCH_SIZE"] == batches[protocol]
 
 
 @pytest.fixture

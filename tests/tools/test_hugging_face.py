@@ -97,6 +97,27 @@ def test_timm_makes_the_same_model_of_the_folder(tmp_path, monkeypatch, encoder,
         assert json.loads(file.metadata()["provenance"])["method"] == "synco"
 
 
+@pytest.mark.parametrize(
+    ("encoder", "strides", "order"),
+    [("vit_nano", [8, 8, 8], "NCHW"), ("swin_tiny", [4, 8, 16, 32], "NHWC")],
+)
+def test_timm_gives_the_maps_of_the_folder_for_detection(
+    tmp_path, monkeypatch, encoder, strides, order
+):
+    opts = ("MODEL.ENCODER", encoder)
+    expected, _ = write_run(tmp_path / "run", *opts)
+    export(monkeypatch, tmp_path / "run", tmp_path / "hub", "timm-hub", *opts)
+    model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, features_only=True)
+    assert model.feature_info.reduction() == strides
+    images = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        maps = model.eval()(images)
+        own = expected.forward_intermediates(images, intermediates_only=True)  # NCHW
+    for found, true in zip(maps, own[-len(strides) :], strict=True):
+        found = found if order == "NCHW" else found.permute(0, 3, 1, 2)
+        torch.testing.assert_close(found, true)
+
+
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_the_names_are_those_that_transformers_wrote(kind):
     """And the values: q, k and v are parted as they were joined."""
@@ -166,6 +187,7 @@ def test_the_card_says_data_recipe_results_and_licence(tmp_path, monkeypatch):
     assert rows["Images"] == "1234 train" and rows["Epoch, update"] == "7, 70"
     assert rows["TRAIN.BASE_LR"] == "0.125" and rows["MODEL.TYPE"] == "synco"
     assert rows["knn_imagenet knn.20.top1"] == "71.25"
+    assert rows["MODEL.N_HARD"] and "SAVE_FREQ" not in rows  # the defaults too, but no place
     assert "knn_cifar10" not in body  # of other weights
     assert "/secret" not in card and str(tmp_path) not in card
     monkeypatch.chdir(tmp_path)  # and its example runs
@@ -178,13 +200,14 @@ def test_a_card_of_weights_alone_says_what_is_missing(tmp_path, monkeypatch):
     os.rename(tmp_path / "run/checkpoint.pth", tmp_path / "checkpoint.pth")
     export(monkeypatch, tmp_path, tmp_path / "hub", "transformers")
     card = (tmp_path / "hub/README.md").read_text()
+    assert "lowest cosine measured" in card  # of features by transformers' own processor
     assert "No config.json lies beside" in card and "No evaluation of these weights" in card
 
 
 def test_mistakes(tmp_path, monkeypatch):
     write_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="timm-hub is a folder, this is a file"):
+    with pytest.raises(UserError, match="file: cannot write"):
         export(monkeypatch, tmp_path / "run", tmp_path / "file", "timm-hub")
     opts = ("MODEL.ENCODER", "timm/resnet18")
     write_run(tmp_path / "resnet", *opts)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 from helpers import ROOT, TINY, run_tool, wait_for
+from scipy import stats
 
 from tools import study
 from utils.errors import UserError
@@ -50,17 +51,63 @@ def test_table_has_means_errors_and_differences_of_the_same_seeds(monkeypatch, c
         if top1:
             judge(job, top1)
     run_tool(monkeypatch, study, path, "--table")
-    # moby: deviation of 20 and 30 is 7.07, its error 5; of the differences 3 and 1 it is 1
+    # moby: deviation of 20 and 30 is 7.07, its error 5; of the differences 3 and 1 it is 1, and
+    # Student's t with one degree of freedom is 12.706 at 95%
     table = (tmp_path / "out/small.csv").read_text().splitlines()
     assert table == [
-        "setting,runs,20-NN (%),difference to moby,seed 0,seed 1",
-        "moby,2,25.0 ± 5.0,,20.0,30.0",
-        "synco,2,27.0 ± 4.0,+2.0 ± 1.0,23.0,31.0",
-        "no noise,0,not run,not run,,not run",
+        "setting,runs,20-NN (%),difference to moby,95% interval,p (Holm),found at 80% power,"
+        "p of 0.5 or more (Holm),seed 0,seed 1",
+        "moby,2,25.0 ± 5.0,,,,,,20.0,30.0",
+        "synco,2,27.0 ± 4.0,+2.0 ± 1.0,-10.71 to +14.71,0.3,16.33,0.81,23.0,31.0",
+        "no noise,0,not run,not run,,,,,,not run",
     ]
     assert "| synco | 2 | 27.0 ± 4.0 |" in (tmp_path / "out/small.md").read_text()
     assert (tmp_path / "out/small.png").stat().st_size > 1000
     assert "not run" in capsys.readouterr().out
+
+
+def test_intervals_p_and_power_are_students():
+    """Against sleep data of Student (1908), whose figures are in every textbook, and by hand."""
+    sleep = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    found = study.paired(sleep, 3.0)
+    assert found.mean == pytest.approx(1.58)
+    assert found.interval == pytest.approx((0.7001142, 2.4598858))
+    assert found.p == pytest.approx(0.00283289)
+    # t of 1.58 - 3 in standard errors of 0.389
+    assert found.p_apart == pytest.approx(stats.t.cdf((1.58 - 3) / stats.sem(sleep), 9))
+    # R: power.t.test(n=10, sd=1.230, power=.8, type="one.sample") gives delta 1.22
+    assert found.found == pytest.approx(1.2257, abs=0.02)
+    power = stats.nct.sf(stats.t.isf(0.025, 9), 9, found.found / stats.sem(sleep))
+    assert power == pytest.approx(0.8)
+
+
+def test_holms_correction():
+    """By hand: the smallest of four times 4, the next times 3, and none below one before."""
+    corrected = study.holm([0.01, 0.04, 0.03, 0.005])
+    assert corrected == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.9, 0.6]) == [1.0, 1.0] and study.holm([]) == []
+
+
+def test_same_differences_are_not_judged(tmp_path):
+    jobs = study.list_jobs(study.read_study(str(write(tmp_path))))
+    for job in jobs:
+        judge(job, 20.0 + (job.setting == "synco"))
+    row = study.table(jobs)[2]
+    assert row[3:8] == ["+1.0 ± 0.0", "", "", "", ""]
+
+
+def test_a_key_that_an_update_adds_or_that_says_where_is_no_other_run(tmp_path):
+    job = study.list_jobs(study.read_study(str(write(tmp_path))))[1]
+    job.folder.mkdir(parents=True)
+    older = json.loads(json.dumps(job.made))
+    del older["MODEL"]["N4"]  # which is at its default
+    older["PRINT_FREQ"] = 3
+    (job.folder / study.SETTINGS).write_text(json.dumps(older))
+    assert not study.finished(job)
+    older["MODEL"]["N5"] += 1
+    (job.folder / study.SETTINGS).write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"other settings is there \(MODEL\.N5\)"):
+        study.finished(job)
 
 
 def test_parts_are_all_runs_once(tmp_path):
@@ -114,7 +161,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
         ({"opts": 3}, "opts must be a mapping, got 3"),
         ({"opts": {"SEED": 7}}, "SEED is set by the study: see output, seeds, settings"),
         ({"settings": {"a": {"MODEL.NAME": "x"}}}, r"MODEL\.NAME is set by the study"),
-        ({"seeds": 0}, "seeds must be a number of seeds or a list of them, got 0"),
+        ({"seeds": 0}, "seeds must be a number or a list of them: 0"),
         ({"seeds": ["a"]}, "seeds must be"),
         ({"settings": ["moby"]}, "settings must be a mapping"),
         ({"settings": {"moby": 3}}, "settings moby must be a mapping, got 3"),

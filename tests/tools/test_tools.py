@@ -71,12 +71,24 @@ def test_images_without_classes_become_one(monkeypatch, capsys, tmp_path):
         + ["class0__0.jpg", "class0__1.jpg", "on_top.jpg"]
     )
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: not at least two readable images"):
+    with pytest.raises(UserError, match="empty: no class with at least two readable images"):
         run_tool(monkeypatch, split_images, tmp_path / "empty", tmp_path / "o", "--one-class")
 
 
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("images", [1, 2, 3, 10])
+def test_each_class_has_images_in_both_or_is_named(monkeypatch, capsys, tmp_path, share, images):
+    write_images(tmp_path / "in/rare", classes=1, images=images)
+    write_images(tmp_path / "in/often", classes=1, images=4)
+    run_tool(monkeypatch, split_images, tmp_path / "in", tmp_path / "out", "--val-share", share)
+    classes = [sorted(p.name for p in (tmp_path / "out" / s).iterdir()) for s in ("train", "val")]
+    both = ["often", "rare"] if images > 1 else ["often"]
+    assert classes == [both, both]
+    assert ("in/rare: 1 readable images" in capsys.readouterr().out) == (images == 1)
+
+
 def test_a_missing_tree_is_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="none: no such folder"):
+    with pytest.raises(UserError, match="none: no such file or folder"):
         run_tool(monkeypatch, split_images, tmp_path / "none", tmp_path / "out")
 
 

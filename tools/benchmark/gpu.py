@@ -1,6 +1,7 @@
 """The part of python -m tools.benchmark for a GPU node; on a CPU it shows that it runs."""
 
 import argparse
+import platform
 import tempfile
 import time
 import warnings
@@ -16,10 +17,9 @@ from data.device_views import finish
 from data.loader import build_pretraining_loader, num_workers
 from models.synco import SynCo
 from tools.benchmark.data import photographs
-from tools.benchmark.timing import CONTEXT, compare, synchronize
-from tools.benchmark.training import Results, peak_memory, step_flops, synco, training_step
+from tools.benchmark.timing import compare, in_group, synchronize
+from tools.benchmark.training import peak_memory, step_flops, synco, training_step
 from utils.config import load_config
-from utils.distributed import init_process_group, leave_group
 
 # The vendor's figures for dense products in TFLOP/s: float16 and bfloat16 by tensor cores, TF32,
 # and float32. The first whose words are all in the device's name; None: it has no such products.
@@ -77,14 +77,14 @@ def gpu(args: argparse.Namespace) -> dict:
         forms += [(precisions[-1], False, processes) for processes in groups]
         for precision, compiled, processes in forms:
             name = f"{encoder} {precision} {'compiled' if compiled else 'eager'} {processes}"
-            found = in_group(processes, measure, encoder, precision, compiled, args)
+            found = or_error(processes, measure, encoder, precision, compiled, args)
             if "s" in found:
                 found["tflops"] = flops / found["s"] / 1e12
                 limit = peak(device_name(args), precision)
                 found |= {"share_of_peak": found["tflops"] / limit} if limit else {}
             updates[name] = found
             print(name, found, flush=True)
-    loader = {name: in_group(1, load, name, args) for name in ("opencv", "device")}
+    loader = {name: or_error(1, load, name, args) for name in ("opencv", "device")}
     return {"device": device_name(args), "update": updates, "loader": loader}
 
 
@@ -93,44 +93,12 @@ def device_name(args: argparse.Namespace) -> str:
     return torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
 
 
-def in_group(processes: int, function: Callable[..., dict], *arguments: Any) -> dict:
-    """What ``function(*arguments)`` returns in the first of new processes; or its ``error``.
-
-    An encoder that does not fit into memory costs only its own row.
-    """
-    results = CONTEXT.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        given = (processes, f"file://{folder}/store", results, function, arguments)
-        try:
-            mp.start_processes(_member, given, processes, start_method="forkserver")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            return {"error": str(error).strip().splitlines()[-1][:200]}
-    return results.get()
-
-
-def _member(
-    rank: int,
-    processes: int,
-    address: str,
-    results: Results,
-    function: Callable[..., dict],
-    arguments: tuple,
-) -> None:
-    if processes == 1:
-        init_process_group(0)
-    elif torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-        device = torch.device("cuda", rank)
-        torch.distributed.init_process_group(
-            "nccl", address, rank=rank, world_size=processes, device_id=device
-        )
-    else:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
-    found = function(*arguments)
-    if rank == 0:
-        results.put(found)
-    leave_group()
+def or_error(processes: int, function: Callable[..., dict], *arguments: Any) -> dict:
+    """What ``in_group`` gives, or its ``error``: an encoder too large costs only its own row."""
+    try:
+        return in_group(processes, function, *arguments)
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        return {"error": str(error).strip().splitlines()[-1][:200]}
 
 
 def measure(encoder: str, precision: str, compiled: bool, args: argparse.Namespace) -> dict:
@@ -231,17 +199,18 @@ def load(backend: str, args: argparse.Namespace) -> dict:
 def table(results: dict) -> str:
     """The results of ``gpu`` as Markdown."""
     heads = ["encoder", "precision", "form", "processes", *COLUMNS.values()]
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
+    rows = [heads, ["---"] * len(heads)]
     for name, found in results["update"].items():
         cells = [f"{found[key]:.4g}" if key in found else "" for key in COLUMNS]
-        lines.append("| " + " | ".join([*name.split(), *cells]) + " |")
-        if "error" in found:
-            lines[-1] = "| " + " | ".join([*name.split(), found["error"].replace("|", "/")]) + " |"
-    lines += ["", "| loader | images/s | workers | colours on the device, images/s |"]
-    lines += ["| --- | --- | --- | --- |"]
+        said = [found["error"].replace("|", "/")] if "error" in found else cells
+        rows.append([*name.split(), *said])
+    columns = ("images_per_s", "workers", "colours_images_per_s", "error")
+    loader = [["loader", "images/s", "workers", "colours on the device, images/s", "error"]]
+    loader.append(["---"] * len(loader[0]))
     for name, found in results["loader"].items():
-        cells = [f"{found.get(key, float('nan')):.4g}" for key in ("images_per_s", "workers")]
-        colours = found.get("colours_images_per_s")
-        cells.append(f"{colours:.4g}" if colours else found.get("error", ""))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [found.get(key, "") for key in columns]
+        loader.append([name, *(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells)])
+    lines = [f"| {' | '.join(row)} |" if row else "" for row in [*rows, [], *loader]]
+    about = "Shares are of the vendor's figure for dense products, see tools/benchmark/gpu.py."
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return "\n".join([f"# {results['device']}", "", f"{versions}. {about}", "", *lines]) + "\n"

@@ -1,13 +1,19 @@
-"""Timing what runs in turn."""
+"""Timing what runs in turn, and in processes of its own."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from utils.distributed import init_process_group, leave_group
 
 Function = Callable[[], object]
 # new processes are copies of one that has imported what they need, and nothing more
@@ -67,6 +73,44 @@ def _host(connection: Connection, build: Callable[..., Function], arguments: tup
     function = build(*arguments)
     while connection.recv():
         connection.send(_seconds(function))
+
+
+def in_group(processes: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function(*arguments)`` returns in the first of new processes, a process group.
+
+    Each of several has one core on the CPU.
+
+    Raises:
+        mp.ProcessRaisedException, mp.ProcessExitedException: one of them has failed.
+    """
+    results = CONTEXT.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        given = (processes, f"file://{folder}/store", results, function, arguments)
+        mp.start_processes(_member, given, processes, start_method="forkserver")
+    return results.get()
+
+
+def _member(
+    rank: int,
+    processes: int,
+    address: str,
+    results: SimpleQueue,
+    function: Callable[..., Any],
+    arguments: tuple,
+) -> None:
+    if processes == 1:
+        init_process_group(0)
+    elif torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        device = torch.device("cuda", rank)
+        dist.init_process_group("nccl", address, rank=rank, world_size=processes, device_id=device)
+    else:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", address, rank=rank, world_size=processes)
+    found = function(*arguments)
+    if rank == 0:
+        results.put(found)
+    leave_group()
 
 
 def _medians(

@@ -3,15 +3,12 @@
 import argparse
 import logging
 import statistics
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +20,7 @@ from models.encoder import Backbone, choose_attention, create_encoder
 from models.synco import SynCo
 from optimizer import build_optimizer
 from tools.benchmark.plain import PlainSynCo, momentum_loop
-from tools.benchmark.timing import CONTEXT, compare, compare_apart
+from tools.benchmark.timing import CONTEXT, compare, compare_apart, in_group
 from utils.config import load_config
 from utils.distributed import data_parallel, init_process_group
 from utils.run import Run, keep_freed_memory
@@ -33,7 +30,6 @@ HEAD_PASSES = 5  # in one timed run: a pass is short compared with a change of p
 
 
 CONTEXT.set_forkserver_preload([__name__])
-Results = SimpleQueue  # what a process of its own returns
 Method = TypeVar("Method", bound=SynCo)
 
 
@@ -72,8 +68,8 @@ def head_pass(method: SynCo, q: torch.Tensor, k: torch.Tensor) -> None:
     method._contrast(q, k, method.queue1, 0)[0].backward()
 
 
-def extra_memory(kind: type[SynCo], args: argparse.Namespace, results: Results) -> None:
-    """Put the bytes that a pass takes on top of its inputs into a queue of results."""
+def extra_memory(kind: type[SynCo], args: argparse.Namespace) -> int:
+    """The bytes that a pass takes on top of its inputs."""
     method = synco(kind, args)
     q, k = F.normalize(torch.randn(2, args.head_batch, 256, device=args.device), dim=2)
     head_pass(method, q[:2], k[:2])  # the libraries load
@@ -81,29 +77,17 @@ def extra_memory(kind: type[SynCo], args: argparse.Namespace, results: Results) 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         head_pass(method, q, k)
-        results.put(torch.cuda.max_memory_allocated() - before)
-        return
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = peak_memory()
     head_pass(method, q, k)
-    results.put(peak_memory() - before)
+    return peak_memory() - before
 
 
 def peak_memory() -> int:
     """The most bytes that this process has held (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def in_new_process(function: Callable, *arguments: Any) -> Any:
-    """What ``function(*arguments, results)`` puts into its queue, from a process of its own."""
-    results = CONTEXT.SimpleQueue()
-    process = CONTEXT.Process(target=function, args=(*arguments, results))
-    process.start()
-    process.join()  # a result is smaller than a pipe, so it ends without a reader
-    if process.exitcode:
-        raise SystemExit(f"{function.__name__} ended with exit code {process.exitcode}")
-    return results.get()
 
 
 def build_head(kind: type[SynCo], batch: int, args: argparse.Namespace) -> Callable:
@@ -127,7 +111,7 @@ def head(args: argparse.Namespace) -> dict:
         closed=(build_head, (SynCo, args.head_batch, args)),
         plain=(build_head, (PlainSynCo, args.head_batch, args)),
     )
-    memory = {kind: in_new_process(extra_memory, kind, args) for kind in (SynCo, PlainSynCo)}
+    memory = {kind: in_group(1, extra_memory, kind, args) for kind in (SynCo, PlainSynCo)}
     without = argparse.Namespace(**vars(args) | {"negatives": 0})
     parts = compare_apart(
         args.rounds,
@@ -287,29 +271,16 @@ def momentum(args: argparse.Namespace) -> dict:
     }
 
 
-def worker(
-    rank: int, processes: int, address: str, args: argparse.Namespace, results: Results
-) -> None:
-    """Time the updates of one process of a group on the CPU, with a core for each process."""
+def step_seconds(args: argparse.Namespace) -> float:
+    """Time the updates of a process of a group, on one core."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
     step = training_step(synco(SynCo, args, args.encoders[0]), "O0", args)
-    seconds = compare(args.rounds, step=step)["step"]
-    if rank == 0:
-        results.put(seconds)
-    torch.distributed.destroy_process_group()
-
-
-def group(processes: int, args: argparse.Namespace, results: Results) -> None:
-    """Run ``worker`` in a group of processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (processes, f"file://{folder}/store", args, results)
-        mp.start_processes(worker, arguments, processes, start_method="forkserver")
+    return compare(args.rounds, step=step)["step"]
 
 
 def scaling(args: argparse.Namespace) -> dict:
     """Images a second of two processes on a core each, over those of one on one core."""
     if args.device == "cuda":
         return {}
-    one, two = (in_new_process(group, processes, args) for processes in (1, 2))
+    one, two = (in_group(processes, step_seconds, args) for processes in (1, 2))
     return {"one_s": one, "two_s": two, "two_processes": 2 * one / two}
