@@ -23,6 +23,7 @@ from data.retrieval import DATASETS, LABELS, GroundTruth, RetrievalImages, read_
 from evaluation.feature_files import add_feature_arguments, dump_features, load_features
 from evaluation.features import extract_features
 from evaluation.identity import as_flags, identity, identity_said, warn_of_replacing
+from evaluation.retrieval_features import AsDino, MultiScale
 from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
@@ -33,7 +34,6 @@ from utils.provenance import data_facts, gather_provenance, moment
 from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
-SCALES = (1, 1 / math.sqrt(2), 1 / 2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +111,8 @@ def encode(
     """
     parts = [RetrievalImages(truth, q, args.imsize, args.crop_query) for q in (False, True)]
     loaded, origin = load_pretrained_encoder(args, config, run)
-    encoder = MultiScale(loaded) if args.multiscale else loaded
+    encoder: nn.Module = AsDino(loaded)
+    encoder = MultiScale(encoder) if args.multiscale else encoder
     protocol = {name: getattr(args, name) for name in ("imsize", "multiscale", "crop_query")}
     data, flags = facts(truth), {"--dataset": config.DATA.DATASET} | as_flags(protocol)
     provenance = gather_provenance(run.config, run.device, origin, data)
@@ -130,36 +131,6 @@ def encode(
     ]
     provenance |= moment(run.device, run.started)
     return features, {"protocol": protocol, "provenance": provenance}
-
-
-class MultiScale(nn.Module):
-    """The mean feature of an image at the sizes of ``SCALES``, as in DINO (arXiv 2104.14294).
-
-    Args:
-        encoder: images (B, 3, H, W) of any size -> features (B, F).
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, F)."""
-        features = []
-        for scale in SCALES:
-            scaled = images
-            if scale != 1:
-                scaled = shrink(images, scale)
-            features.append(self.encoder(scaled).float())
-        return torch.stack(features).mean(0)
-
-
-def shrink(images: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, 3, H * scale, W * scale), rounded down, of at least one pixel."""
-    if min(images.shape[2:]) * scale >= 1:
-        return F.interpolate(images, scale_factor=scale, mode="bilinear")
-    size = [max(1, int(side * scale)) for side in images.shape[2:]]
-    return F.interpolate(images, size, mode="bilinear")
 
 
 def check(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> None:

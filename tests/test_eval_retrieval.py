@@ -12,7 +12,8 @@ from torch import nn
 
 import eval_retrieval
 from data.retrieval import RetrievalImages, read_ground_truth
-from eval_retrieval import FILES, MultiScale, shrink
+from eval_retrieval import FILES
+from evaluation.retrieval_features import MultiScale, shrink
 from models.encoder import create_encoder
 from tools.make_tiny_retrieval import write_retrieval
 from utils.errors import UserError
