@@ -25,7 +25,7 @@ from evaluation.identity import as_flags, identity, warn_of_replacing
 from evaluation.label_propagation import LabelPropagation
 from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
 from models.encoder import Backbone
-from models.patch_features import STRIDE, patch_features
+from models.patch_features import STRIDE, patch_features, patch_stride
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
 from utils.arguments import parse_arguments
 from utils.config import NETWORK, run_folder
@@ -123,7 +123,8 @@ def segment(
     frame = read_frame(video.frames[0])
     shape = frame.shape[:2]
     mask = read_mask(video.annotations[0], shape)
-    fitted = fit_frame(frame, args.short_side)
+    patch = patch_stride(encoder)
+    fitted = fit_frame(frame, args.short_side, patch)
     features = encode(encoder, fitted, run)
     height, width, _ = features.shape
     propagation = LabelPropagation(
@@ -143,7 +144,7 @@ def segment(
         if frame.shape[:2] != shape:
             raise UserError(f"{video.frames[i]}: the frame has another size than the video's first")
         truth = read_mask(video.annotations[i], shape)
-        labels = propagation.step(encode(encoder, fit_frame(frame, args.short_side), run))
+        labels = propagation.step(encode(encoder, fit_frame(frame, args.short_side, patch), run))
         mask = decide(labels, fitted.shape[:2], shape)
         write(video, i, mask, run)
         bar.update()

@@ -121,18 +121,24 @@ def read_frame(path: str) -> np.ndarray:
     return np.asarray(read_rgb(path))
 
 
-def fit_frame(frame: np.ndarray, short_side: int) -> np.ndarray:
+def fit_frame(frame: np.ndarray, short_side: int, patch: int = 1) -> np.ndarray:
     """Resize a frame: short side to ``short_side`` pixels, long side down to a multiple of 64.
 
-    In a square frame the height is rounded. The ratio of the sides changes a little.
+    In a square frame the height is rounded. The ratio of the sides changes a little. Where the
+    patch of the encoder does not divide 64, both sides become multiples of it, so that the grid of
+    patches covers the frame, as that of its mask does.
 
     Args:
         frame: H x W x 3 of uint8.
         short_side: in pixels, at least 64.
+        patch: of the encoder in pixels.
     """
     height, width = frame.shape[:2]
     short, long = min(height, width), max(height, width)
-    fitted = short_side * long // (short * MULTIPLE) * MULTIPLE
+    multiple = MULTIPLE
+    if MULTIPLE % patch:
+        multiple, short_side = patch, short_side // patch * patch
+    fitted = short_side * long // (short * multiple) * multiple
     size = (fitted, short_side) if width > height else (short_side, fitted)
     return cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
 

@@ -41,6 +41,11 @@ def patch_features(encoder: Backbone, images: torch.Tensor) -> torch.Tensor:
     return features.permute(0, 2, 3, 1)
 
 
+def patch_stride(encoder: Backbone) -> int:
+    """Pixels from one patch of ``patch_features`` to the next."""
+    return encoder.feature_info[_depth(encoder)]["reduction"]
+
+
 def _depth(encoder: nn.Module) -> int:
     """The deepest block or stage whose patches are at most ``STRIDE`` apart."""
     infos = getattr(encoder, "feature_info", None) or []

@@ -1,10 +1,27 @@
 """Patch features of stride 16, or a ViT's own, at any size; class tokens of the last blocks."""
 
+import numpy as np
 import pytest
 import torch
 
+from data.davis import fit_frame
 from models.encoder import create_encoder
-from models.patch_features import ClassTokens, has_class_token, patch_features
+from models.patch_features import ClassTokens, has_class_token, patch_features, patch_stride
+
+
+@pytest.mark.parametrize("patch", [7, 8, 14, 16])
+def test_a_grid_of_patches_covers_a_fitted_frame(patch):
+    """So that a mask of as many cells lies on it; frames of other patches stay as published."""
+    encoder = create_encoder("vit_nano", 32, patch_size=patch)
+    assert patch_stride(encoder) == patch
+    for shape in ((480, 854), (480, 910), (600, 480), (130, 97)):
+        frame = np.zeros((*shape, 3), np.uint8)
+        fitted = fit_frame(frame, 96, patch)
+        if 64 % patch == 0:
+            assert fitted.shape == fit_frame(frame, 96).shape
+        images = torch.zeros(1, 3, *fitted.shape[:2])
+        grid = patch_features(encoder, images).shape[1:3]
+        assert (grid[0] * patch, grid[1] * patch) == fitted.shape[:2]
 
 
 @pytest.mark.parametrize("name, stride, width", [("vit_nano", 8, 128), ("swin_tiny", 16, 384)])
