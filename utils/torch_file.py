@@ -7,21 +7,14 @@ from typing import Any
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.stand_in import StandIn, stand_ins
 
-# How files begin that are taken for checkpoints, and what they are.
+# How what is no checkpoint often begins, and what it is.
 BEGINNINGS = (
     (rb"version https://git-lfs", "a Git LFS pointer: fetch the file itself with git lfs pull"),
     (rb"\s*<(!doctype|html|\?xml|head|body)", "a web page, as a failed download leaves it"),
-    (rb"\s*\{", "a JSON file"),
-    (rb"\x1f\x8b", "a gzip archive: unpack it"),
-    (rb"BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "an archive: unpack it"),
-    (rb".{257}ustar", "a tar archive: unpack it"),
-    (rb"\x89HDF", "an HDF5 file"),
-    (rb"\x93NUMPY", "an array of numpy"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8", "an image"),
-    (rb"%PDF", "a PDF document"),
+    (rb"\x1f\x8b|.{257}ustar", "a packed archive: unpack it"),
     (rb"\x80[\x03-\x05]", "a pickle that torch did not write"),
     (rb"[\t\r\n\x20-\x7e]{16}", "a text file"),
 )
@@ -41,18 +34,10 @@ def read_torch_file(path: str, kind: type, map_location: str | torch.device) -> 
     Raises:
         UserError: missing, damaged, or another kind of file, which is named.
     """
-    try:
-        refuse_other_files(path)
+    with reading(path, "damaged, or no checkpoint"):
+        _refuse_other_files(path)
         _check_sums(path)
         state = _load(path, map_location)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror or error})") from error
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: damaged, or no checkpoint ({_reason(error)})") from error
     if isinstance(state, StandIn) or not isinstance(state, kind):
         found = getattr(state, "kind", type(state).__name__)
         whole = "_modules" in getattr(state, "entries", ())
@@ -61,13 +46,8 @@ def read_torch_file(path: str, kind: type, map_location: str | torch.device) -> 
     return state
 
 
-def refuse_other_files(path: str) -> None:
-    """Name what is no checkpoint at all.
-
-    Raises:
-        UserError: what the file is.
-        OSError: it cannot be read.
-    """
+def _refuse_other_files(path: str) -> None:
+    """Name what is no checkpoint at all, in a ``UserError``."""
     with open(path, "rb") as file:
         start = file.read(512)
     if not start:
@@ -75,11 +55,10 @@ def refuse_other_files(path: str) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in names):
+            raise UserError(f"{path}: a zip archive of other files, not a checkpoint")
         if any(name.endswith("constants.pkl") for name in names):
             raise UserError(f"{path}: a TorchScript program, not a checkpoint")
-        if not any(name.endswith("data.pkl") for name in names):
-            example = f" (such as {names[0][:80]!r})" if names else ""
-            raise UserError(f"{path}: a zip archive of other files{example}, not a checkpoint")
         return
     for pattern, kind in BEGINNINGS:
         if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
@@ -89,20 +68,17 @@ def refuse_other_files(path: str) -> None:
 
 def _load(path: str, map_location: str | torch.device) -> Any:
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        known = stand_ins(path)
-    with torch.serialization.safe_globals(known):
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
-def _reason(error: Exception) -> str:
-    """What torch says, in one line and without its advice to run what the file holds."""
-    text = str(error)
-    inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    line = inner[1] if inner else (text.strip().splitlines() or [type(error).__name__])[0]
-    line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
-    return "it holds what cannot be read" if "weights_only" in line else line[:200]
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            known = stand_ins(path)
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        # torch's reason, without its advice to run what the file holds
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        unknown = "it holds what cannot be read"
+        raise ValueError(unknown if "weights_only" in text else text) from error
 
 
 def _check_sums(path: str) -> None:

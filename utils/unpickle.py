@@ -4,11 +4,12 @@ import io
 import pickle
 import pickletools
 import re
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import reading
 
 # numbers, booleans, byte strings and text: no objects and no records, whose state numpy trusts
 _PLAIN_DTYPE = re.compile(r"[<>|=]?(\?|[biufc]\d{1,2}|[SU]\d{1,9})")
@@ -30,16 +31,10 @@ def load_plain_pickle(path: str, encoding: str = "ASCII") -> Any:
     Raises:
         UserError: a file that cannot be read, is damaged, or names anything else.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
+    with reading(path, "not a pickle of plain data"):
+        content = Path(path).read_bytes()
         _check_sizes(content)
         return _PlainUnpickler(io.BytesIO(content), encoding=encoding).load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a pickle of plain data ({reason})") from error
 
 
 def _check_sizes(content: bytes) -> None:

@@ -5,9 +5,9 @@ import json
 import os
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.torch_file import read_torch_file
 
 # what a folder of Hugging Face holds, the first is taken
@@ -69,33 +69,23 @@ def _read_file(path: str) -> dict[str, Any]:
 
 def _is_safetensors(path: str) -> bool:
     """A header of JSON behind its length; a file that cannot be read is left to the reader."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError:
-        return False
-    length = int.from_bytes(start[:8], "little")
-    return start[8:] == b"{" and length <= os.path.getsize(path)
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        return start[8:] == b"{" and length <= os.path.getsize(path)
+    return False
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read the weights ({error})") from error
+    with reading(path, "cannot read the weights"), safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     with contextlib.suppress(ValueError, RecursionError):
         state["provenance"] = json.loads(metadata.get("provenance", "null"))
     return state | {"metadata": metadata}
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.loads(file.read(MOST_BYTES))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+    with reading(path, "not a JSON file"), open(path, encoding="utf-8") as file:
+        content = json.loads(file.read(MOST_BYTES))
     return content if isinstance(content, dict) else {}

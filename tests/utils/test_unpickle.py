@@ -210,5 +210,5 @@ def test_a_small_file_takes_little_memory(tmp_path, content):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="no such file"):
         load_plain_pickle(str(tmp_path / "absent.pkl"))
