@@ -1,10 +1,12 @@
 """Which network weights are of, also where their shapes do not tell."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
@@ -14,10 +16,8 @@ from models.encoder import ENCODERS, PREFIX
 from models.vit import VisionTransformer, are_fixed_positions
 from utils.config import KEYS, with_values
 from utils.errors import UserError
+from utils.stand_in import entries_of
 
-# the sections of the configuration in a checkpoint, and their lines
-SECTION = re.compile(r"^(\w+):$((?:\n .*)*)", re.MULTILINE)
-LINE = re.compile(r"^  (\w+): ([\w/.-]+)$", re.MULTILINE)
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 QKV = "blocks.0.attn.qkv.weight"
 TABLE = re.compile(r"^layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table$")
@@ -70,8 +70,7 @@ def network_said(state: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(told, Mapping):
         return {"num_heads": told.get("num_attention_heads")}
     model = configured(state)
-    heads = model.get("NUM_HEADS", "")
-    return {"num_heads": int(heads) if heads.isdigit() else 0, "encoder": model.get("ENCODER")}
+    return {"num_heads": model.get("NUM_HEADS", 0), "encoder": model.get("ENCODER")}
 
 
 def encoder_said(state: Mapping[str, Any]) -> str | None:
@@ -120,15 +119,16 @@ def _within(node: Any, *names: str) -> Any:
     return node
 
 
-def configured(state: Mapping[str, Any], section: str = "MODEL") -> dict[str, str]:
+def configured(state: Mapping[str, Any], section: str = "MODEL") -> dict[str, Any]:
     """The plain keys of a section of a checkpoint's configuration: text, or a CfgNode elsewhere."""
     config = state.get("config")
-    if isinstance(config, str):
-        return dict(LINE.findall(dict(SECTION.findall(config)).get(section, "")))
-    from utils.stand_in import entries_of  # only here: this project's own are text
-
+    if isinstance(config, str) and "<<" not in config:  # merged again and again, it fills memory
+        with contextlib.suppress(
+            yaml.YAMLError, RecursionError, ValueError
+        ):  # then it says nothing
+            config = yaml.safe_load(config)
     entries = entries_of(entries_of(config).get(section))
-    return {str(k): str(v) for k, v in entries.items() if isinstance(v, (str, int))}
+    return {key: value for key, value in entries.items() if isinstance(value, (str, int))}
 
 
 def network_in(
