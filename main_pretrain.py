@@ -75,7 +75,7 @@ def main() -> None:
             folder = stack.enter_context(scratch_folder())
         run = start(config, folder, trains=True)
         saved = find_checkpoint(config, run)
-        config, weights = read_starting_weights(config, args.pretrained, saved, run)
+        config, weights = read_starting_weights(config, args, saved, run)
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
         source = loader.dataset.source
@@ -193,6 +193,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="weights that the encoder starts from, of any family that the evaluations read",
     )
+    parser.add_argument(
+        "--container", metavar="PLACE", help="where in that file they lie, such as model.encoder"
+    )
     once = parser.add_mutually_exclusive_group()
     once.add_argument(
         "--dry-run",
@@ -225,16 +228,18 @@ def forward_views(model: nn.Module, device: torch.device, epoch: int, batch: Vie
 
 
 def read_starting_weights(
-    config: CfgNode, path: str | None, saved: tuple[str, dict[str, Any]] | None, run: Run
+    config: CfgNode, args: argparse.Namespace, saved: tuple[str, dict[str, Any]] | None, run: Run
 ) -> tuple[CfgNode, "EncoderFile | None"]:
     """The weights of ``--pretrained``, if it is given, and the configuration with their network."""
+    path, container = args.pretrained, args.container
     if not path:
         return config, None
     if saved and not os.path.exists(path):
-        path = saved[0]  # a run that goes on needs the network alone, which is the same
+        # a run that goes on needs the network alone, which is the same
+        path, container = saved[0], None
     from models.pretrained import read_encoder_for  # which most runs do not need
 
-    weights, adapted = read_encoder_for(config, path, "encoder")
+    weights, adapted = read_encoder_for(config, path, "encoder", container=container)
     for line in network_changes(config, adapted):
         run.logger.info(line)
     return adapted, weights

@@ -1,17 +1,19 @@
 """Where the checkpoints of each family keep an encoder's weights, and under which names."""
 
 import re
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from utils.errors import UserError
+from utils.stand_in import entries_of
 
 Named = Mapping[str, torch.Tensor]
 
 # where checkpoints of this field keep their weights, the innermost last
 CONTAINERS = ("model", "state_dict", "teacher", "student")
+DEEPEST = 4  # containers in one another
 # what DistributedDataParallel and torch.compile put into names, anywhere
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 # heads and the other parts of a wrapper, or of a training that the encoder does not need
@@ -169,24 +171,88 @@ class Found(NamedTuple):
     others: int
 
 
-def find_weights(state: Mapping, stem: str, key: str, path: str) -> Found:
+def find_weights(state: Mapping, stem: str, key: str, path: str, container: str = "") -> Found:
     """The weights of an encoder in a checkpoint of any family.
+
+    They lie in one of ``CONTAINERS``, or in the only other mapping of the file that fits.
 
     Args:
         state: the checkpoint, which may hold anything besides.
         stem: what the encoder calls its first convolution, if that is a name of its own.
         key: ``encoder`` or ``encoder_k``, of a checkpoint with two.
         path: what to call it in an error.
+        container: where in the file the weights lie, names with dots between them.
 
     Raises:
-        UserError: none of the families fits.
+        UserError: none of the families fits, or several mappings of the file do.
     """
-    inside = []
-    for container in CONTAINERS:
-        if isinstance(state.get(container), dict):
-            state = state[container]
-            inside.append(container)
-    tensors = {n: v for n, v in state.items() if isinstance(n, str) and torch.is_tensor(v)}
+    places = _mappings(state)
+    if container:
+        named = {".".join(place): place for place in places if place}
+        if container not in named:
+            raise UserError(f"{path}: it has no {container}, its containers are: {_some(named)}")
+        places = {named[container]: places[named[container]]}
+    known: tuple[str, ...] = ()
+    for name in CONTAINERS:
+        if (*known, name) in places:
+            known = (*known, name)
+    found = _fit(places[known], known, stem, key) if known in places else None
+    if found:
+        return found
+    fitting = [found for place in places if (found := _fit(places[place], place, stem, key))]
+    if len(fitting) > 1:
+        names = _some(".".join(found.inside) or "the file itself" for found in fitting)
+        raise UserError(f"{path}: several parts of it fit: {names}: choose one by --container")
+    if fitting:
+        return fitting[0]
+    example = next((name for part in places.values() for name in _tensors(part)), None)
+    inside = [".".join(place) for place in places if place and _tensors(places[place])]
+    hint = f"its names are like {example}" if example else "its tensors have no names"
+    hint += f", in {_some(inside)}" if inside else ""
+    raise UserError(
+        f"{path}: no encoder weights found in it "
+        f"({hint if _holds_tensors(state) else 'it holds no tensors'})"
+    )
+
+
+def _holds_tensors(state: Any) -> bool:
+    seen, queue = set(), [state]
+    for node in queue:
+        if torch.is_tensor(node):
+            return True
+        if id(node) not in seen and isinstance(node, (dict, list, tuple)):
+            seen.add(id(node))
+            queue += entries_of(node).values() or node
+    return False
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first five names, or ``none``."""
+    return ", ".join(list(names)[:5]) or "none"
+
+
+def _mappings(state: Mapping) -> dict[tuple[str, ...], Mapping]:
+    """The checkpoint and all mappings within it by their places, each once."""
+    places: dict[tuple[str, ...], Mapping] = {(): state}
+    seen = {id(state)}
+    queue: list[tuple[str, ...]] = [()]
+    for place in queue:
+        for name, value in places[place].items():
+            inner = entries_of(value)
+            if inner and isinstance(name, str) and id(inner) not in seen:
+                seen.add(id(inner))
+                places[(*place, name)] = inner
+                queue.append((*place, name))
+    return places
+
+
+def _tensors(part: Mapping) -> Named:
+    return {n: v for n, v in part.items() if isinstance(n, str) and torch.is_tensor(v)}
+
+
+def _fit(part: Mapping, inside: tuple[str, ...], stem: str, key: str) -> Found | None:
+    """The first family whose names these are."""
+    tensors = _tensors(part)
     plain = {WRAPPERS.sub("", name): name for name in tensors}
     for family in FAMILIES:
         stems = (stem, *TIMM.stems) if family.dialect is TIMM else family.dialect.stems
@@ -199,12 +265,8 @@ def find_weights(state: Mapping, stem: str, key: str, path: str) -> Found:
             return Found(
                 weights=family.dialect.translate(below),
                 family=family.name,
-                inside=tuple(inside),
+                inside=inside,
                 prefix=plain[prefix + first].removesuffix(first),
                 others=len(tensors) - len(below),
             )
-    example = next(iter(tensors), None)
-    raise UserError(
-        f"{path}: no encoder weights found in it"
-        + (f" (its names are like {example})" if example else " (it holds no tensors)")
-    )
+    return None

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.swin_transformer import SwinTransformer as TimmSwinTransformer
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 from yacs.config import CfgNode
@@ -26,13 +28,16 @@ from models.network import (
     network_said,
     transform_said,
 )
-from models.vit import take_grid
+from models.swin import rename_microsoft
+from models.vit import fit_positions, take_grid
 from utils.checkpoint import LATEST, load_model
 from utils.config import DEFAULTS, check_ranges, run_folder, with_values
 from utils.errors import UserError
 from utils.provenance import weights_digest
 from utils.run import Run
 from utils.weights_file import read_weights
+
+TOKENS = re.compile("token|pos_embed")
 
 
 def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +53,9 @@ def add_pretrained_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["encoder", "encoder_k"],
         default="encoder",
         help="which encoder of a pre-training checkpoint: online or momentum",
+    )
+    parser.add_argument(
+        "--container", metavar="PLACE", help="where in the file they lie, such as model.encoder"
     )
     add_encoder_list(parser)
 
@@ -89,7 +97,9 @@ def build_pretrained_encoder(
         origin["key"] = "random weights"
     else:
         path = pretrained_path(args, config)
-        file, adapted = read_encoder_for(config, path, args.key)
+        file, adapted = read_encoder_for(
+            config, path, args.key, container=getattr(args, "container", None)
+        )
         encoder = build_encoder(adapted, drop_path_rate)
         say(file.load(encoder, learns))
         for line in network_changes(config, adapted):
@@ -114,13 +124,16 @@ def pretrained_path(args: argparse.Namespace, config: CfgNode) -> str:
     return path or os.path.join(run_folder(config), LATEST)
 
 
-def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") -> str:
+def load_encoder_weights(
+    encoder: nn.Module, path: str, key: str = "encoder", container: str | None = None
+) -> str:
     """Load the weights of a backbone from a checkpoint of any known family.
 
     Args:
         encoder: the backbone; all its weights must be in the file.
         path: the checkpoint, or the .safetensors of its weights.
         key: ``encoder`` or ``encoder_k``, of a pre-training checkpoint.
+        container: where in the file the weights lie, names with dots between them.
 
     Returns:
         a line that says what was found and how many weights were loaded.
@@ -128,7 +141,7 @@ def load_encoder_weights(encoder: nn.Module, path: str, key: str = "encoder") ->
     Raises:
         UserError: not a checkpoint, or one of another encoder.
     """
-    file = read_encoder(path, key, encoder)
+    file = _encoder_in(read_weights(path), path, key, encoder, container)
     check_network(encoder, file.found.weights, file.network, path)
     return file.load(encoder)
 
@@ -170,9 +183,14 @@ class EncoderFile(NamedTuple):
             load_model(encoder, own, self.path)
         except UserError as error:
             likely = name_encoder(own)
-            if likely in (None, name_encoder(expected)):
-                raise
-            raise UserError(f"{error}: it looks like MODEL.ENCODER {likely}") from error
+            known = likely and likely != name_encoder(expected)
+            different = _different(encoder, own)
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise UserError(
+                f"{self.path}: checkpoint of another model"
+                + (f": it looks like MODEL.ENCODER {likely}" if known else "")
+                + f" ({'; '.join(different[:3])}{more})"
+            ) from error
         others = self.found.others + len(self.found.weights) - len(own)
         where = "/".join(self.found.inside) or "the file itself"
         return (
@@ -182,27 +200,43 @@ class EncoderFile(NamedTuple):
         )
 
 
-def read_encoder(path: str, key: str, encoder: nn.Module) -> EncoderFile:
-    """Read the weights of an encoder like ``encoder``, of any family.
+def _different(encoder: nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+    """What keeps weights from being loaded; of tokens and positions first, which tell most."""
+    if isinstance(encoder, TimmSwinTransformer):
+        rename_microsoft(encoder, weights, "")
+    if isinstance(encoder, TimmVisionTransformer):
+        fit_positions(encoder, weights, "")
+    own, different = encoder.state_dict(), []
+    for name in sorted(own | weights, key=lambda name: not TOKENS.search(name)):
+        ours, theirs = own.get(name), weights.get(name)
+        if ours is None:
+            different.append(f"the file has {name}, the encoder has not")
+        elif theirs is None:
+            different.append(f"the file has no {name}")
+        elif ours.shape != theirs.shape:
+            sizes = " not ".join("x".join(map(str, value.shape)) for value in (theirs, ours))
+            different.append(f"its {name} is {sizes}")
+    return different
 
-    Raises:
-        UserError: not a checkpoint, or none with an encoder.
-    """
-    return _encoder_in(read_weights(path), path, key, encoder)
 
-
-def _encoder_in(state: dict[str, Any], path: str, key: str, encoder: nn.Module) -> EncoderFile:
+def _encoder_in(
+    state: dict[str, Any], path: str, key: str, encoder: nn.Module, container: str | None
+) -> EncoderFile:
     # a backbone of timm may have another name for its first convolution
     stem = next((name for name, value in encoder.state_dict().items() if value.ndim == 4), "")
-    found = find_weights(state, stem, key, path)
-    named = [name for name in found.inside if name in ("teacher", "student")]
+    found = find_weights(state, stem, key, path, container or "")
+    named = [name for name in found.inside if name not in ("model", "state_dict")]
     which = "/".join(filter(None, [*named, found.prefix.strip(".")]))
     origin = _origin(state, which or "the only one of its file")
     return EncoderFile(path, found, network_said(state), origin)
 
 
 def read_encoder_for(
-    config: CfgNode, path: str, key: str, state: dict[str, Any] | None = None
+    config: CfgNode,
+    path: str,
+    key: str,
+    state: dict[str, Any] | None = None,
+    container: str | None = None,
 ) -> tuple[EncoderFile, CfgNode]:
     """Read the weights of the configured encoder.
 
@@ -211,21 +245,26 @@ def read_encoder_for(
         path: of the file.
         key: ``encoder`` or ``encoder_k``.
         state: what the file holds, if it has been read.
+        container: where in it the weights lie, names with dots between them.
 
     Returns:
         the weights, and the configuration with the heads, patches and windows that they have.
 
     Raises:
-        UserError: as ``read_encoder``, or the configuration asks for another network.
+        UserError: not a checkpoint with an encoder, or the configuration asks for another network.
     """
     with torch.device("meta"):  # which takes neither time nor memory
         encoder = build_encoder(config, 0.0)
-    file = _encoder_in(state or read_weights(path), path, key, encoder)
+    file = _encoder_in(state or read_weights(path), path, key, encoder, container)
     return file, adapt(config, encoder, file.found.weights, file.network, path)
 
 
 def open_encoder(
-    path: str, key: str = "encoder", encoder: str | None = None, img_size: int | None = None
+    path: str,
+    key: str = "encoder",
+    encoder: str | None = None,
+    img_size: int | None = None,
+    container: str | None = None,
 ) -> tuple[Backbone, CfgNode]:
     """The encoder of a file without a configuration beside it.
 
@@ -235,6 +274,7 @@ def open_encoder(
         encoder: its MODEL.ENCODER, by default what the file says or its shapes tell.
         img_size: side of the images in pixels, by default what the file says, else that of
             ``DEFAULTS``.
+        container: where in the file the weights lie, names with dots between them.
 
     Returns:
         the encoder with the weights, and the configuration that builds it.
@@ -248,7 +288,7 @@ def open_encoder(
     if size := img_size or image_size_said(state):
         changes["DATA.IMG_SIZE"] = size
     if not name or name in ENCODERS:
-        weights = find_weights(state, "", key, path).weights
+        weights = find_weights(state, "", key, path, container or "").weights
         name = name or name_encoder(weights)
         replaced = any(weight.endswith(".norm2.running_mean") for weight in weights)
         changes["MODEL.REPLACE_LN_WITH_BN"] = replaced
@@ -256,7 +296,7 @@ def open_encoder(
         raise UserError(f"{path}: nothing tells which encoder its weights are of: name it")
     config = with_values(DEFAULTS, {"MODEL.ENCODER": name, **changes})
     check_ranges(config)
-    file, adapted = read_encoder_for(config, path, key, state)
+    file, adapted = read_encoder_for(config, path, key, state, container)
     loaded = build_encoder(adapted, 0.0)
     file.load(loaded)
     return loaded, adapted

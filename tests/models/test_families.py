@@ -373,3 +373,102 @@ def test_nothing_of_another_kind_is_taken_for_an_encoder():
         UserError, match=r"no encoder weights found in it \(its names are like back"
     ):
         find_weights({"model": layers}, "", "encoder", "c.pth")
+
+
+CONTAINERS = (
+    *("target_encoder", "encoder", "state_dict_ema", "model_state_dict", "model_ema", "module"),
+    *("net", "online_network", "backbone", "ema.model", "a.b.c.d.e"),
+)
+
+
+def inside(container, weights):
+    for name in reversed(container.split(".")):
+        weights = {name: weights, "epoch": 3}
+    return weights
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone."])
+def test_the_only_mapping_that_fits_is_found(tmp_path, container, prefix):
+    """Whatever it is called, beside an optimizer and a head that hold tensors too."""
+    one = nano()
+    state = inside(container, below(prefix, one.state_dict()))
+    state |= {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "head": {"weight": IMAGES}}
+    torch.save(state, tmp_path / "c.pth")
+    encoder, said = load(tmp_path / "c.pth")
+    assert_equal(encoder, one)
+    assert f"(in {container.replace('.', '/')}, prefix" in said
+
+
+def test_of_several_that_fit_one_is_chosen(tmp_path):
+    """By its place; a container that this field knows needs no choice."""
+    encoder, target, path = nano(), nano(1), str(tmp_path / "c.pth")
+    parts = {"encoder": encoder.state_dict(), "nets": {"target": target.state_dict()}}
+    torch.save(parts | {"epoch": 3}, path)
+    with pytest.raises(
+        UserError, match=r"several parts of it fit: encoder, nets\.target: choose one by --contai"
+    ):
+        load(path)
+    for container, wanted in (("encoder", encoder), ("nets.target", target)):
+        blank = nano(9)
+        load_encoder_weights(blank, path, container=container)
+        assert_equal(blank, wanted)
+    with pytest.raises(
+        UserError, match=r"it has no nets\.x, its containers are: encoder, nets, ne"
+    ):
+        load_encoder_weights(nano(9), path, container="nets.x")
+    torch.save({"model": target.state_dict(), "model_ema": parts["encoder"]}, path)
+    assert_equal(load(path)[0], target)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"epoch": 3, "x": {"y": [1, {"z": "w"}]}}, r"\(it holds no tensors\)"),
+        ({"a": {"b": torch.ones(2)}}, r"\(its names are like b, in a\)"),
+        ({"w": torch.ones(2)}, r"\(its names are like w\)"),
+        ({"list": [1, {"x": torch.ones(2)}]}, r"\(its tensors have no names\)"),
+        ({"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, "its tensors have no names"),
+    ],
+)
+def test_a_file_is_said_to_hold_no_tensors_only_if_it_does(tmp_path, state, said):
+    state["itself"] = state  # as a pickle can hold
+    with pytest.raises(UserError, match=said):
+        find_weights(state, "", "encoder", "c.pth")
+
+
+def changed(name, value):
+    return lambda weights: weights | {name: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            changed("register_tokens", torch.ones(1, 4, 128)),
+            "the file has register_tokens, the enco",
+        ),
+        (changed("cls_token", torch.ones(1, 2, 128)), "its cls_token is 1x2x128 not 1x1x128"),
+        (lambda w: {n: v for n, v in w.items() if n != "cls_token"}, "the file has no cls_token)"),
+        (changed("blocks.0.ls1.gamma", torch.ones(128)), "the file has blocks.0.ls1.gamma, the"),
+        (
+            lambda w: {n: v for n, v in w.items() if n[:6] != "blocks"},
+            "attn.qkv.weight and 57 more)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_with_what_the_file_has(tmp_path, change, said):
+    torch.save(change(nano().state_dict()), tmp_path / "c.pth")
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "c.pth")
+    assert str(error.value).startswith(f"{tmp_path / 'c.pth'}: checkpoint of another model (")
+    assert said in str(error.value) and str(error.value).count(";") <= 2
+
+
+def test_another_network_is_named_before_its_weights(tmp_path):
+    torch.save(create_encoder("vit_tiny", 32).state_dict(), tmp_path / "c.pth")
+    with pytest.raises(
+        UserError,
+        match=r"of another model: it looks like MODEL\.ENCODER vit_tiny \(its cls_token is",
+    ):
+        load(tmp_path / "c.pth")
