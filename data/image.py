@@ -50,9 +50,10 @@ def usual_size(width: int, height: int) -> bool:
 def decode_rgb(content: bytes, name: str) -> Image.Image:
     """Decode the bytes of an image file of any mode and any of ``FORMATS``.
 
-    Grey, palette, CMYK and YCCK images are converted; 16-bit and float ones are scaled to 8 bits;
-    transparency is laid over white; of an animation the first frame counts. The orientation of
-    EXIF is left alone, as by torchvision's ``ImageFolder``.
+    Grey, palette, CMYK and YCCK images are converted; transparency is laid over white; of an
+    animation the first frame counts. Integers of 16 and 32 bits are scaled by 65535, floats by 1
+    if none is larger, else by 255; an image with a value beyond these is refused. The orientation
+    of EXIF is left alone, as by torchvision's ``ImageFolder``.
 
     Args:
         content: the file.
@@ -122,11 +123,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0
-        if top > 1 and values.max(initial=0) <= 255:
-            top = 255.0
-        grey = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        top = 65535 if image.mode != "F" else 1 if high <= 1 else 255
+        if not 0 <= low <= high <= top:  # one such value would make the others black; or NaN
+            raise ValueError(f"its values, from {low:g} to {high:g}, are not in 0 to {top}")
+        grey = (values.astype(np.float32) * (255 / top)).round().astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
