@@ -124,7 +124,10 @@ def _blur(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     weights = weights.repeat_interleave(channels, 0)[:, None, None]  # (B x 3, 1, 1, K)
     reach = weights.shape[-1] // 2
     x = x.reshape(1, batch * channels, height, width)
-    x = F.pad(x, (reach, reach, reach, reach), mode="reflect")
+    while reach:  # torch reflects an image once; a wide blur needs its reflections reflected
+        once = min(reach, x.shape[-1] - 1)
+        x = F.pad(x, (once, once, once, once), mode="reflect")
+        reach -= once
     x = F.conv2d(x, weights, groups=batch * channels)
     x = F.conv2d(x, weights.transpose(2, 3), groups=batch * channels)
     return x.reshape(batch, channels, height, width)

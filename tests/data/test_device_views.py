@@ -10,7 +10,7 @@ from PIL import Image
 
 import main_pretrain
 from data import opencv
-from data.augmentation import ViewParameters, draw_view, geometry, view_augmentations
+from data.augmentation import ViewParameters, apply_view, draw_view, geometry, view_augmentations
 from data.device_views import finish, pack
 from data.loader import build_pretraining_loader, normalize
 
@@ -48,9 +48,9 @@ def photograph() -> np.ndarray:
     return np.clip((image - image.mean()) * (60 / image.std()) + 118, 0, 255).astype(np.uint8)
 
 
-def on_device(image: np.ndarray, views: list[ViewParameters], most_sigma: float) -> torch.Tensor:
+def on_device(image: np.ndarray, views: list[ViewParameters], most_sigma: float, size: int = SIZE):
     """The views of one image as one batch, in values of 0 to 255."""
-    cropped = [opencv.apply_view(image, geometry(view), SIZE) for view in views]
+    cropped = [opencv.apply_view(image, geometry(view), size) for view in views]
     batch = torch.from_numpy(np.stack(cropped)).permute(0, 3, 1, 2)
     made = finish(batch, torch.stack([pack(view, most_sigma) for view in views]))
     back = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * made
@@ -71,6 +71,17 @@ def test_each_operation_is_that_of_opencv(photograph):
     for (name, (_, largest)), difference in zip(OPERATIONS.items(), found, strict=True):
         assert difference.mean() < 2, name
         assert difference.max() <= largest + 0.51, (name, difference.max())
+
+
+@pytest.mark.parametrize("size", [8, 33])
+@pytest.mark.parametrize("sigma", [2.0, 14.0, 60.0])
+def test_a_blur_may_be_wider_than_the_view(photograph, size, sigma):
+    """As OpenCV's, which reflects the reflections."""
+    view = replace(PLAIN, sigma=sigma)
+    (made,) = on_device(photograph, [view], sigma, size).permute(0, 2, 3, 1).numpy()
+    expected = opencv.apply_view(photograph, view, size)
+    assert np.abs(made - expected).max() <= 1
+    assert apply_view(Image.fromarray(photograph), view, size).shape == expected.shape
 
 
 def test_drawn_views_are_those_of_opencv(photograph):
