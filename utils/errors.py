@@ -1,7 +1,13 @@
-"""The exceptions for what a user can mend, and the one place that makes them of others."""
+"""The exceptions for what a user can mend, the place that makes them of others, and their end."""
 
 import contextlib
+import json
+import os
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -54,3 +60,25 @@ def reading(path: object, doing: str = "cannot read") -> Iterator[None]:
 def _words(error: Exception) -> str:
     said = " ".join(str(error).split())
     return said[:200] or type(error).__name__
+
+
+def end_with(code: int, line: str, trace: str = "") -> NoReturn:
+    """End this process at once, with a line on standard error that says why.
+
+    Of the processes that torchrun has started on a machine, only the first that ends says so:
+    the others have the same mistake, or miss the first. What each would say is in torchrun's
+    report, as that of torch's ``record`` is.
+    """
+    line, first = f"{os.path.basename(sys.argv[0])}: {line}", True
+    if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # ATTEMPT/PROCESS/error.json
+        said = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": int(time.time())}}
+        try:
+            Path(name).write_text(json.dumps({"message": said}), encoding="utf-8")
+            Path(name).parent.with_name("said").touch(exist_ok=False)
+        except FileExistsError:
+            first = False
+        except OSError:  # no reason for silence
+            pass
+    if first:
+        print(trace + line, file=sys.stderr, flush=True)
+    os._exit(code)

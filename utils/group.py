@@ -36,25 +36,30 @@ def form_group(backend: str, timeout: float, **options: Any) -> "Peers":
         UserError: a launcher's variable is wrong, or the group cannot form.
     """
     place = read_place()
-    # gloo takes the way that leads to the store: the first interface that it finds may reach no
-    # other machine
-    if name := interface_to(place.address, place.port):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     try:
+        socket.getaddrinfo(place.address, place.port)
+        # gloo takes the way that leads to the store: the first interface that it finds may reach
+        # no other machine
+        if name := interface_to(place.address, place.port):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         # in a thread, because torch waits for ever if some other program listens there
-        answer = futures.ThreadPoolExecutor(1).submit(_connect, place, timeout)
+        store = futures.ThreadPoolExecutor(1).submit(_connect, place, timeout)
         dist.init_process_group(
             backend,
-            store=answer.result(3 * timeout),
+            store=store.result(3 * timeout),
             rank=place.rank,
             world_size=place.processes,
             timeout=datetime.timedelta(seconds=timeout),
             **options,
         )
-    except futures.TimeoutError:
-        raise _cannot_form(place, "what listens there does not answer as torch does") from None
-    except (RuntimeError, OSError) as error:
-        raise _cannot_form(place, " ".join(str(error).split())[:200]) from error
+    except Exception as error:  # of the system, the store or the backend
+        reason = " ".join(str(error).split())[:200] or "what listens there is not torch's store"
+        if "EADDRINUSE" in reason:
+            reason = "another program uses this port: set another, torchrun's --master_port"
+        raise UserError(
+            f"the group cannot form: RANK is {place.rank}, WORLD_SIZE {place.processes}, "
+            f"MASTER_ADDR {place.address}, MASTER_PORT {place.port} ({reason})"
+        ) from error
     return Peers(timeout)
 
 
@@ -190,15 +195,3 @@ def _agree_on_name(store: dist.Store, place: Place, end: float) -> str:
             raise LostPeer(f"process {missing[0]} of {place.processes} did not come")
         time.sleep(BEAT / 10)
     return own
-
-
-def _cannot_form(place: Place, reason: str) -> UserError:
-    if "EADDRINUSE" in reason:
-        return UserError(
-            f"MASTER_PORT is {place.port}: another program uses this port of {place.address}: "
-            "set another (torchrun: --master_port)"
-        )
-    return UserError(
-        f"the group cannot form: RANK is {place.rank}, WORLD_SIZE {place.processes}, MASTER_ADDR "
-        f"{place.address}, MASTER_PORT {place.port} ({reason})"
-    )

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import sys
 import zlib
 from dataclasses import dataclass
@@ -43,35 +42,35 @@ def read_place() -> Place:
     """The place that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT give.
 
     Raises:
-        UserError: one of them is missing, no number or out of range, or the host is unknown.
+        UserError: one of them is missing or cannot be.
     """
-    processes = environment_number("WORLD_SIZE", 1)
-    rank = environment_number("RANK", 0, processes - 1)
-    address = os.environ.get("MASTER_ADDR", "")
-    if not address:
-        raise UserError("MASTER_ADDR is not set: start by torchrun, or set it to the first host")
-    port = environment_number("MASTER_PORT", 1, 2**16 - 1)
-    try:
-        socket.getaddrinfo(address, port)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"MASTER_ADDR is {address}: no such host ({error})") from error
-    return Place(rank, processes, address, port)
+    place = Place(
+        environment_number("RANK"),
+        environment_number("WORLD_SIZE"),
+        os.environ.get("MASTER_ADDR") or "",
+        environment_number("MASTER_PORT"),
+    )
+    if not place.address or not 0 <= place.rank < place.processes:
+        raise UserError(
+            f"RANK is {place.rank}, WORLD_SIZE {place.processes}, and MASTER_ADDR "
+            f"{place.address or 'not set'}: start by torchrun, which sets all three"
+        )
+    return place
 
 
-def environment_number(name: str, least: int, most: int = 2**31 - 1) -> int:
+def environment_number(name: str) -> int:
     """The whole number of the environment variable ``name``.
 
     Raises:
-        UserError: it is not set, no number or out of range.
+        UserError: it is not set, or no number.
     """
-    text = os.environ.get(name, "")
-    if not text:
-        raise UserError(f"{name} is not set: start by torchrun, which sets it")
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise UserError(f"{name} is {text!r}, which is no whole number")
-    if not least <= int(text) <= most:
-        raise UserError(f"{name} is {text}, but it must lie between {least} and {most}")
-    return int(text)
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError) as error:
+        said = (
+            f"is {os.environ[name]!r}, which is no number" if name in os.environ else "is not set"
+        )
+        raise UserError(f"{name} {said}: start by torchrun, which sets it") from error
 
 
 def launched() -> bool:
@@ -92,13 +91,13 @@ def local_rank(default: int = 0) -> int:
         UserError: LOCAL_RANK is no number, or see ``launched``.
     """
     launched()
-    return environment_number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else default
+    return environment_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else default
 
 
 def local_world_size() -> int:
     """Number of processes on this machine; without LOCAL_WORLD_SIZE, all of the group."""
     names = ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    return next((environment_number(name, 1) for name in names if name in os.environ), 1)
+    return next((environment_number(name) for name in names if name in os.environ), 1)
 
 
 def join_tasks() -> None:

@@ -27,7 +27,7 @@ from utils.distributed import (
     rank,
     world_size,
 )
-from utils.errors import UserError
+from utils.errors import UserError, end_with
 from utils.lock import lock_folder
 from utils.provenance import moment, source_digest
 from utils.update import LEVELS, Precision
@@ -250,12 +250,13 @@ def run_script(main: Callable[[], None]) -> None:
         leave_group()
         raise
     except Exception as error:
+        sys.stdout.flush()  # the end is at once, without peers, which may be inside a collective
         if reason := fault(error):
-            _fail(reason)
+            end_with(1, f"error: {reason}")
         if world_size() == 1:
             raise
-        traceback.print_exc()
-        _fail(f"process {rank()} of the group failed: {type(error).__name__}")
+        failed = f"error: process {rank()} of the group failed: {type(error).__name__}"
+        end_with(1, failed, traceback.format_exc())
     leave_group()
 
 
@@ -269,18 +270,13 @@ def fault(error: Exception) -> str | None:
         return f"out of memory, lower --batch-size ({text[:200]})"
     if lost_peer(error):
         return f"another process of the group died, or did not answer in time ({text[:200]})"
+    if "allocate shared memory" in text:
+        return f"shared memory is full: enlarge /dev/shm, lower DATA.NUM_WORKERS ({text[-200:]})"
     # a worker that is killed while it hands over a batch resets the connection
     dead = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
     if dead or isinstance(error, ConnectionError):
         return f"a data worker died, as when memory runs out: lower DATA.NUM_WORKERS ({text[:200]})"
     return text if isinstance(error, OSError) else None
-
-
-def _fail(message: str) -> None:
-    """Say why, and end without waiting for peers that may be inside a collective."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
 
 
 # parameters of mallopt in <malloc.h> of the GNU C library

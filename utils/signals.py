@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch.utils.data import DataLoader
 
 from utils.distributed import ask_all, lost_peer, world_size
+from utils.errors import end_with
 
 # exit codes
 RESUMABLE = 75  # stopped by a signal, start again to continue (EX_TEMPFAIL)
@@ -56,7 +57,9 @@ class StopSignals:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error and self.requested and (lost_peer(error) or lost_peer(error.__cause__)):
-            _exit(RESUMABLE, f"{self.requested}: another process has ended, no checkpoint written")
+            end_with(
+                RESUMABLE, f"{self.requested}: another process has ended, no checkpoint written"
+            )
         self.close()
 
     def training(self) -> None:
@@ -93,11 +96,11 @@ class StopSignals:
             now = time.monotonic()
             if number == signal.SIGINT:
                 if self._first_interrupt and now - self._first_interrupt > SECOND_AFTER:
-                    _exit(128 + number, "interrupted again: ends at once, without a checkpoint")
+                    end_with(128 + number, "interrupted again: ends at once, without a checkpoint")
                 self._first_interrupt = self._first_interrupt or now
             self.requested = self.requested or signal.Signals(number).name
             if not self._training:
-                _exit(RESUMABLE, f"stopped by {self.requested} before training began")
+                end_with(RESUMABLE, f"stopped by {self.requested} before training began")
 
     def _leave(self) -> None:
         if signal.getsignal(signal.SIGTERM) is _ignore:
@@ -159,8 +162,3 @@ def _end_workers() -> None:
 
 def _ignore(number: int, frame: object) -> None:
     """Do nothing: without a Python handler, the wake-up file would not get the signal."""
-
-
-def _exit(code: int, message: str) -> None:
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    os._exit(code)

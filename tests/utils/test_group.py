@@ -43,12 +43,12 @@ def test_a_port_in_use_is_named(environment):
         other.listen()
         port = other.getsockname()[1]
         environment(RANK="0", MASTER_PORT=str(port))
-        with pytest.raises(UserError, match=f"MASTER_PORT is {port}: another program uses"):
+        with pytest.raises(UserError, match=f"MASTER_PORT {port} .another program uses"):
             form_group("gloo", 2)
 
 
 @pytest.mark.parametrize(
-    ("listening", "message"), [(False, "nothing listens"), (True, "does not answer")]
+    ("listening", "message"), [(False, "nothing listens"), (True, "is not torch's store")]
 )
 def test_a_first_process_that_is_not_there(environment, listening, message):
     """Also if some other program listens there, and says nothing."""
@@ -70,8 +70,10 @@ def test_a_first_process_that_is_not_there(environment, listening, message):
 def test_a_script_ends_in_one_line(imagenet, tmp_path):
     given = [*arguments("moby", imagenet, tmp_path), "DIST_TIMEOUT", 2]
     for changed, message in (
-        ({"RANK": "7"}, "RANK is 7, but it must lie between 0 and 1"),
-        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is no whole number"),
+        ({"RANK": "7"}, "RANK is 7, WORLD_SIZE 2"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is no number"),
+        ({"MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR no.such.host.invalid"),
+        ({"MASTER_PORT": 70000}, "MASTER_PORT 70000"),
         ({}, "nothing listens there for 2 s)"),
     ):
         environment = PLACE | {"MASTER_PORT": free_port()} | changed

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,11 @@ from utils.run import fault, in_effect, log_table, run_script, start, write_conf
         (dist.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (RuntimeError("DataLoader worker (pid 3) exited unexpectedly"), 1, "a data worker died"),
+        (
+            RuntimeError("Caught\n unable to allocate shared memory(shm)"),
+            1,
+            "shared memory is full",
+        ),
         (ConnectionResetError(104, "Connection reset by peer"), 1, "a data worker died"),
         (RuntimeError("Connection closed by peer [1]"), 2, "another process of the group died"),
         (RuntimeError("Connection closed by peer [1]"), 1, None),
@@ -54,13 +60,14 @@ def ends(monkeypatch, error, processes=1) -> list[str]:
         if error:
             raise error
 
-    def fail(message) -> None:
+    def end_with(code: int, message: str, trace: str = "") -> None:
         said.append(message)
-        raise SystemExit(1)
+        print(trace + message, file=sys.stderr)
+        raise SystemExit(code)
 
     for module in ("utils.distributed", "utils.run"):
         monkeypatch.setattr(f"{module}.world_size", lambda: processes)
-    monkeypatch.setattr(run_module, "_fail", fail)
+    monkeypatch.setattr(run_module, "end_with", end_with)
     monkeypatch.setattr(run_module, "leave_group", lambda: said.append("left the group"))
     run_script(main)
     return said

@@ -3,13 +3,10 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
 
 from utils import signals
 from utils.signals import RESUMABLE, SIGNALS, StopSignals, end_stopped
@@ -19,7 +16,7 @@ from utils.signals import RESUMABLE, SIGNALS, StopSignals, end_stopped
 def ended(monkeypatch):
     """The exits that would have ended this process: code and message."""
     exits = []
-    monkeypatch.setattr(signals, "_exit", lambda code, message: exits.append((code, message)))
+    monkeypatch.setattr(signals, "end_with", lambda *given: exits.append(given))
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     yield exits
     signal.signal(signal.SIGHUP, hangup)
@@ -159,13 +156,6 @@ def test_the_end_says_where(caplog):
     assert given_lines[0][0] % given_lines[0][1:] == (
         "stopped by a signal after update 17: start again"
     )
-
-
-def test_an_exit_says_why_and_takes_no_detour():
-    code = "import atexit; atexit.register(print, 'detour'); from utils.signals import _exit; "
-    command = [sys.executable, "-c", code + "_exit(7, 'why')"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (7, "", "-c: why\n")
 
 
 def test_workers_are_killed_at_the_end():
