@@ -36,7 +36,7 @@ from utils.arguments import parse_arguments
 from utils.config import FEATURE, NETWORK, run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.provenance import data_facts, gather_provenance, moment
+from utils.provenance import cost, describe_images, gather_provenance
 from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 # features and labels of the training images, then of the test images
@@ -107,7 +107,7 @@ def main() -> None:
     log_table(run, [["k", "top-1 %", "top-5 %"], *rows])
     results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
     origin = about["provenance"]  # of the encoder, and the images
-    provenance = gather_provenance(run.config, run.device, origin, origin.get("data"))
+    provenance = gather_provenance(run.effective, run.device, origin, origin.get("data"))
     provenance["identity"] = identity_said(origin) | {"--temperature": args.temperature}
     warn_of_replacing(run, provenance["identity"])
     protocol = {k: v for k, v in about["protocol"].items() if k != "dataset"}
@@ -156,11 +156,11 @@ def encode(
         encoder, origin = load_pretrained_encoder(args, config, run)
     if max(args.nb_knn) > (count := len(sources[0].names)):
         raise UserError(f"--nb-knn {max(args.nb_knn)} is more than the {count} training images")
-    data = data_facts(
+    data = describe_images(
         config.DATA.DATA_PATH,
         **{n: (s.names, s.labels) for n, s in zip(("train", "test"), sources, strict=True)},
     )
-    provenance = gather_provenance(run.config, run.device, origin, data)
+    provenance = gather_provenance(run.effective, run.device, origin, data)
     flags = {"--baseline": args.baseline, "--subset": subset_suffix(args.subset)}
     provenance["identity"] = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
     parts = [
@@ -168,7 +168,7 @@ def encode(
         for source in sources
         for tensor in encode_images(config, encoder, source, run, normalize=True)
     ]
-    provenance |= moment(run.device, run.started)
+    provenance |= cost(run.device, run.started)
     protocol = {"dataset": config.DATA.DATASET, "image_size": config.DATA.IMG_SIZE}
     about = {"protocol": protocol, "provenance": provenance}
     return sources, parts, about

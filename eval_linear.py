@@ -9,7 +9,7 @@ DATA holds train/<class>/<image> and val/<class>/<image>; --dataset NAME reads o
 import argparse
 import math
 import os
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
 from evaluation.identity import identity, warn_of_replacing
-from evaluation.judged import TEST, TRAIN, Judged, by_name, summary, table
+from evaluation.judged import TEST, TRAIN, Figures, Judged, by_name, summary, table
 from evaluation.linear import (
     LinearClassifiers,
     build_mixup,
@@ -35,6 +35,7 @@ from evaluation.linear import (
 )
 from evaluation.logistic_regression import probe
 from evaluation.protocols import (
+    Protocol,
     add_protocol_arguments,
     apply_protocol,
     changes,
@@ -47,36 +48,27 @@ from evaluation.protocols import (
 from lr_scheduler import build_scheduler, scaled_rates, without_effect
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
+from models.encoder import Backbone
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder, read_encoder_for
 from optimizer import build_optimizer
 from utils.arguments import given_keys, number_in, parse_arguments
 from utils.checkpoint import (
     LATEST,
+    Checkpoint,
     checkpoint_to_resume,
     link_file,
     read_checkpoint,
-    restore_training,
     save_checkpoint,
-    training_state,
 )
-from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, NETWORK, run_folder
+from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, NETWORK, Use, run_folder
 from utils.distributed import data_parallel, rank, world_size
 from utils.errors import UserError
-from utils.progress import Checkpoints, Progress, locate, warn_of_changes
-from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import (
-    Run,
-    in_effect,
-    keep_precision,
-    log_table,
-    run_script,
-    start,
-    write_config,
-    write_results,
-)
+from utils.provenance import cost, describe_images, gather_provenance
+from utils.run import Run, keep_precision, log_table, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
-from utils.signals import StopSignals, end_stopped
-from utils.training_log import TrainingLog, duration, measure_throughput
+from utils.session import Kind, Session
+from utils.signals import StopSignals
+from utils.training_log import measure_throughput
 from utils.update import Update, allow_tf32
 
 BEST = "best.pth"
@@ -118,10 +110,7 @@ def main() -> None:
     with StopSignals() as signals:
         args, asked = parse_arguments(__doc__, add_arguments)
         frozen, given = asked.LINEAR_EVAL.WEIGHTS == "freeze", given_keys(args)
-        kind = "linprob" if frozen else "ft"
-        kind += "_lbfgs" if args.probe == "lbfgs" else ""
-        kind += subset_suffix(args.subset)
-        folder = os.path.join(run_folder(asked), f"linear_{asked.DATA.DATASET}_{kind}")
+        folder = result_folder(args, asked)
         protocol = choose_protocol(args, asked, folder)
         config, rates = apply_protocol(asked, protocol, given, args.lr)
         run = start(config, folder, trains=not (frozen or config.EVAL_MODE))
@@ -135,44 +124,37 @@ def main() -> None:
         decay = args.layer_decay or protocol.layer_decay
         encoder, origin = load_pretrained_encoder(args, config, run, drop, learns=not frozen)
         tokens = choose_tokens(args, protocol, encoder)
-        how: dict[str, Any] = {"protocol": protocol.name}
-        how["class_tokens"] = list(tokens) if tokens else None
+        how = {"protocol": protocol.name, "class_tokens": list(tokens) if tokens else None}
         splits = {"train": (train.names, train.labels), "test": (test.names, test.labels)}
-        data = data_facts(config.DATA.DATA_PATH, **splits)
+        data = describe_images(config.DATA.DATA_PATH, **splits)
+        flags: dict[str, Any] = {
+            "--protocol": protocol.name,
+            "--subset": subset_suffix(args.subset),
+        }
         if args.probe == "lbfgs":
-            provenance = gather_provenance(run.config, run.device, origin, data)
-            flags = {"--num-l2": args.num_l2, "--protocol": protocol.name, "SEED": config.SEED}
-            flags["--subset"] = subset_suffix(args.subset)
+            flags |= {"--num-l2": args.num_l2, "SEED": config.SEED}
             of = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
             warn_of_replacing(run, of)
-            provenance["identity"] = of
-            strengths = torch.logspace(-6, 5, args.num_l2, dtype=torch.float64).tolist()
-            found, classifier = probe(config, encoder, (train, test), strengths, run)
-            if rank() == 0:
-                kept = {"model": classifier.state_dict(), "lr": [0.0], "epoch": 0, **how}
-                kept["provenance"] = provenance | moment(run.device, run.started)
-                save_checkpoint(kept, os.path.join(run.folder, BEST))
-            return report(config, how, found, provenance, run)
+            run = with_provenance(run, origin, data, of)
+            return fit_logistic_regression(run, encoder, (train, test), args.num_l2, how)
         judged_on = [test]  # with the images that choose, if these are others
         if args.select:
             train, chosen_by = set_aside(train, config.SEED)
             judged_on.append(chosen_by)
         loader = build_classification_loader(config, train)
 
-        uses = NETWORK | FEATURE | CLASSIFIER
-        uses |= NETWORK if frozen else FINE_TUNING
-        flags = {"--lr": rates, "--protocol": protocol.name, "--select": args.select}
-        flags |= {"--subset": subset_suffix(args.subset), "--drop-path-rate": drop}
+        kind = kind_of_training(frozen, rates)
+        flags |= {"--lr": rates, "--select": args.select, "--drop-path-rate": drop}
         flags |= {"class tokens": how["class_tokens"], "processes": world_size()}
         flags |= {} if frozen else {"--layer-decay": decay}
-        of = identity(run, config, uses, origin, data, **flags)
-        saved = find_checkpoint(config, of, run)
-        if saved and not frozen:
-            run = keep_precision(run, config, *saved)
+        of = identity(run, config, kind.uses, origin, data, **flags)
+        checkpoint = find_checkpoint(run, of)
+        if checkpoint and not frozen:
+            run = keep_precision(run, checkpoint)
             of["AMP_OPT_LEVEL"] = run.precision.level
-        classes = len(train.classes)
+        heads = len(train.classes), len(rates)
         model = LinearClassifiers(
-            encoder, classes, len(rates), config.SEED, frozen, drop > 0, tokens, protocol.as_mae
+            encoder, *heads, config.SEED, frozen, drop > 0, tokens, protocol.as_mae
         )
         check_batch(config, model)
         model = synchronize_batch_norm(model, run.device)
@@ -182,8 +164,6 @@ def main() -> None:
         scaled = scaled_rates(config, loader.size.images_per_update)
         if protocol.as_mae:
             scaled = replace(scaled, minimum=config.TRAIN.MIN_LR)
-        derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
-        effective = in_effect(config, derived | scaled.by_key())
         groups = weight_groups(config, model, rates, decay, protocol.group)
         optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
         schedules = [head_schedule(scaled, rate) for rate in rates] if frozen else [scaled]
@@ -191,94 +171,132 @@ def main() -> None:
             build_scheduler(config, optimizer, schedule, loader.size.updates, protocol.as_mae)
             for optimizer, schedule in zip(optimizers, schedules, strict=True)
         ]
-        for line in without_effect(config, given):
-            run.logger.warning(line)
         update = Update(ddp, optimizers, run.precision, config.TRAIN.CLIP_GRAD, scale=not frozen)
-        mixup = None if frozen or metric == MAP else build_mixup(config, classes)
+        mixup = None if frozen or metric == MAP else build_mixup(config, len(train.classes))
         smoothing = config.MODEL.LABEL_SMOOTHING
         forward = partial(forward_images, ddp, run.device, smoothing, mixup)
-        run.logger.info(
-            f"{config.LINEAR_EVAL.WEIGHTS} by protocol {protocol.name} on {config.DATA.DATASET}: "
-            f"{len(train.names)} training and {len(test.names)} test images, {classes} classes, "
-            f"{loader.size.updates} updates an epoch, base rates {rates}"
-        )
+        run = replace(run, derived={"DATA.TRAINING_IMAGES": loader.size.images} | scaled.by_key())
+        run = with_provenance(run, origin, data, of)
+        describe(run, protocol, loader, test, without_effect(config, given))
 
-        provenance = gather_provenance(effective, run.device, origin, data)
-        provenance["identity"] = of
-        progress, judged, resumed_from = resume(saved, effective, model, update, loader, run, rates)
-        saved = None  # its tensors take memory
-        run = replace(run, config=effective)
-        write_config(effective, run.folder)
+        judged = Judged(rates, {"lr": rates, **how})
+        session = Session(run, loader, update, signals, judged, kind)
+        if checkpoint:
+            resume(session, judged, checkpoint)
+        checkpoint = None  # its tensors take memory
+        write_config(run)
         if config.THROUGHPUT_MODE:
             ddp.train()
-            step = partial(update, forward=forward)
-            return measure_throughput(loader, loader.size, loader.ahead, step, run)
+            return measure_throughput(loader, partial(update, forward=forward), run)
+        judge = Judge(model, judged_on, metric, run)
 
-        def came_from() -> dict[str, Any]:
-            return provenance | moment(run.device, run.started)
-
-        def state() -> dict[str, Any]:
-            place = progress.state_dict() | judged.state_dict() | {"lr": rates, **how}
-            return training_state(effective, model, update, **place, provenance=came_from())
-
-        # the weights of a head that diverges are kept as they are, beside those of the others
-        which = {"keep_epochs": False, "check_weights": not frozen}
-        checkpoints = Checkpoints(config, run, progress, state, resumed_from, **which)
-        names = [f"{rate:.12g}" for rate in rates] if frozen else [""]
-        log = TrainingLog(config, run, progress, optimizers, names)
-        if frozen:  # its features stay as they are
-            features = [encode_images(config, model.features, part, run) for part in judged_on]
-            for part, name in zip(features, ("test", "held-out"), strict=False):
-                check_features(*part, name)
-        signals.training()
-        advice = f"lower --lr {' '.join(f'{rate:g}' for rate in rates)}"
-        started = time.monotonic()
-
-        with checkpoints.saved_on_fault():
-            while progress.epoch < config.TRAIN.EPOCHS:
-                ddp.train()
-                loader.start_at(progress.epoch, progress.images_seen)
-                for micro_batches in log.watch(loader):
-                    with checkpoints.update_under_way():
-                        first = progress.epoch * loader.size.updates
-                        for scheduler in schedulers:
-                            scheduler.step_update(
-                                first if protocol.rate_by_epoch else progress.step
-                            )
-                        seed_libraries(config.SEED, rank(), progress.step)
-                        result = update(micro_batches, forward)
-                        progress.advance()
-
-                    stop, save_now = signals.agree(checkpoints.time_is_up())
-                    if log.record(result, {}, stop):
-                        most = config.TRAIN.MAX_SKIPPED_UPDATES
-                        rows = log.longest_rows
-                        judged.leave_out(update.check_skipped(most, advice, rows))
-                    # at its end an epoch is saved with its figures, but a signal leaves no time
-                    if stop or (not progress.epoch_ended and (save_now or checkpoints.due())):
-                        checkpoints.save(signals)
-                    if stop:
-                        end_stopped(run.logger, progress.step)  # raises SystemExit
-                if judged.epoch < progress.epoch:
-                    if not frozen:
-                        judge = model.eval().features
-                        features = [encode_images(config, judge, part, run) for part in judged_on]
-                    scored = [
-                        score_heads(model, *part, metric, judged.left_out) for part in features
-                    ]
-                    judged.add(progress.epoch, *scored)
-                    judged.log(metric, run.logger)
-                    if not log.reported(progress.epoch):
-                        log.end_epoch(by_name(names, *scored))
-                    checkpoints.save(signals)
+        with session:
+            for epoch in session.epochs():
+                for micro_batches in session.updates():
+                    by_epoch = epoch * loader.size.updates
+                    for scheduler in schedulers:
+                        scheduler.step_update(by_epoch if protocol.rate_by_epoch else session.step)
+                    seed_libraries(config.SEED, rank(), session.step)
+                    session.made(update(micro_batches, forward))
+                    judged.leave_out(session.diverged)
+                if judged.epoch < epoch:
+                    figures = judge(judged, epoch)
+                    if not session.epoch_logged:
+                        session.end_epoch(by_name(kind.names, *figures))
+                    session.save()
                     path = os.path.join(run.folder, BEST)
-                    judged.save_best(model, path, provenance=came_from(), **how)
-                progress.next_epoch()
-        run.logger.info("training took %s", duration(time.monotonic() - started))
+                    judged.save_best(model, path, provenance=session.provenance(), **how)
         best, last = judged.outcome(TRAIN if args.select else TEST)
-        report(
-            config, how | {"drop_path_rate": drop}, {"best": best, "last": last}, provenance, run
-        )
+        report(run, how | {"drop_path_rate": drop}, {"best": best, "last": last})
+
+
+def result_folder(args: argparse.Namespace, config: CfgNode) -> str:
+    """Where the figures go."""
+    kind = "linprob" if config.LINEAR_EVAL.WEIGHTS == "freeze" else "ft"
+    kind += "_lbfgs" if args.probe == "lbfgs" else ""
+    kind += subset_suffix(args.subset)
+    return os.path.join(run_folder(config), f"linear_{config.DATA.DATASET}_{kind}")
+
+
+def fit_logistic_regression(
+    run: Run,
+    encoder: Backbone,
+    splits: tuple[ImageSource, ImageSource],
+    strengths: int,
+    how: dict[str, Any],
+) -> None:
+    """What ``--probe lbfgs`` does, with so many L2 strengths from 1e-6 to 1e5."""
+    tried = torch.logspace(-6, 5, strengths, dtype=torch.float64).tolist()
+    found, classifier = probe(run.config, encoder, splits, tried, run)
+    if rank() == 0:
+        kept = {"model": classifier.state_dict(), "lr": [0.0], "epoch": 0, **how}
+        kept["provenance"] = run.provenance | cost(run.device, run.started)
+        save_checkpoint(kept, os.path.join(run.folder, BEST))
+    report(run, how, found)
+
+
+def kind_of_training(frozen: bool, rates: list[float]) -> Kind:
+    """In what a probe and fine-tuning differ from pre-training."""
+    return Kind(
+        uses=NETWORK | FEATURE | CLASSIFIER | (Use(0) if frozen else FINE_TUNING),
+        names=[f"{rate:.12g}" for rate in rates] if frozen else [""],
+        keep_epochs=False,
+        # those of a head that diverges are kept as they are, beside those of the others
+        check_weights=not frozen,
+        rate=f"--lr {' '.join(f'{rate:g}' for rate in rates)}",
+    )
+
+
+def with_provenance(run: Run, origin: dict[str, Any], data: Any, of: dict[str, Any]) -> Run:
+    """``run`` with what its files say of where they come from; ``of`` is their identity."""
+    provenance = gather_provenance(run.effective, run.device, origin, data)
+    return replace(run, provenance=provenance | {"identity": of})
+
+
+def describe(
+    run: Run, protocol: Protocol, loader: TrainingLoader, test: ImageSource, warnings: list[str]
+) -> None:
+    """Log what will be trained, and on what."""
+    for line in warnings:
+        run.logger.warning(line)
+    size = loader.size
+    run.logger.info(
+        f"{run.config.LINEAR_EVAL.WEIGHTS} by protocol {protocol.name} on "
+        f"{run.config.DATA.DATASET}: {size.images} training and {len(test.names)} test images, "
+        f"{len(test.classes)} classes, {size.updates} updates an epoch"
+    )
+
+
+class Judge:
+    """Judges the classifiers after an epoch.
+
+    Args:
+        model: the encoder with its classifiers.
+        sources: the test images, and those that choose, if these are others.
+        metric: of the data set.
+        run: device and log.
+    """
+
+    def __init__(
+        self, model: LinearClassifiers, sources: list[ImageSource], metric: str, run: Run
+    ) -> None:
+        self.model, self.sources, self.metric, self.run = model, sources, metric, run
+        self._features: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if model.frozen:  # its features stay as they are
+            self._features = self._encode(model.features)
+            for part, name in zip(self._features, ("test", "held-out"), strict=False):
+                check_features(*part, name)
+
+    def __call__(self, judged: Judged, epoch: int) -> Sequence[Figures]:
+        """The figures of all classifiers on each of the sources; ``judged`` takes them."""
+        features = self._features or self._encode(self.model.eval().features)
+        scored = [score_heads(self.model, *f, self.metric, judged.left_out) for f in features]
+        judged.add(epoch, *scored)
+        judged.log(self.metric, self.run.logger)
+        return scored
+
+    def _encode(self, encoder: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [encode_images(self.run.config, encoder, part, self.run) for part in self.sources]
 
 
 def check_batch(config: CfgNode, model: LinearClassifiers) -> None:
@@ -302,22 +320,19 @@ def weight_groups(
     return [[group] for group in model.head_groups(rates, weight_decay=decay, **options)]
 
 
-def find_checkpoint(
-    config: CfgNode, of: dict[str, Any], run: Run
-) -> tuple[str, dict[str, Any]] | None:
-    """Path and content of the checkpoint to continue from, if there is one.
+def find_checkpoint(run: Run, of: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint to continue from, if there is one.
 
     One that is found, not named, is left aside if it is of another evaluation.
 
     Args:
-        config: the configuration of the evaluation.
-        of: its identity.
-        run: its folder and log.
+        run: its folder, configuration and log.
+        of: the identity of the evaluation.
 
     Raises:
         UserError: MODEL.RESUME names a checkpoint of another evaluation.
     """
-    named = config.MODEL.RESUME
+    config, named = run.config, run.config.MODEL.RESUME
     found = checkpoint_to_resume(config, run.folder, run.logger)
     for path in dict.fromkeys(filter(None, (found, named))):
         state = read_checkpoint(path, run.device)
@@ -325,7 +340,7 @@ def find_checkpoint(
         if not other:
             if allowed:
                 run.logger.warning("%s: it goes on all the same: %s", path, "; ".join(allowed))
-            return path, state
+            return Checkpoint(path, state)
         if path == named:
             raise UserError(f"{path}: checkpoint of another evaluation ({'; '.join(other)})")
         begin = f"from {named}" if named else "anew"
@@ -335,56 +350,29 @@ def find_checkpoint(
     return None
 
 
-def resume(
-    saved: tuple[str, dict[str, Any]] | None,
-    effective: CfgNode,
-    model: LinearClassifiers,
-    update: Update,
-    loader: TrainingLoader,
-    run: Run,
-    rates: list[float],
-) -> tuple[Progress, Judged, str | None]:
-    """Continue from the checkpoint that was saved, if there is one.
-
-    Returns:
-        the place, what was achieved so far, and the checkpoint's path.
-    """
-    progress, judged = Progress(loader.size), Judged(rates)
-    if not saved:
-        return progress, judged, None
-    path, state = saved
-    restore_training(state, path, model, update, ("epoch", "best", "figures"))
+def resume(session: Session, judged: Judged, checkpoint: Checkpoint) -> None:
+    """Continue from the checkpoint: the training, and what was achieved so far."""
+    run, path, state = session.run, checkpoint.path, checkpoint.state
+    session.restore(checkpoint)
     judged.load_state_dict(state)
     best, beside = (os.path.join(f, BEST) for f in (run.folder, os.path.dirname(path)))
     if rank() == 0 and os.path.exists(beside):  # of another folder, if --resume names one there
         link_file(beside, best)
     if judged.epoch == state["epoch"]:  # it may have been killed before best.pth was written
         how = {name: state.get(name) for name in ("protocol", "class_tokens", "provenance")}
-        judged.save_best(model, best, **how)
-    progress = locate(state, loader.size)
-    warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
-    run.logger.info(
-        "resumed from %s at update %d, after epoch %d", path, progress.step, judged.epoch
-    )
-    return progress, judged, path
+        judged.save_best(session.update.ddp.module, best, **how)
+    run.logger.info("judged last: after epoch %d", judged.epoch)
 
 
-def report(
-    config: CfgNode,
-    how: dict[str, Any],
-    found: dict[str, Any],
-    provenance: dict[str, Any],
-    run: Run,
-) -> None:
+def report(run: Run, how: dict[str, Any], found: dict[str, Any]) -> None:
     """Write results.json with ``best``, ``last`` and more, and log which figure is which.
 
     Args:
-        config: the configuration of the evaluation.
+        run: its folder gets the file.
         how: the protocol by name, and what flags have changed of it.
         found: the figures.
-        provenance: from ``gather_provenance``.
-        run: its folder gets the file.
     """
+    config = run.config
     metric = TRANSFER_SETS[config.DATA.DATASET].metric
     names = {"dataset": config.DATA.DATASET, "metric": metric}
     names["weights"] = config.LINEAR_EVAL.WEIGHTS
@@ -393,7 +381,7 @@ def report(
         protocol["epochs"] = config.TRAIN.EPOCHS
     protocol |= {name: value for name, value in how.items() if name != "protocol" and value}
     log_table(run, table(metric, found["best"], found["last"]))
-    write_results(run, names | found | {"protocol": protocol}, provenance)
+    write_results(run, names | found | {"protocol": protocol}, run.provenance)
     run.logger.info(summary(metric, found["best"], found["last"]))
 
 

@@ -30,7 +30,7 @@ from utils.arguments import parse_arguments
 from utils.config import NETWORK, run_folder
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.provenance import data_facts, gather_provenance, moment
+from utils.provenance import cost, describe_images, gather_provenance
 from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 FILES = ("train_features.pth", "query_features.pth")  # of the database and of the queries
@@ -86,7 +86,7 @@ def main() -> None:
     if rank() == 0:
         rankings = rank_images(F.normalize(database).numpy(), F.normalize(queries).numpy())
         results = score(rankings, truth) | {"protocol": about["protocol"]}
-        provenance = gather_provenance(run.config, run.device, about["provenance"], data)
+        provenance = gather_provenance(run.effective, run.device, about["provenance"], data)
         provenance["identity"] = identity_said(about["provenance"])
         warn_of_replacing(run, provenance["identity"])
         report({"dataset": dataset} | results, provenance, run)
@@ -99,7 +99,7 @@ def facts(truth: GroundTruth) -> dict[str, Any]:
     """The digest and the numbers of the images and of what is right for each query."""
     lists = [query[kind] for query in truth.labels for kind in LABELS]
     labels = np.concatenate([[len(numbers), *numbers] for numbers in lists])
-    return data_facts("", database=(truth.database, []), queries=(truth.queries, labels))
+    return describe_images("", database=(truth.database, []), queries=(truth.queries, labels))
 
 
 def encode(
@@ -115,7 +115,7 @@ def encode(
     encoder = MultiScale(encoder) if args.multiscale else encoder
     protocol = {name: getattr(args, name) for name in ("imsize", "multiscale", "crop_query")}
     data, flags = facts(truth), {"--dataset": config.DATA.DATASET} | as_flags(protocol)
-    provenance = gather_provenance(run.config, run.device, origin, data)
+    provenance = gather_provenance(run.effective, run.device, origin, data)
     provenance["identity"] = identity(run, config, NETWORK, origin, data, **flags)
     features = [
         # images of many sizes, so one at a time
@@ -129,7 +129,7 @@ def encode(
         )[0]
         for number, images in enumerate(parts)
     ]
-    provenance |= moment(run.device, run.started)
+    provenance |= cost(run.device, run.started)
     return features, {"protocol": protocol, "provenance": provenance}
 
 

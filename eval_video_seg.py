@@ -31,7 +31,7 @@ from utils.arguments import parse_arguments
 from utils.config import NETWORK, run_folder
 from utils.distributed import all_gather_objects, on_terminal, rank, world_size
 from utils.errors import UserError
-from utils.provenance import data_facts, gather_provenance
+from utils.provenance import describe_images, gather_provenance
 from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 METRICS = {"J": region_similarity, "F": contour_accuracy}
@@ -78,8 +78,8 @@ def main() -> None:
     videos = read_videos(config.DATA.DATA_PATH)
     encoder, origin = load_pretrained_encoder(args, config, run)
     frames = [frame for video in videos for frame in video.frames]
-    data = data_facts(config.DATA.DATA_PATH, frames=(frames, []))
-    provenance = gather_provenance(run.config, run.device, origin, data)
+    data = describe_images(config.DATA.DATA_PATH, frames=(frames, []))
+    provenance = gather_provenance(run.effective, run.device, origin, data)
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     of = identity(run, config, NETWORK, origin, data, **as_flags(protocol))
     provenance["identity"] = of

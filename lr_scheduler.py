@@ -55,9 +55,9 @@ def without_effect(config: CfgNode, given: Collection[str]) -> list[str]:
     lines = [
         f"{key} has no effect: TRAIN.LR_SCHEDULER.NAME {name} does not read it" for key in idle
     ]
-    if train.WARMUP_EPOCHS > train.EPOCHS:
+    if train.WARMUP_EPOCHS >= train.EPOCHS:
         lines.append(
-            f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is above TRAIN.EPOCHS {train.EPOCHS}: "
+            f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {train.EPOCHS}: "
             "the rate never reaches TRAIN.BASE_LR"
         )
     return lines

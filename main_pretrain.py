@@ -10,20 +10,18 @@ import argparse
 import contextlib
 import math
 import os
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data.dataset import Views
 from data.loader import BadImages, TrainingLoader, build_pretraining_loader, normalize
 from data.opening import DataPath, open_splits
-from evaluation.knn_monitor import KnnMonitor
 from lr_scheduler import build_scheduler, scaled_rates, without_effect
 from models import build_method
 from models.batch_norm import synchronize_batch_norm
@@ -33,28 +31,25 @@ from models.network import check_network, network_changes, network_of, network_s
 from models.synco import SynCo
 from optimizer import build_optimizer
 from utils.arguments import add_tracker_arguments, given_keys, number_in, parse_arguments
-from utils.checkpoint import checkpoint_to_resume, read_checkpoint, restore_training, training_state
+from utils.checkpoint import Checkpoint, checkpoint_to_resume, read_checkpoint
+from utils.config import run_folder
 from utils.distributed import check_agreement, data_parallel, mean_over_processes, rank, world_size
 from utils.errors import UserError
-from utils.progress import (
-    Checkpoints,
-    Progress,
-    images_per_update,
-    locate,
-    warn_of_changes,
-    warn_of_settings,
-)
-from utils.provenance import data_facts, gather_provenance, moment
-from utils.run import Run, in_effect, keep_precision, run_script, start, write_config
+from utils.progress import images_per_update
+from utils.provenance import describe_images, gather_provenance
+from utils.run import Run, keep_precision, run_script, start, write_config
 from utils.seed import seed_step
-from utils.signals import StopSignals, end_stopped
-from utils.training_log import TrainingLog, duration, measure_throughput
+from utils.session import Parts, Session
+from utils.signals import StopSignals
+from utils.training_log import Loader, measure_throughput
 from utils.update import Update, allow_tf32
 
 if TYPE_CHECKING:
     from data.source import ImageSource
+    from evaluation.knn_monitor import KnnMonitor
     from evaluation.online_probe import OnlineProbe
     from models.pretrained import EncoderFile
+    from utils.profiling import Profile
 
 PARTS = ("encoder", "projector", "predictor")  # whose gradient norms are reported
 
@@ -63,125 +58,72 @@ def main() -> None:
     """Data, model, optimizer, resume, loop; a signal stops the run so that it can be resumed."""
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         args, config = parse_arguments(__doc__, add_arguments)
-        if not config.AUG.SSL_AUG:
-            raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
-        for flag, given in (("--profile", args.profile), ("--dry-run", args.dry_run)):
-            if given and (config.EVAL_MODE or config.THROUGHPUT_MODE):
-                raise UserError(f"{flag} needs updates: leave out --eval and --throughput")
-        folder = None
-        if args.dry_run:
-            from utils.dry_run import rehearse, scratch_folder  # few runs need it
-
-            folder = stack.enter_context(scratch_folder())
-        run = start(config, folder, trains=True)
-        saved = find_checkpoint(config, run)
-        config, weights = read_starting_weights(config, args, saved, run)
+        check_flags(args, config)
+        run = start(config, scratch_folder(stack) if args.dry_run else None, trains=True)
+        checkpoint = find_checkpoint(run)
+        run, weights = read_starting_weights(run, args, checkpoint)
+        run, config = keep_precision(run, checkpoint), run.config
 
         loader = build_pretraining_loader(config, "val" if config.EVAL_MODE else "train")
         source = loader.dataset.source
-        bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
-
-        if saved:
-            run = keep_precision(run, config, *saved)
-        model = build_model(config, run)
+        model = build_model(run)
         check_batch(config, model)
-        data = data_facts(config.DATA.DATA_PATH, train=(source.names, source.labels))
+        data = describe_images(config.DATA.DATA_PATH, train=(source.names, source.labels))
         check_same_on_all(data, model)
-        ddp = data_parallel(model, run.device)
 
-        # ``effective`` is ``config`` with what follows from it and the run, such as scaled rates
         rates = scaled_rates(config, loader.size.images_per_update)
-        derived = {"DATA.TRAINING_IMAGES": loader.size.images, "AMP_OPT_LEVEL": run.precision.level}
-        effective = in_effect(config, derived | rates.by_key())
         optimizer = build_optimizer(config, model, rates.base)
         scheduler = build_scheduler(config, optimizer, rates, loader.size.updates)
-        for line in without_effect(config, given_keys(args)):
-            run.logger.warning(line)
         parts = {name: getattr(model, name) for name in PARTS}
+        ddp = data_parallel(model, run.device)
         update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
-        describe(effective, model, loader, run)
 
-        progress, resumed_from = resume(saved, effective, model, update, loader, data, run)
-        total_steps = config.TRAIN.EPOCHS * loader.size.updates
-        if progress.step < total_steps:  # else it says how the run was made
-            write_config(effective, run.folder)
-        probe = build_probe(config, model, source, run, saved)
-        saved = None  # its tensors take memory
-        if weights and not resumed_from:
+        run = replace(run, derived={"DATA.TRAINING_IMAGES": loader.size.images} | rates.by_key())
+        began_with = checkpoint.path if checkpoint else args.pretrained
+        run = replace(run, provenance=describe_run(run, model, data, began_with))
+        describe(run, model, loader, given_keys(args))
+        saved = Parts(lr_scheduler=scheduler)
+        session = Session(run, loader, update, signals, saved)
+        if checkpoint:
+            resume(session, checkpoint)
+        elif weights:
             start_from(weights, model, run)
-        if config.THROUGHPUT_MODE:
-            step = single_update(config, ddp, update, run)
-            return measure_throughput(loader, loader.size, loader.ahead, step, run)
-        if config.EVAL_MODE:
-            if not resumed_from and not weights:
-                raise UserError(f"{run.config.OUTPUT}: no checkpoint to evaluate: see --tag")
-            return evaluate(model, loader, run)
-        if args.dry_run:
-            place = DataPath.of(config, cache_mode="no")
+        if session.step < session.steps:  # else it says how the run was made
+            write_config(run)
+        if config.EVAL_MODE or config.THROUGHPUT_MODE or args.dry_run:
+            return without_training(session, args.dry_run, began_with)
 
-            def open_val() -> "ImageSource":
-                return open_splits(place, labelled=False, train=source)[1]
+        probe = build_probe(model, source, run, checkpoint)
+        saved |= {"probe": probe} if probe else {}
+        checkpoint = weights = None  # their tensors take memory
+        knn = build_knn(run, source)
+        bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)
+        profile = build_profile(args.profile, session)
 
-            step = single_update(config, ddp, update, run)
-            return rehearse(effective, loader, open_val, progress, step, run)
-
-        began_with = resumed_from or args.pretrained
-        provenance = describe_run(effective, model, data, began_with, run)
-
-        def state() -> dict:
-            place = progress.state_dict() | {"lr_scheduler": scheduler.state_dict()}
-            came_from = provenance | {"epoch": progress.epoch, "step": progress.step}
-            came_from |= moment(run.device, run.started)
-            place |= {"probe": probe.state_dict()} if probe else {}
-            return training_state(effective, model, update, **place, provenance=came_from)
-
-        checkpoints = Checkpoints(config, run, progress, state, resumed_from)
-        knn = KnnMonitor(config, source, run)
-        log = TrainingLog(config, run, progress, [optimizer], dim=model.dim, queues=model.queues())
-        signals.training()
-        base_momentum = config.MODEL.CONTRAST_MOMENTUM
-        watch = log.watch
-        if args.profile:
-            from utils.profiling import Profile  # only here: few runs need it
-
-            watch = Profile(args.profile, total_steps - progress.step, run).around(log.watch)
-        started = time.monotonic()
-
-        # Whatever changes over time follows from ``progress``, so that a resumed run is the same.
-        with checkpoints.saved_on_fault():
-            while progress.epoch < config.TRAIN.EPOCHS:
-                ddp.train()
-                loader.start_at(progress.epoch, progress.images_seen)
-                views = partial(forward_views, ddp, run.device, progress.epoch)
-                forward = probe.learning(views) if probe else views
-                for micro_batches in watch(loader):
-                    bad_images.note(micro_batches)
-                    with checkpoints.update_under_way():
-                        scheduler.step_update(progress.step)
-                        seed_step(config.SEED, rank(), progress.step)
-                        momentum = key_momentum(base_momentum, progress.step, total_steps)
-                        model.update_key_encoder(momentum)  # the keys come from the moved one
-                        result = update(micro_batches, forward)
-                        for output in result.outputs:  # all micro-batches saw the same queue
-                            model.enqueue(*output.keys, result.finite)
-                        if probe:
-                            probe.step(result.finite)
-                        progress.advance()
-
-                    # a signal on any process, and SAVE_MINUTES by the clock of the first
-                    stop, save_now = signals.agree(checkpoints.time_is_up())
-                    if log.record(result, {"momentum": momentum}, stop):  # reads the device
-                        bad_images.check()
-                        most = config.TRAIN.MAX_SKIPPED_UPDATES
-                        update.check_skipped(most, checkpoints.advice(), log.longest_rows)
-                    if stop or save_now or checkpoints.due():
-                        checkpoints.save(signals)
-                    if stop:
-                        end_stopped(run.logger, progress.step)  # raises SystemExit
-                if not log.reported(progress.epoch):
-                    log.end_epoch(knn.after(progress.epoch, model.encoder))
-                progress.next_epoch()
-        run.logger.info("training took %s", duration(time.monotonic() - started))
+        # Whatever changes over time follows from the place, so that a resumed run is the same.
+        with session:
+            for epoch in session.epochs():
+                forward: Callable[[Any], Output] = partial(forward_views, ddp, run.device, epoch)
+                forward = probe.learning(forward) if probe else forward
+                for micro_batches in session.updates(bad_images):
+                    scheduler.step_update(session.step)
+                    seed_step(config.SEED, rank(), session.step)
+                    momentum = key_momentum(
+                        config.MODEL.CONTRAST_MOMENTUM, session.step, session.steps
+                    )
+                    model.update_key_encoder(momentum)  # the keys come from the moved one
+                    result = update(micro_batches, forward)
+                    for output in result.outputs:  # all micro-batches saw the same queue
+                        model.enqueue(*output.keys, result.finite)
+                    if probe:
+                        probe.step(result.finite)
+                    session.made(result, momentum=momentum)
+                    if profile:
+                        profile.step()
+                if not session.saved:
+                    session.save()  # before the k-NN accuracy, which takes long
+                if not session.epoch_logged:
+                    session.end_epoch(knn.after(epoch, model.encoder) if knn else {})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,22 +169,46 @@ def forward_views(model: nn.Module, device: torch.device, epoch: int, batch: Vie
     return model(*(normalize(view) for view in views), epoch)
 
 
+def check_flags(args: argparse.Namespace, config: CfgNode) -> None:
+    """Refuse what does not go together."""
+    if not config.AUG.SSL_AUG:
+        raise UserError("pre-training needs two views: set AUG.SSL_AUG True")
+    for flag, given in (("--profile", args.profile), ("--dry-run", args.dry_run)):
+        if given and (config.EVAL_MODE or config.THROUGHPUT_MODE):
+            raise UserError(f"{flag} needs updates: leave out --eval and --throughput")
+
+
+def scratch_folder(stack: contextlib.ExitStack) -> str:
+    """A folder in place of the run folder, also for what is compiled; it is removed in the end."""
+    import tempfile  # only here: --dry-run alone needs it
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="synco-"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(folder, "compiled"))
+    return folder
+
+
+def find_checkpoint(run: Run) -> Checkpoint | None:
+    """The checkpoint to continue from, if there is one."""
+    path = checkpoint_to_resume(run.config, run_folder(run.config), run.logger)
+    return Checkpoint(path, read_checkpoint(path, run.device)) if path else None
+
+
 def read_starting_weights(
-    config: CfgNode, args: argparse.Namespace, saved: tuple[str, dict[str, Any]] | None, run: Run
-) -> tuple[CfgNode, "EncoderFile | None"]:
-    """The weights of ``--pretrained``, if it is given, and the configuration with their network."""
+    run: Run, args: argparse.Namespace, checkpoint: Checkpoint | None
+) -> tuple[Run, "EncoderFile | None"]:
+    """The weights of ``--pretrained``, if it is given, and the run with their network."""
     path, container = args.pretrained, args.container
     if not path:
-        return config, None
-    if saved and not os.path.exists(path):
+        return run, None
+    if checkpoint and not os.path.exists(path):
         # a run that goes on needs the network alone, which is the same
-        path, container = saved[0], None
-    from models.pretrained import read_encoder_for  # which most runs do not need
+        path, container = checkpoint.path, None
+    from models.pretrained import read_encoder_for  # only here: most runs start from none
 
-    weights, adapted = read_encoder_for(config, path, "encoder", container=container)
-    for line in network_changes(config, adapted):
+    weights, adapted = read_encoder_for(run.config, path, "encoder", container=container)
+    for line in network_changes(run.config, adapted):
         run.logger.info(line)
-    return adapted, weights
+    return replace(run, config=adapted), weights
 
 
 def start_from(weights: "EncoderFile", model: MomentumMethod, run: Run) -> None:
@@ -251,15 +217,16 @@ def start_from(weights: "EncoderFile", model: MomentumMethod, run: Run) -> None:
     model.encoder_k.load_state_dict(model.encoder.state_dict())
 
 
-def build_model(config: CfgNode, run: Run) -> MomentumMethod:
+def build_model(run: Run) -> MomentumMethod:
     """The method with its encoders, on the device."""
+    config = run.config
     model = synchronize_batch_norm(build_method(config), run.device)
     choose_attention(model, run.precision)
     for encoder in (model.encoder, model.encoder_k):
         allow_tf32(encoder, run.precision)
     if config.COMPILE:
         # beside the checkpoint, so that a requeued job finds what was compiled before
-        cache = os.path.join(run.config.OUTPUT, "compiled")
+        cache = os.path.join(run_folder(config), "compiled")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         model.encoder.compile()  # in place: the names in a checkpoint stay
         model.encoder_k.compile()
@@ -285,10 +252,12 @@ def check_same_on_all(data: dict, model: MomentumMethod) -> None:
     check_agreement(images | {"the number of weights": weights})
 
 
-def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
+def describe(run: Run, model: MomentumMethod, loader: TrainingLoader, given: set[str]) -> None:
     """Log what will be trained, and on what."""
+    for line in without_effect(run.config, given):
+        run.logger.warning(line)
     if isinstance(model, SynCo):
-        epochs = model.epochs_with_synthetic(effective.TRAIN.EPOCHS)
+        epochs = model.epochs_with_synthetic(run.config.TRAIN.EPOCHS)
         if epochs:
             run.logger.info(f"synthetic negatives from epoch {epochs[0]} to epoch {epochs[-1]}")
         else:
@@ -298,77 +267,89 @@ def describe(effective: CfgNode, model: MomentumMethod, loader: TrainingLoader, 
             )
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.logger.info(
-        f"{effective.MODEL.TYPE} with {effective.MODEL.ENCODER}: {learned / 1e6:.2f} M parameters "
-        f"learn, {loader.size.images} images, {loader.size.updates} updates an epoch, base rate "
-        f"{effective.TRAIN.BASE_LR:.3g}"
+        f"{run.config.MODEL.TYPE} with {run.config.MODEL.ENCODER}: {learned / 1e6:.2f} M "
+        f"parameters learn, {loader.size.images} images, {loader.size.updates} updates an epoch, "
+        f"base rate {run.effective.TRAIN.BASE_LR:.3g}"
     )
 
 
 def describe_run(
-    effective: CfgNode, model: MomentumMethod, data: dict, began_with: str | None, run: Run
-) -> dict:
-    """What the checkpoints say of where they come from, as far as it stays the same."""
+    run: Run, model: MomentumMethod, data: dict, began_with: str | None
+) -> dict[str, Any]:
+    """What the checkpoints say of where they come from; each adds its epoch and step."""
     origin: dict[str, Any] = {"checkpoint": began_with and os.path.abspath(began_with)}
     origin |= {"network": network_of(model.encoder).known()}
-    origin |= {"method": effective.MODEL.TYPE, "encoder": effective.MODEL.ENCODER}
-    return gather_provenance(effective, run.device, origin, data)
+    origin |= {"method": run.config.MODEL.TYPE, "encoder": run.config.MODEL.ENCODER}
+    provenance = gather_provenance(run.effective, run.device, origin, data)
+    return {k: v for k, v in provenance.items() if k not in ("epoch", "step")}
 
 
-def find_checkpoint(config: CfgNode, run: Run) -> tuple[str, dict[str, Any]] | None:
-    """Path and content of the checkpoint to continue from, if there is one."""
-    path = checkpoint_to_resume(config, run.config.OUTPUT, run.logger)
-    return (path, read_checkpoint(path, run.device)) if path else None
-
-
-def resume(
-    saved: tuple[str, dict[str, Any]] | None,
-    effective: CfgNode,
-    model: MomentumMethod,
-    update: Update,
-    loader: TrainingLoader,
-    data: dict[str, Any],
-    run: Run,
-) -> tuple[Progress, str | None]:
-    """Continue from the checkpoint that was saved; returns the place, and the path if there is one.
-
-    Without one the run starts at TRAIN.START_EPOCH.
-    """
-    if not saved:
-        epoch = effective.TRAIN.START_EPOCH
-        return Progress(loader.size, epoch, epoch * loader.size.updates), None
-    path, state = saved
-    restore_training(state, path, model, update, ("epoch", "step", "rng_state"))
+def resume(session: Session, checkpoint: Checkpoint) -> None:
+    """Continue from the checkpoint, if it is of this method and network."""
+    session.restore(checkpoint)
     below = "encoder."  # whose heads the shapes do not tell
-    encoder = {n.removeprefix(below): v for n, v in state["model"].items() if n.startswith(below)}
-    check_network(model.encoder, encoder, network_said(state), path)
-    progress = locate(state, loader.size)
-    if not effective.EVAL_MODE:  # whose images are others anyway
-        warn_of_changes(state, path, progress, effective.TRAIN.BASE_LR, run.logger)
-        warn_of_settings(state, path, effective, data["digest"], run.logger)
-    run.logger.info("resumed from %s at update %d", path, progress.step)
-    return progress, path
+    tensors = checkpoint.state["model"].items()
+    encoder = {n.removeprefix(below): v for n, v in tensors if n.startswith(below)}
+    said, model = network_said(checkpoint.state), session.update.ddp.module
+    check_network(model.encoder, encoder, said, checkpoint.path)
 
 
 def build_probe(
-    config: CfgNode,
-    model: MomentumMethod,
-    source: "ImageSource",
-    run: Run,
-    saved: tuple[str, dict[str, Any]] | None,
+    model: MomentumMethod, source: "ImageSource", run: Run, checkpoint: Checkpoint | None
 ) -> "OnlineProbe | None":
     """The linear classifier of TRAIN.PROBE, as it was when the checkpoint was saved."""
-    if not config.TRAIN.PROBE:
+    if not run.config.TRAIN.PROBE:
         return None
     from evaluation.online_probe import OnlineProbe  # only here: most runs have none
 
     probe = OnlineProbe(model.encoder.num_features, source, run.device)
-    if saved:
-        probe.load_state_dict(*saved)
+    if checkpoint:
+        probe.load_state_dict(checkpoint.path, checkpoint.state)
     return probe
 
 
+def build_knn(run: Run, source: "ImageSource") -> "KnnMonitor | None":
+    """What measures the k-NN accuracy of TRAIN.KNN_FREQ."""
+    if not run.config.TRAIN.KNN_FREQ:
+        return None
+    from evaluation.knn_monitor import KnnMonitor  # only here: most runs measure none
+
+    return KnnMonitor(run.config, source, run)
+
+
+def build_profile(updates: int | None, session: Session) -> "Profile | None":
+    """What profiles the first updates, if --profile asks for some."""
+    if not updates:
+        return None
+    from utils.profiling import Profile  # only here: few runs need it
+
+    return Profile(updates, session.steps - session.step, session.run)
+
+
+def without_training(session: Session, dry_run: bool, began_with: str | None) -> None:
+    """Do what --throughput, --eval or --dry-run asks for."""
+    run, loader, update = session.run, session.loader, session.update
+    if run.config.THROUGHPUT_MODE:
+        measure_throughput(loader, single_update(update, run), run)
+    elif run.config.EVAL_MODE:
+        if not began_with:
+            raise UserError(f"{run_folder(run.config)}: no checkpoint to evaluate: see --tag")
+        evaluate(update.ddp.module, loader, run)
+    else:
+        from utils.dry_run import rehearse  # only here: few runs need it
+
+        train = loader.dataset.source
+        rehearse(session, train, partial(open_val, run.config, train), single_update(update, run))
+
+
+def open_val(config: CfgNode, train: "ImageSource") -> "ImageSource":
+    """The val images, beside those of training."""
+    place = DataPath.of(config, cache_mode="no")
+    return open_splits(place, labelled=False, train=train)[1]
+
+
 @torch.no_grad()
-def evaluate(model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
+def evaluate(model: MomentumMethod, loader: Loader, run: Run) -> None:
     """Log the loss of two views of the val images in whole batches, without an update."""
     model.eval()
     sums, batches = torch.zeros(3, device=run.device), 0
@@ -385,19 +366,17 @@ def evaluate(model: MomentumMethod, loader: TrainingLoader, run: Run) -> None:
     run.logger.info(f"{said} of {images} of {loader.size.images} images")
 
 
-def single_update(
-    config: CfgNode, ddp: DistributedDataParallel, update: Update, run: Run
-) -> Callable[[list], None]:
+def single_update(update: Update, run: Run) -> Callable[[list], None]:
     """One update from its micro-batches, with synthetic negatives if the method makes any."""
-    forward = partial(forward_views, ddp, run.device, config.MODEL.WARMUP_EPOCHS)
+    model = update.ddp.train().module
+    forward = partial(forward_views, update.ddp, run.device, run.config.MODEL.WARMUP_EPOCHS)
 
     def step(micro_batches: list) -> None:
-        ddp.module.update_key_encoder(config.MODEL.CONTRAST_MOMENTUM)
+        model.update_key_encoder(run.config.MODEL.CONTRAST_MOMENTUM)
         result = update(micro_batches, forward)
         for output in result.outputs:
-            ddp.module.enqueue(*output.keys, result.finite)
+            model.enqueue(*output.keys, result.finite)
 
-    ddp.train()
     return step
 
 

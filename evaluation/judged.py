@@ -17,6 +17,10 @@ CHOSEN_ON = {TEST: "the test images", TRAIN: "held-out training images"}
 class Judged:
     """What the heads have achieved.
 
+    Args:
+        rates: of the heads.
+        also: what else a checkpoint says of how they learn.
+
     Attributes:
         epoch: the last one that was judged.
         best: ``value``, ``epoch`` and ``lr`` of the best head so far, the value on the test
@@ -25,8 +29,8 @@ class Judged:
         left_out: whether each head has diverged for good.
     """
 
-    def __init__(self, rates: list[float]) -> None:
-        self.rates = rates
+    def __init__(self, rates: list[float], also: dict[str, Any] | None = None) -> None:
+        self.rates, self.also = rates, also or {}
         self.epoch = -1
         self.best: dict[str, Any] | None = None
         self.figures: Figures = []
@@ -91,7 +95,7 @@ class Judged:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores."""
         state = {"judged": self.epoch, "best": self.best, "figures": self.figures}
-        return state | {"left_out": self.left_out}
+        return self.also | state | {"left_out": self.left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore from a checkpoint; v0.1 wrote its checkpoints after their epoch was judged."""
@@ -142,7 +146,7 @@ def summary(metric: str, best: dict[str, Any], last: dict[str, Any]) -> str:
 
 
 def by_name(
-    names: list[str], figures: Figures, held_out: Figures | None = None
+    names: Sequence[str], figures: Figures, held_out: Figures | None = None
 ) -> dict[str, float | None]:
     """The figures of all heads by name, ``value@0.1`` for the head of rate 0.1.
 

@@ -16,7 +16,6 @@ from models.encoder import ENCODERS, PREFIX
 from models.vit import VisionTransformer, are_fixed_positions
 from utils.config import KEYS, with_values
 from utils.errors import UserError
-from utils.stand_in import entries_of
 
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 QKV = "blocks.0.attn.qkv.weight"
@@ -107,8 +106,8 @@ def transform_said(state: Mapping[str, Any]) -> dict[str, Any]:
         "DATA.INTERPOLATION"
     ].allowed:
         said["DATA.INTERPOLATION"] = mode
-    if (crop := configured(state, "TEST").get("CROP", "").lower()) in ("true", "false"):
-        said["TEST.CROP"] = crop == "true"
+    if isinstance(crop := configured(state, "TEST").get("CROP"), bool):
+        said["TEST.CROP"] = crop
     return said
 
 
@@ -127,6 +126,8 @@ def configured(state: Mapping[str, Any], section: str = "MODEL") -> dict[str, An
             yaml.YAMLError, RecursionError, ValueError
         ):  # then it says nothing
             config = yaml.safe_load(config)
+    from utils.stand_in import entries_of  # only here: an update needs none of it
+
     entries = entries_of(entries_of(config).get(section))
     return {key: value for key, value in entries.items() if isinstance(value, (str, int))}
 

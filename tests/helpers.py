@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -23,8 +24,11 @@ from models import build_method
 from models.encoder import create_encoder
 from optimizer import build_optimizer
 from tools.pack_images import pack_zip
-from utils.config import load_config
+from utils.config import DEFAULTS, load_config, with_values
 from utils.distributed import data_parallel, init_process_group, leave_group
+from utils.progress import EpochSize, Progress
+from utils.run import Run
+from utils.session import PRETRAINING, Parts, Session
 from utils.update import Precision, Update
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +50,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).glob("*.py")
 )
 
-# what ``Checkpoints.save`` asks: no signal comes, and the time is up when it is up
+# what ``Session.save`` asks: no signal comes, and the time is up when it is up
 NO_SIGNALS = SimpleNamespace(agree=lambda over: (False, over))
 PORTS = iter(range(20000, 21000))
 
@@ -171,8 +175,9 @@ def tiny(recipe: str, *opts) -> tuple:
     """A configuration of small images, and what ``start`` would return for it."""
     device = torch.device("cpu")
     opts = ["MODEL.ENCODER", "vit_nano", "DATA.IMG_SIZE", "32", *opts]
-    run = SimpleNamespace(device=device, precision=Precision("O0", device))
-    return load_config(str(ROOT / recipe), opts), run
+    config = load_config(str(ROOT / recipe), opts)
+    run = SimpleNamespace(device=device, precision=Precision("O0", device), config=config)
+    return config, run
 
 
 def weights(folder, name="checkpoint.pth"):
@@ -252,3 +257,41 @@ def build_update(config, run):
         return result
 
     return model, optimizer, make
+
+
+class Model:
+    """Stands for DistributedDataParallel, and for what it holds."""
+
+    def __init__(self) -> None:
+        self.module, self.weights = self, torch.arange(6.0)
+
+    def state_dict(self) -> dict:
+        return {"w": self.weights}
+
+    def train(self) -> "Model":
+        return self
+
+
+class Batches(list):
+    """A loader."""
+
+    size, starts = EpochSize(8, 4), ()
+
+    def start_at(self, *place) -> None:
+        self.starts = (*self.starts, place)
+
+
+def session_of(folder, step=0, size=(8, 4), kind=PRETRAINING, signals=NO_SIGNALS, **keys):
+    """A session of a model without learning, after so many updates."""
+    keys = {"TRAIN__EPOCHS": 9, "SAVE_FREQ": 2} | keys
+    config = with_values(DEFAULTS, {key.replace("__", "."): v for key, v in keys.items()})
+    device, logger = torch.device("cpu"), logging.getLogger("session")
+    run = Run(str(folder), device, Precision("O0", device), logger, config)
+    update = SimpleNamespace(ddp=Model(), state_dict=dict, optimizers=[])
+    loader = Batches()
+    loader.size = size = EpochSize(*size)
+    session = Session(run, loader, update, signals, Parts(), kind)
+    epoch = max(0, step - 1) // size.updates
+    session.progress = Progress(size, epoch, step)
+    session.progress.images_seen = session.progress.steps_of_epoch * size.images_per_update
+    return session

@@ -11,7 +11,6 @@ from torch._dynamo.utils import counters
 import main_pretrain
 from models.encoder import choose_attention, create_encoder
 from models.moby import MoBY
-from utils.config import with_values
 from utils.update import Precision
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -71,8 +70,8 @@ def test_a_requeued_job_finds_what_was_compiled(tmp_path, monkeypatch, given):
     """In the run folder, or where the variable of torch says."""
     if given:
         monkeypatch.setenv(CACHE, str(tmp_path / given))
-    config, run = tiny("configs/moby_vit_tiny.yaml", "COMPILE", "True")
-    run.config = with_values(config, {"OUTPUT": str(tmp_path / "run")})
+    own = ("OUTPUT", str(tmp_path), "MODEL.NAME", "run", "TAG", "t")
+    _, run = tiny("configs/moby_vit_tiny.yaml", "COMPILE", "True", *own)
     encoders = {"encoder": torch.nn.Linear(2, 2), "encoder_k": torch.nn.Linear(2, 2)}
     method = SimpleNamespace(modules=lambda: [], **encoders)
     for name in ("build_method", "synchronize_batch_norm"):
@@ -81,11 +80,11 @@ def test_a_requeued_job_finds_what_was_compiled(tmp_path, monkeypatch, given):
     for _ in range(2):
         torch._dynamo.reset()  # as in another process
         counters.clear()
-        model = main_pretrain.build_model(config, run)
+        model = main_pretrain.build_model(run)
         model.encoder(torch.ones(3, 2)).sum().backward()
         hits.append(counters["aot_autograd"]["autograd_cache_hit"])
     assert hits == [0, 1]
-    assert any((tmp_path / (given or "run/compiled")).iterdir())
+    assert any((tmp_path / (given or "run/t/compiled")).iterdir())
 
 
 @pytest.mark.parametrize("flags, count", [([], 0), (["--compile"], 2)])

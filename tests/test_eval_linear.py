@@ -21,7 +21,7 @@ from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
 from utils import training_log
 from utils.errors import UserError
-from utils.progress import Checkpoints
+from utils.session import Session
 from utils.signals import RESUMABLE
 from utils.update import Update
 
@@ -180,15 +180,15 @@ def test_resuming_changes_nothing(run_main, tinted, tmp_path, monkeypatch, opts)
     kind = "ft" if opts else "linprob"
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     run_main(eval_linear, *arguments(tinted, straight, opts=opts))
-    save = Checkpoints.save
+    save = Session.save
 
-    def stop_after_two(self, signals):
-        save(self, signals)
+    def stop_after_two(self):
+        save(self)
         if self.progress.epoch == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoints, "save", stop_after_two)
+        patch.setattr(Session, "save", stop_after_two)
         run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
     run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
     assert "after epoch 1" in (folder(stopped, kind) / "log_rank0.txt").read_text()
@@ -231,7 +231,7 @@ def test_a_signal_within_an_epoch_changes_nothing(
     assert ended.value.code == RESUMABLE
     assert checkpoint(stopped, kind)["step"] == updates
     run_main(eval_linear, *arguments(tinted, stopped, *flags, opts=opts))
-    assert f"at update {updates}, " in (folder(stopped, kind) / "log_rank0.txt").read_text()
+    assert f"at update {updates}\n" in (folder(stopped, kind) / "log_rank0.txt").read_text()
     assert_same(checkpoint(straight, kind), checkpoint(stopped, kind))
     assert results(straight, kind) == results(stopped, kind)
     steps = [
@@ -528,8 +528,8 @@ def test_a_wrong_checkpoint_is_named(run_main, tinted, imagenet, tmp_path, wrong
 def test_features_that_are_not_finite_are_named(run_main, tinted, tmp_path, monkeypatch):
     load = eval_linear.load_pretrained_encoder
 
-    def broken(*given):
-        encoder, origin = load(*given)
+    def broken(*given, **named):
+        encoder, origin = load(*given, **named)
         encoder.norm.weight.data.fill_(float("nan"))
         return encoder, origin
 
@@ -740,14 +740,14 @@ def test_what_has_not_ended_goes_on_with_its_batches_divided_otherwise(
 ):
     """As on other machines, and says so; what has ended stays that of its own batches."""
     given = arguments(tinted, tmp_path, "--drop-path-rate", "0", opts=["DATA.BATCH_SIZE", "16"])
-    save = Checkpoints.save
+    save = Session.save
 
-    def stop(self, signals):
-        save(self, signals)
+    def stop(self):
+        save(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoints, "save", stop)
+        patch.setattr(Session, "save", stop)
         run_main(eval_linear, *given)
     divided = arguments(tinted, tmp_path, "--drop-path-rate", "0", "--accumulation-steps", "2")
     run_main(eval_linear, *divided)

@@ -97,4 +97,4 @@ def test_a_warm_up_that_does_not_end_is_said():
     config = configured("TRAIN.EPOCHS", 5, "TRAIN.WARMUP_EPOCHS", 6)
     assert "never reaches TRAIN.BASE_LR" in without_effect(config, set())[0]
     assert max(rates_of(config)) < config.TRAIN.BASE_LR
-    assert not without_effect(configured("TRAIN.EPOCHS", 5, "TRAIN.WARMUP_EPOCHS", 5), set())
+    assert not without_effect(configured("TRAIN.EPOCHS", 6, "TRAIN.WARMUP_EPOCHS", 5), set())

@@ -13,8 +13,8 @@ from models import METHODS
 from models.momentum import MomentumMethod, spread_figures
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.training_log import Averages, MetricsFile, collapsed, queue_spread
-from utils.update import Update
+from utils.training_log import MetricsFile, collapsed, queue_spread
+from utils.update import Averages, Update
 
 VIEWS = (2, 4, 32, 32, 3)
 
@@ -193,7 +193,7 @@ def test_means_leave_out_what_was_skipped(process_group):
 def test_a_metrics_file_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     logger = logging.getLogger("metrics")
     (tmp_path / "metrics.jsonl").mkdir()
-    metrics = MetricsFile(str(tmp_path), 0, logger)
+    metrics = MetricsFile(str(tmp_path), None, logger)
     metrics.write("train", {"step": 1})
     metrics.write("train", {"step": 2})
     assert caplog.text.count("cannot write") == 1

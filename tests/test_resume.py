@@ -1,22 +1,19 @@
 """main_pretrain.py within an epoch: what is saved when, and where a run continues."""
 
 import json
-import logging
 import os
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import NO_SIGNALS, arguments, assert_same, run_forked, weights
+from helpers import arguments, assert_same, run_forked, session_of, weights
 
 import main_pretrain
 from data.dataset import TwoViews
 from data.loader import EpochBatches
-from utils import checkpoint, progress
-from utils.config import DEFAULTS
+from utils import checkpoint
 from utils.errors import UserError
-from utils.progress import Checkpoints, EpochSize, Progress, locate
+from utils.session import Session
 from utils.update import Update
 
 
@@ -158,74 +155,21 @@ def test_from_two_processes_to_one(run_main, imagenet, tmp_path):
     assert weights(tmp_path)["step"] == 48
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_every_place_in_an_epoch_is_found(epoch):
-    for images in range(50):
-        for per_update in (1, 4, 5, 7, 24):
-            size = EpochSize(24, per_update)
-            place = locate({"epoch": epoch, "images": images}, size)
-            sampler = EpochBatches(24, per_update)
-            sampler.start_at(place.epoch, place.images_seen)
-            left = len(list(sampler))
-            assert place.step + left == (place.epoch + 1) * size.updates
-            assert (place.epoch, place.images_seen) == (epoch, images)
-            assert place.epoch_ended == (left == 0) == (images > (size.updates - 1) * per_update)
-
-
-def checkpoints(folder, resumed_from=None, **train) -> Checkpoints:
-    config = DEFAULTS.clone()
-    config.TRAIN.update(train)
-    config.SAVE_FREQ = 1
-    run = SimpleNamespace(folder=str(folder), logger=logging.getLogger("saving"))
-    return Checkpoints(config, run, Progress(EpochSize(1000, 1)), state, resumed_from)
-
-
-def save(keeper: Checkpoints, given: dict) -> None:
-    keeper.state = lambda: given
-    keeper.save(NO_SIGNALS)
-
-
-def state(step: int = 1) -> dict:
-    return {"model": {"w": torch.ones(100000)}, "step": step}
+def saving(folder, step=1, size=(1000, 1), **train) -> Session:
+    keys = {f"TRAIN__{name}": value for name, value in train.items()}
+    session = session_of(folder, step, size, SAVE_FREQ=1, TRAIN__EPOCHS=300, **keys)
+    session.update.ddp.weights = torch.ones(100000)
+    return session
 
 
 def test_the_newest_of_the_run_stay(tmp_path):
     (tmp_path / "ckpt_epoch_250.pth").write_text("of a longer run")
-    keeper = checkpoints(tmp_path, KEEP_CHECKPOINTS=2)
     for epoch in range(12):
-        keeper.progress = Progress(EpochSize(24, 4), epoch, 6 * (epoch + 1))
-        keeper.save(NO_SIGNALS)
+        saving(tmp_path, 6 * (epoch + 1), (24, 4), KEEP_CHECKPOINTS=2).save()
     assert {p.name for p in tmp_path.iterdir()} == {
         *("checkpoint.pth", "checkpoint_previous.pth"),
         *("ckpt_epoch_10.pth", "ckpt_epoch_11.pth", "ckpt_epoch_250.pth"),
     }
-
-
-def due(keeper: Checkpoints, step: int) -> bool:
-    keeper.progress.step = step
-    return keeper.due()
-
-
-def test_saving_by_steps_and_by_time(tmp_path, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    keeper = checkpoints(tmp_path, SAVE_STEPS=3, SAVE_MINUTES=2.0)
-    assert [step for step in range(1, 10) if due(keeper, step)] == [3, 6, 9]
-    keeper.progress = Progress(EpochSize(1000, 100), 1, 20)  # the end of an epoch
-    assert keeper.due()
-    keeper.progress = Progress(EpochSize(1000, 1))
-    answers = []
-    for _ in range(6):
-        now[0] += 50
-        answers.append(keeper.time_is_up())
-    assert answers == [False, False, True, False, False, True]
-    now[0] += 110
-    keeper.save(NO_SIGNALS)
-    now[0] += 110
-    assert not keeper.time_is_up()  # counted from what was saved last
-    silent = checkpoints(tmp_path, SAVE_MINUTES=0.0)
-    now[0] += 1e9
-    assert not silent.time_is_up() and not due(silent, 100)
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
@@ -234,8 +178,8 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog, policy):
         file.write(b"x" * 1000)
         raise OSError(28, "No space left on device")
 
-    keeper = checkpoints(tmp_path, ON_SAVE_ERROR=policy)
-    keeper.save(NO_SIGNALS)
+    keeper = saving(tmp_path, ON_SAVE_ERROR=policy)
+    keeper.save()
     before = (tmp_path / "checkpoint.pth").read_bytes()
     message = r"checkpoint\.pth: cannot write the checkpoint \(No space left on device\): it takes "
     message += r"0\.4 MB, and \d+\.\d MB are free, make room there: "
@@ -244,27 +188,29 @@ def test_a_full_disk(tmp_path, monkeypatch, caplog, policy):
         patch.setattr(checkpoint, "_write", full)
         if policy == "stop":
             with pytest.raises(UserError, match=message):
-                save(keeper, state(2))
+                keeper.save()
         else:
-            save(keeper, state(2))
+            keeper.save()
             assert re.search(message, caplog.text)
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
-    save(keeper, state(3))
+    keeper.progress.step = 3
+    keeper.save()
     assert torch.load(tmp_path / "checkpoint.pth")["step"] == 3
 
 
 def test_weights_that_are_not_finite_replace_nothing(tmp_path):
-    keeper = checkpoints(tmp_path)
-    keeper.save(NO_SIGNALS)
-    poisoned = {"model": {"w": torch.tensor([1.0, float("nan")])}, "step": 2}
+    keeper = saving(tmp_path)
+    keeper.save()
+    keeper.progress.step = 2
+    keeper.update.ddp.weights = torch.tensor([1.0, float("nan")])
     with pytest.raises(UserError, match=r"not finite.*last good checkpoint is .*checkpoint\.pth"):
-        save(keeper, poisoned)
+        keeper.save()
     assert torch.load(tmp_path / "checkpoint.pth")["step"] == 1
 
 
 def test_what_a_kill_has_left_is_removed(tmp_path):
     for name in ("checkpoint.pth.tmp", "ckpt_epoch_3.pth.tmp"):
         (tmp_path / name).write_text("half")
-    checkpoints(tmp_path)
+    saving(tmp_path).files.open()
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ from utils.arguments import number_in, parse_arguments
 from utils.checkpoint import save_checkpoint
 from utils.config import with_values
 from utils.errors import UserError
-from utils.provenance import gather_provenance, moment
+from utils.provenance import cost, gather_provenance
 from utils.run import run_script
 
 # timm's model with the same layers, and the arguments of its constructor
@@ -87,7 +87,7 @@ def main() -> None:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         cpu = torch.device("cpu")
         provenance = gather_provenance(config, cpu, origin, origin.get("data"))
-        provenance |= moment(cpu, started)
+        provenance |= cost(cpu, started)
         written = write(encoder, config, args.out, describe(args, config, origin), provenance)
     except OSError as error:
         raise UserError(f"{args.out}: cannot write ({error.strerror or error})") from error

@@ -9,6 +9,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,13 +19,19 @@ from yacs.config import CfgNode
 
 from utils.distributed import on_first_process
 from utils.errors import UserError
-from utils.update import Update
 
 LATEST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
 TEMPORARY = ".tmp"
-COUNTS = ("epoch", "step", "images", "images_per_update", "training_images")
 EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: its content, and the path that says in errors which one."""
+
+    path: str
+    state: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -196,52 +203,6 @@ def _newest_readable(folder: str, logger: logging.Logger) -> str | None:
     if errors:
         raise errors[0]
     return None
-
-
-def training_state(
-    config: CfgNode, model: nn.Module, update: Update, **also: Any
-) -> dict[str, Any]:
-    """What ``restore_training`` needs, the configuration as text, and ``also``."""
-    return {
-        "model": model.state_dict(),
-        **update.state_dict(),
-        "config": config.dump(),
-        "rng_state": torch.get_rng_state(),
-        **also,
-    }
-
-
-def restore_training(
-    state: dict[str, Any], path: str, model: nn.Module, update: Update, also: tuple[str, ...] = ()
-) -> None:
-    """Restore model, optimizers, loss scaling and random numbers from a checkpoint.
-
-    Args:
-        state: the checkpoint, read from ``path``.
-        path: what to call it in an error.
-        model, update: what is restored.
-        also: further names that the checkpoint must have.
-
-    Raises:
-        UserError: something is missing, or belongs to another model or optimizer.
-    """
-    absent = {"model", "optimizer", "scaler", *also} - set(state)
-    if absent:
-        raise UserError(f"{path}: cannot resume, the checkpoint has no {', '.join(sorted(absent))}")
-    for name in COUNTS:
-        count = state.get(name, 0)
-        if not isinstance(count, int) or count < 0:
-            raise UserError(f"{path}: damaged, its {name} is {str(count)[:50]!r}")
-    load_model(model, state["model"], path)
-    try:
-        update.load_state_dict(state)
-    except Exception as error:  # of a damaged state, which can raise anything
-        raise UserError(f"{path}: state of another optimizer ({error})") from error
-    try:
-        if "rng_state" in state:
-            torch.set_rng_state(state["rng_state"].cpu())
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged, its rng_state is no state ({error})") from error
 
 
 def _temporary(path: str) -> str:

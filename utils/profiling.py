@@ -1,10 +1,8 @@
 """What the time of some updates goes to: torch's profiler."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from utils.checkpoint import TEMPORARY
 from utils.distributed import rank
@@ -14,7 +12,6 @@ from utils.run import Run
 TRACE = "trace.json"
 WARM_UP = 3  # updates before, in which memory grows and kernels are chosen
 ROWS = 20  # of the table
-B = TypeVar("B")
 
 
 class Profile:
@@ -38,43 +35,35 @@ class Profile:
                 f"--profile {updates} needs {updates + WARM_UP} updates, as {WARM_UP} warm up, but "
                 f"the run has only {left} left"
             )
-        self.updates, self.run, self._made = updates, run, 0
+        self.updates, self.run = updates, run
         activities = [ProfilerActivity.CPU]
         if run.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=activities)
-
-    def around(self, watch: Callable[[Iterable[B]], Iterator[B]]) -> Callable:
-        """``watch``, whose updates are counted and profiled over all epochs."""
-
-        def watched(updates: Iterable[B]) -> Iterator[B]:
-            for update in watch(updates):
-                yield update  # it is made here
-                if rank() == 0:
-                    self._count()
-
-        return watched
-
-    def _count(self) -> None:
-        self._made += 1
-        if self._made == WARM_UP:
+        self._profiler: profile | None = None
+        if rank() == 0:
+            when = schedule(wait=WARM_UP - 1, warmup=1, active=updates, repeat=1)
+            self._profiler = profile(
+                activities=activities, schedule=when, on_trace_ready=self._write
+            )
             self._profiler.start()
-        if self._made == WARM_UP + self.updates:
-            self._profiler.stop()
-            self._write()
 
-    def _write(self) -> None:
+    def step(self) -> None:
+        """Count an update that has been made."""
+        if self._profiler:
+            self._profiler.step()
+
+    def _write(self, profiler: profile) -> None:
         path, cuda = os.path.join(self.run.folder, TRACE), self.run.device.type == "cuda"
-        averages = self._profiler.key_averages()
         # torch knows it by this name in all versions
         sort_by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        averages = profiler.key_averages()
         table = averages.table(sort_by=sort_by, row_limit=ROWS, max_name_column_width=60)
         self.run.logger.info("%d updates by operation:\n%s", self.updates, table)
-        self._profiler.export_chrome_trace(path + TEMPORARY)
+        profiler.export_chrome_trace(path + TEMPORARY)
         try:
             os.replace(path + TEMPORARY, path)
         except OSError as error:  # torch has said why it wrote nothing; it is not worth the run
             self.run.logger.error("%s: cannot write the trace (%s)", path, error.strerror)
         else:
             self.run.logger.info("%s saved: open it in ui.perfetto.dev or chrome://tracing", path)
-        del self._profiler  # its events take memory
+        self._profiler = None  # its events take memory

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -34,7 +35,7 @@ GIT_SECONDS = 5.0
 def gather_provenance(
     config: CfgNode, device: torch.device, origin: Mapping[str, Any], data: Any
 ) -> dict[str, Any]:
-    """What stays the same all through a run; ``moment`` adds the rest.
+    """What stays the same all through a run; ``cost`` adds the rest.
 
     It starts git, and reads the source, so it is for the start of a run.
 
@@ -42,7 +43,7 @@ def gather_provenance(
         config: the configuration in effect, as config.json has it.
         device: of the run.
         origin: of the weights, with keys of ``ORIGIN``; those that are missing are None.
-        data: from ``data_facts``.
+        data: from ``describe_images``.
 
     Returns:
         numbers, text, None and dictionaries of these.
@@ -64,10 +65,8 @@ def gather_provenance(
     }
 
 
-def moment(device: torch.device, started: float) -> dict[str, Any]:
+def cost(device: torch.device, started: float) -> dict[str, Any]:
     """The date, the peak memory in MB, and the seconds since ``started`` of ``time.monotonic``."""
-    from utils.training_log import memory  # only here: it needs what needs this module
-
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 3),
@@ -75,7 +74,14 @@ def moment(device: torch.device, started: float) -> dict[str, Any]:
     }
 
 
-def data_facts(root: str, **splits: tuple[Sequence[str], ArrayLike]) -> dict[str, Any]:
+def memory(device: torch.device) -> float:
+    """The most memory used so far in MB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def describe_images(root: str, **splits: tuple[Sequence[str], ArrayLike]) -> dict[str, Any]:
     """What tells one list of images from another; the pixels do not count, nor where it lies.
 
     Args:

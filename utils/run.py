@@ -1,10 +1,10 @@
 """How a script starts and ends."""
 
+import contextlib
 import ctypes
 import json
 import logging
 import os
-import re
 import sys
 import time
 import traceback
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import yaml
 from yacs.config import CfgNode
 
 from logger import create_logger
-from utils.checkpoint import replacing
+from utils.checkpoint import Checkpoint, replacing
 from utils.config import configuration_facts, run_folder, to_json, with_values
 from utils.distributed import (
     check_agreement,
@@ -27,9 +28,9 @@ from utils.distributed import (
     rank,
     world_size,
 )
-from utils.errors import UserError, end_with
+from utils.errors import UserError, end_with, reading
 from utils.lock import lock_folder
-from utils.provenance import moment, source_digest
+from utils.provenance import cost, source_digest
 from utils.update import LEVELS, Precision
 
 
@@ -42,7 +43,9 @@ class Run:
         device: where it computes.
         precision: in which type of number.
         logger: of this process.
-        config: the configuration in effect.
+        config: the configuration as it was read.
+        derived: what follows from it and the start, by dotted keys, such as scaled rates.
+        provenance: what its checkpoints say of where they come from.
         started: of ``time.monotonic``, in seconds.
     """
 
@@ -51,7 +54,15 @@ class Run:
     precision: Precision
     logger: logging.Logger
     config: CfgNode
+    derived: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def effective(self) -> CfgNode:
+        """What ``config.json`` shows: the configuration with what follows from it."""
+        own = {"OUTPUT": run_folder(self.config), "AMP_OPT_LEVEL": self.precision.level}
+        return with_values(self.config, own | self.derived)
 
 
 def start(config: CfgNode, folder: str | None = None, trains: bool = False) -> Run:
@@ -81,51 +92,56 @@ def start(config: CfgNode, folder: str | None = None, trains: bool = False) -> R
     folder = folder or run_folder(config)
     if config.EVAL_MODE or config.THROUGHPUT_MODE:  # the run itself may be training
         folder = os.path.join(folder, "eval" if config.EVAL_MODE else "throughput")
-    try:
+    with reading(folder, "cannot write the run folder"):
         os.makedirs(folder, exist_ok=True)
         on_first_process(lambda: lock_folder(folder, config.TRAIN.WAIT_FOR_LOCK))
         logger = create_logger(folder, rank())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the run folder ({error.strerror})") from error
-    effective = in_effect(config, {"AMP_OPT_LEVEL": precision.level})
     torch.manual_seed(config.SEED)  # the same weights and queues on every process
+    run = Run(folder, device, precision, logger, config)
     said = f"{world_size()} processes, torch {torch.__version__}, {device}, configuration:"
-    logger.info("%s\n%s", said, to_json(effective).rstrip())
+    logger.info("%s\n%s", said, to_json(run.effective).rstrip())
     log_precision(precision, logger)
-    return Run(folder, device, precision, logger, effective)
+    return run
 
 
-def keep_precision(run: Run, config: CfgNode, path: str, state: dict[str, Any]) -> Run:
+def written_config(state: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a checkpoint was written with, nothing for one of another program."""
+    with contextlib.suppress(yaml.YAMLError, AttributeError, RecursionError):
+        found = yaml.safe_load(state.get("config") or "")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def keep_precision(run: Run, checkpoint: Checkpoint | None) -> Run:
     """``run`` with the precision of the checkpoint that it goes on from, if the device has it.
 
     An AMP_OPT_LEVEL that was asked for stays. Every process has to call it.
 
     Args:
         run: as it would begin anew.
-        config: the configuration as it was read.
-        path, state: the checkpoint; one that says no precision has O0.
+        checkpoint: one that says no precision has O0.
 
     Raises:
         UserError: the processes differ.
     """
-    said = re.search(r"^AMP_OPT_LEVEL: (\w+)$", str(state.get("config")), re.MULTILINE)
-    before = said[1] if said and said[1] in LEVELS[1:] else "O0"
-    now = run.precision
-    if config.AMP_OPT_LEVEL == "auto":
-        kept = Precision(before, run.device, config.TRAIN.TF32)
+    if not checkpoint:
+        return run
+    said, now = written_config(checkpoint.state).get("AMP_OPT_LEVEL"), run.precision
+    before = said if said in LEVELS[1:] else "O0"
+    if run.config.AMP_OPT_LEVEL == "auto":
+        kept = Precision(before, run.device, run.config.TRAIN.TF32)
         if kept.native or before in ("O1", "O2"):  # these are what the device makes of them
             now = kept
     check_same_precision(now)
     if now.level != before:
         run.logger.warning(
-            f"{path} was written with AMP_OPT_LEVEL {before}, it goes on with {now.level}: from "
-            f"here on products are in {now.about}"
+            f"{checkpoint.path} was written with AMP_OPT_LEVEL {before}, it goes on with "
+            f"{now.level}: from here on products are in {now.about}"
         )
     elif now.level != run.precision.level:
         run.logger.info("as the checkpoint that the run goes on from:")
         log_precision(now, run.logger)
-    effective = with_values(run.config, {"AMP_OPT_LEVEL": now.level})
-    return replace(run, precision=now, config=effective)
+    return replace(run, precision=now)
 
 
 def check_same_precision(precision: Precision) -> None:
@@ -142,24 +158,16 @@ def log_precision(precision: Precision, logger: logging.Logger) -> None:
         logger.warning(f"this processor has no {kind}: {precision.level} is slower here than O0")
 
 
-def in_effect(config: CfgNode, derived: dict[str, Any]) -> CfgNode:
-    """``config`` with what follows from it, by dotted keys; OUTPUT becomes the run folder."""
-    return with_values(config, {"OUTPUT": run_folder(config)} | derived)
-
-
-def write_config(config: CfgNode, folder: str) -> None:
+def write_config(run: Run) -> None:
     """Write ``config.json``, the configuration in effect, on the first process.
 
     Raises:
         UserError: it cannot be written.
     """
-    if rank() > 0:
-        return
-    path = os.path.join(folder, "config.json")
-    try:
-        write_text(path, to_json(config))
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror})") from error
+    if rank() == 0:
+        path = os.path.join(run.folder, "config.json")
+        with reading(path, "cannot write"):
+            write_text(path, to_json(run.effective))
 
 
 def write_text(path: str, text: str) -> None:
@@ -188,14 +196,10 @@ def write_results(run: Run, results: dict[str, Any], provenance: dict[str, Any])
     if rank() > 0:
         return
     path = os.path.join(run.folder, "results.json")
-    entry = {"provenance": provenance | moment(run.device, run.started)}
-    try:
+    entry = {"provenance": provenance | cost(run.device, run.started)}
+    with reading(path, "cannot write the results"):  # a figure that is not finite is refused
         write_text(path, json.dumps(results | entry, indent=2, allow_nan=False))
-    except ValueError as error:
-        raise UserError(f"{path}: not written, as a figure is not finite") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the results ({error.strerror})") from error
-    write_config(run.config, run.folder)
+    write_config(run)
     run.logger.info("%s written", path)
 
 

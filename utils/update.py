@@ -4,7 +4,7 @@ Pre-training, the linear probe and fine-tuning share it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.distributed import mean_over_processes
 from utils.errors import Diverged
 
 LEVELS = ("auto", "O0", "O1", "O2", "bfloat16", "float16")
@@ -108,28 +109,23 @@ def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return encoder(images)
     torch.set_float32_matmul_precision("high")
     try:
-        return _Tf32Below.apply(encoder(images))
+        features = encoder(images)
     finally:
         torch.set_float32_matmul_precision("highest")
+    if features.requires_grad:
+        features.register_hook(_allow_until_the_end)
+    return features
 
 
-class _Tf32Below(torch.autograd.Function):
-    """The identity. The backward pass of what gave its input may use TF32 products.
+def _allow_until_the_end(gradient: torch.Tensor) -> None:
+    """Let the rest of a backward pass use TF32 products.
 
     Autograd goes back in the reverse order of the forward pass. So what came after the encoder is
-    done when this is reached.
+    done when its features get their gradient.
     """
-
-    @staticmethod
-    def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        torch.set_float32_matmul_precision("high")
-        engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: torch.set_float32_matmul_precision("highest"))
-        return gradient
+    torch.set_float32_matmul_precision("high")
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: torch.set_float32_matmul_precision("highest"))
 
 
 @dataclass
@@ -343,6 +339,57 @@ class Update:
     def _count_skipped(self, finite: torch.Tensor) -> None:
         self._row = torch.where(finite, 0, self._row.to(finite.device) + 1)
         self._longest_row = torch.maximum(self._longest_row.to(finite.device), self._row)
+
+
+class Averages:
+    """Means of figures over updates and processes, without a synchronisation before ``read``.
+
+    Skipped updates do not count in the means.
+
+    Args:
+        names: of the optimizers, each with figures of its own; a single one has an empty name.
+    """
+
+    def __init__(self, names: Sequence[str] = ("",)) -> None:
+        self.names = names
+        self._sums = torch.zeros(0)  # meaningless before the first update
+        self._figures: tuple[str, ...] = ()
+        self.updates = 0  # since the last reading, skipped ones included
+
+    def add(self, figures: dict[str, torch.Tensor], finite: torch.Tensor) -> None:
+        """Take the figures of one update, on the device; ``finite``: whether it was made."""
+        self._figures = tuple(figures)
+        values = torch.stack([finite.float(), *(v.float() for v in figures.values())])
+        values = torch.where(finite, values, 0)
+        self._sums = self._sums + values if self.updates else values
+        self.updates += 1
+
+    def read(self, also: Mapping[str, torch.Tensor] | None = None) -> dict[str, float]:
+        """The means, and ``skipped``, the number of skipped updates; then counting starts anew.
+
+        Every process has to call it. The means are NaN if all updates were skipped.
+
+        Args:
+            also: values to read with them as they are, a scalar each or one for each optimizer.
+        """
+        also = also or {}
+        sums = mean_over_processes(self._sums.clone()).view(-1, len(self.names))
+        rows = [value.expand(len(self.names)).to(sums) for value in also.values()]
+        columns = torch.cat([sums, torch.stack(rows)]) if rows else sums
+        read: dict[str, float] = {}
+        for name, (made, *totals) in zip(self.names, columns.T.tolist(), strict=True):
+            as_they_are = totals[len(self._figures) :]
+            means = [total / made if made else math.nan for total in totals[: len(self._figures)]]
+            read |= {named(f, name): mean for f, mean in zip(self._figures, means, strict=True)}
+            read[named("skipped", name)] = self.updates - round(made)
+            read |= {named(f, name): v for f, v in zip(also, as_they_are, strict=True)}
+        self.updates = 0
+        return read
+
+
+def named(figure: str, name: str) -> str:
+    """What a figure of the optimizer ``name`` is called."""
+    return f"{figure}@{name}" if name else figure
 
 
 def poisoned_if_not_finite(loss: torch.Tensor) -> torch.Tensor:

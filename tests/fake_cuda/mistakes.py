@@ -92,7 +92,7 @@ def planted() -> dict[str, tuple[Recipe, object]]:
         "pageable batches": (SMALL, patch("fake_cuda.recipes.PINNED", False)),
         "rows that are read again": (
             SMALL,
-            patch("fake_cuda.recipes.longest_rows", lambda log: None),
+            patch("fake_cuda.recipes.longest_rows", lambda rows: None),
         ),
         "a copy of each statistic": (
             IMAGES,

@@ -142,11 +142,11 @@ def count(recipe: Recipe, folder: str) -> Counts:
     level = "O0" if recipe.precision == "float32" else "O1"
     join_group(recipe.processes)
     torch.manual_seed(0)
-    run = Run(folder, CUDA, Precision(level, CUDA), create_logger(folder, 0), None)
+    config = configured(recipe)
+    run = Run(folder, CUDA, Precision(level, CUDA), create_logger(folder, 0), config)
     judged = recipe.method in ("probe", "finetune")
     getattr(data.loader, "_statistics", SimpleNamespace(cache_clear=int)).cache_clear()
     mode, log = FakeTensorMode(), DeviceLog()
-    config = configured(recipe)
     make, record = (classifying if judged else pretraining)(recipe, config, run, mode, log)
     counts = Counts()
     with mode, log:
@@ -201,13 +201,13 @@ def pretraining(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
     method = made_fake(build_method(config), mode)
     main_pretrain.build_method = lambda config: method
     with mode:
-        model = main_pretrain.build_model(config, run)
+        model = main_pretrain.build_model(run)
         optimizer = build_optimizer(config, model, 0.1)
         ddp = Parallel(model).train()
         parts = {name: getattr(model, name) for name in main_pretrain.PARTS}
         update = Update(ddp, [optimizer], run.precision, config.TRAIN.CLIP_GRAD, parts)
     watch_kept(update, log)
-    training_log = log_of(config, run, [optimizer], model)
+    training_log, averages = log_of(run, update)
     forward = partial(main_pretrain.forward_views, ddp, CUDA, config.MODEL.WARMUP_EPOCHS)
     probe = None
     if config.TRAIN.PROBE:
@@ -225,10 +225,10 @@ def pretraining(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
         if probe:
             probe.step(result.finite)
         training_log.progress.advance()
-        training_log.averages.add(result.figures, result.finite)
+        averages.add(result.figures, result.finite)
         return result
 
-    return make, partial(write_line, training_log, update)
+    return make, partial(write_line, training_log, averages, update)
 
 
 def classifying(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLog):
@@ -255,7 +255,7 @@ def classifying(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
         update = Update(ddp, optimizers, run.precision, clip, scale=not frozen)
     watch_kept(update, log)
     names = [f"{rate:g}" for rate in rates] if frozen else [""]
-    training_log = log_of(config, run, optimizers, names=names)
+    training_log, averages = log_of(run, update, names)
     mixup = None if frozen else build_mixup(config, 10)
     forward = partial(forward_images, ddp, CUDA, config.MODEL.LABEL_SMOOTHING, mixup)
 
@@ -263,31 +263,32 @@ def classifying(recipe: Recipe, config, run, mode: FakeTensorMode, log: DeviceLo
         seed_libraries(config.SEED, 0, step)
         result = update(micro_batches, forward)
         training_log.progress.advance()
-        training_log.averages.add(result.figures, result.finite)
+        averages.add(result.figures, result.finite)
         return result
 
-    return make, partial(write_line, training_log, update)
+    return make, partial(write_line, training_log, averages, update)
 
 
-def log_of(config, run, optimizers, model=None, **more):
-    """The log of a run in its second epoch, so that no epoch ends here."""
+def log_of(run, update, names=("",)):
+    """The log of a run in its first epoch, where no epoch ends, and the averages for its lines."""
     from utils.progress import EpochSize, Progress
     from utils.training_log import TrainingLog
+    from utils.update import Averages
 
-    queues = model.queues() if model else ()
-    progress = Progress(EpochSize(100 * BATCH, BATCH))
-    return TrainingLog(config, run, progress, optimizers, queues=queues, **more)
+    training_log = TrainingLog(run, Progress(EpochSize(100 * BATCH, BATCH)), update, names)
+    training_log.open()
+    return training_log, Averages(names)
 
 
-def write_line(training_log, update, result) -> None:
+def write_line(training_log, averages, update, result) -> None:
     """A line of the log, and what follows from it."""
-    training_log.record(result, {"momentum": 0.9}, stopping=True)
-    update.check_skipped(1000, "", longest_rows(training_log))
+    rows = training_log.line(averages, result, {"momentum": 0.9})
+    update.check_skipped(1000, "", longest_rows(rows))
 
 
-def longest_rows(training_log):
+def longest_rows(rows):
     """What the line has read."""
-    return training_log.longest_rows
+    return rows
 
 
 def watch_kept(update, log: DeviceLog) -> None:

@@ -18,6 +18,7 @@ from utils.checkpoint import (
     LATEST,
     PREVIOUS,
     checkpoint_to_resume,
+    epoch_checkpoints,
     link_file,
     load_model,
     read_checkpoint,
@@ -256,3 +257,58 @@ def test_a_tensor_file(tmp_path):
 def test_another_model_is_named(state, message):
     with pytest.raises(UserError, match=f"c.pth: checkpoint of another model .*{message}"):
         load_model(nn.Linear(3, 2), state, "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("named", "restarts", "auto", "own", "expected"),
+    [
+        ("", "0", True, False, None),
+        ("", "0", True, True, "own"),
+        ("", "0", False, True, None),
+        ("named", "0", True, True, "own"),
+        ("named", "0", True, False, "named"),
+        ("named", "0", False, True, "named"),  # goes back on purpose
+        ("named", "1", True, True, "own"),
+        ("named", "1", True, False, "named"),
+        ("named", "2", False, True, "own"),  # a launcher's restart does not go back again
+        ("named", "2", False, False, "named"),
+    ],
+)
+def test_which_checkpoint_is_continued(
+    tmp_path, monkeypatch, caplog, named, restarts, auto, own, expected
+):
+    config = DEFAULTS.clone()
+    named = named and str(tmp_path / "named.pth")
+    config.MODEL.RESUME, config.TRAIN.AUTO_RESUME = named, auto
+    if named:
+        save_checkpoint(STATE, named)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    path = str(tmp_path / "checkpoint.pth")
+    if own:
+        save_checkpoint(STATE, path)
+    found = checkpoint_to_resume(config, str(tmp_path), logging.getLogger("synco"))
+    assert found == {"own": path, "named": named, None: None}[expected]
+    said = f"continuing from the run's own {path}, not from --resume {named}"
+    assert (said in caplog.text) == bool(named and expected == "own")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    if restarts == "0":
+        assert checkpoint_to_resume(config, str(tmp_path), logging.getLogger("synco")) == found
+
+
+def test_epochs_come_last_first(tmp_path):
+    for name in (
+        "ckpt_epoch_9.pth",
+        "ckpt_epoch_10.pth",
+        "ckpt_epoch_x.pth",
+        "ckpt_epoch_3.pth.tmp",
+    ):
+        (tmp_path / name).touch()
+    found = epoch_checkpoints(str(tmp_path))
+    assert list(found) == [10, 9] and found[9] == str(tmp_path / "ckpt_epoch_9.pth")
+
+
+def test_a_link_to_a_disk_that_is_not_there_stops(tmp_path):
+    (tmp_path / "checkpoint.pth").symlink_to(tmp_path / "disk" / "checkpoint.pth")
+    save_checkpoint(STATE, str(tmp_path / "checkpoint_previous.pth"))
+    with pytest.raises(UserError, match=r"a link to .*/disk/checkpoint\.pth, which is not there"):
+        checkpoint_to_resume(DEFAULTS.clone(), str(tmp_path), logging.getLogger("synco"))

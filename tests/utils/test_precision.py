@@ -17,6 +17,7 @@ import utils.distributed
 from models import build_method
 from utils import run as run_module
 from utils import update as update_module
+from utils.checkpoint import Checkpoint
 from utils.distributed import data_parallel, rank
 from utils.errors import UserError
 from utils.run import Run, check_same_precision, keep_precision, start
@@ -158,7 +159,7 @@ def started(tmp_path, monkeypatch, level, **more):
 def test_what_auto_became_is_in_effect(tmp_path, monkeypatch, computer, level, trains, written):
     computer(AMX)
     run = started(tmp_path, monkeypatch, level, trains=trains)
-    assert run.config.AMP_OPT_LEVEL == run.precision.level == written
+    assert run.effective.AMP_OPT_LEVEL == run.precision.level == written
     log = (tmp_path / run.folder / "log_rank0.txt").read_text()
     assert f"INFO precision: {run.precision.about}\n" in log
 
@@ -214,8 +215,8 @@ def test_what_a_resumed_run_keeps(computer, caplog, before, asked, flags, after,
     config, _ = tiny("configs/moby_vit_tiny.yaml", "AMP_OPT_LEVEL", asked)
     anew = Run("", CPU, Precision(asked, CPU), logging.getLogger("x"), config)
     state = {"config": f"A: 1\n{before}\nTAG: t\n"} if before else {"config": object()}
-    run = keep_precision(anew, config, "c.pth", state)
-    assert run.precision.level == run.config.AMP_OPT_LEVEL == after
+    run = keep_precision(anew, Checkpoint("c.pth", state))
+    assert run.precision.level == run.effective.AMP_OPT_LEVEL == after
     warned = [r for r in caplog.records if r.levelname == "WARNING" and "c.pth" in r.message]
     assert len(warned) == warns
     if warns:

@@ -20,17 +20,11 @@ def run_in(folder):
     return SimpleNamespace(folder=str(folder), device=torch.device("cpu"), logger=LOGGER)
 
 
-def watch(updates):
-    yield from updates
-
-
 def make(profile: Profile, epochs: int, updates: int, operation=torch.mm) -> None:
     """Epochs of updates, each one product of its number's size."""
-    watched, made = profile.around(watch), 0
-    for _ in range(epochs):
-        for _ in watched(range(updates)):
-            made += 1
-            operation(torch.ones(made, made), torch.ones(made, made))
+    for made in range(1, 1 + epochs * updates):
+        operation(torch.ones(made, made), torch.ones(made, made))
+        profile.step()
 
 
 def events(folder) -> list[str]:

@@ -17,8 +17,9 @@ import main_pretrain
 import utils.provenance
 from utils.config import DEFAULTS, load_config
 from utils.errors import UserError
-from utils.provenance import data_facts, gather_provenance, moment, tensor_digest, weights_digest
+from utils.provenance import cost, describe_images, gather_provenance, tensor_digest, weights_digest
 from utils.run import Run, write_results, write_text
+from utils.update import Precision
 
 CPU = torch.device("cpu")
 CONSTANT = {
@@ -68,7 +69,7 @@ def test_it_has_what_is_promised_and_is_plain_data(monkeypatch):
     assert (found["device"], found["torch"]) == ("cpu", torch.__version__)
     assert found["version"] in (ROOT / "pyproject.toml").read_text()
     assert len(found["source"]) == 16 and len(found["config"]) == 64
-    entry = found | moment(CPU, time.monotonic() - 5)
+    entry = found | cost(CPU, time.monotonic() - 5)
     assert set(entry) == CONSTANT | MOMENT
     assert 5 <= entry["seconds"] < 60 and entry["peak_memory_mb"] > 10
     assert json.loads(json.dumps(entry)) == entry
@@ -148,19 +149,19 @@ def test_a_git_that_hangs_is_given_up(repository, monkeypatch):
 
 def test_names_and_labels_count_and_where_they_lie_does_not():
     def facts(root, names, labels):
-        return data_facts(root, train=([f"{root}/{name}" for name in names], labels))
+        return describe_images(root, train=([f"{root}/{name}" for name in names], labels))
 
     names = ["train/a/1.jpg", "train/b/2.jpg"]
     first = facts("/data", names, [0, 1])
     assert first["images"] == {"train": 2}
     assert first == facts("/elsewhere/images", names, np.array([0, 1]))
-    assert data_facts("./d/", train=([f"d/{n}" for n in names], [0, 1])) == first
+    assert describe_images("./d/", train=([f"d/{n}" for n in names], [0, 1])) == first
     others = [facts("/data", names, [1, 1]), facts("/data", names[::-1], [0, 1])]
     others += [facts("/data", names, np.eye(2, dtype=int)), facts("/data", names[:1], [0])]
-    others += [data_facts("", test=(names, [0, 1])), data_facts("", train=([], []))]
+    others += [describe_images("", test=(names, [0, 1])), describe_images("", train=([], []))]
     digests = {facts["digest"] for facts in [first, *others]}
     assert len(digests) == 7
-    assert data_facts("", train=(["\udcff", "\ud800"], []))["images"] == {"train": 2}
+    assert describe_images("", train=(["\udcff", "\ud800"], []))["images"] == {"train": 2}
 
 
 def test_a_digest_tells_weights_and_their_names_apart():
@@ -184,7 +185,7 @@ def test_a_digest_tells_tensors_apart():
 def run_in(folder):
     import logging
 
-    return Run(str(folder), CPU, None, logging.getLogger("results"), DEFAULTS)
+    return Run(str(folder), CPU, Precision("O0", CPU), logging.getLogger("results"), DEFAULTS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -192,7 +193,7 @@ def test_figures_that_are_not_finite_leave_the_results_before(tmp_path, value):
     write_results(run_in(tmp_path), {"top1": 3.0}, {"seed": 1})
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["top1"] == 3.0 and set(results["provenance"]) == {"seed", *MOMENT}
-    with pytest.raises(UserError, match="a figure is not finite"):
+    with pytest.raises(UserError, match=r"cannot write the results \(Out of range float"):
         write_results(run_in(tmp_path), {"top1": 4.0, "top5": value}, {})
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "config.json"}

@@ -13,7 +13,10 @@ from helpers import ROOT
 from utils import run as run_module
 from utils.config import load_config, with_values
 from utils.errors import UserError
-from utils.run import fault, in_effect, log_table, run_script, start, write_config
+from utils.run import Run, fault, log_table, run_script, start, write_config
+from utils.update import Precision
+
+LOGGER = logging.getLogger("run")
 
 
 @pytest.mark.parametrize(
@@ -96,9 +99,14 @@ def tiny(*opts):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_process_writes_what_is_in_effect(tmp_path, monkeypatch, rank):
     monkeypatch.setattr(run_module, "rank", lambda: rank)
-    effective = in_effect(tiny(), {"TRAIN.BASE_LR": 0.25})
-    write_config(effective, str(tmp_path))
+    config, device = tiny(), torch.device("cpu")
+    read = config.TRAIN.BASE_LR
+    precision = Precision("O1", device)
+    run = Run(str(tmp_path), device, precision, LOGGER, config, {"TRAIN.BASE_LR": 0.25})
+    write_config(run)
+    effective = run.effective
     assert effective.TRAIN.BASE_LR == 0.25 and effective.OUTPUT.endswith("/default")
+    assert effective.AMP_OPT_LEVEL == "O1" and read == config.TRAIN.BASE_LR
     written = list(tmp_path.iterdir())
     assert [p.name for p in written] == ["config.json"] * (rank == 0)
     if not rank:

@@ -16,29 +16,43 @@ import torch
 from helpers import ROOT
 
 from logger import create_logger
-from utils.config import DEFAULTS
-from utils.progress import EpochSize, Progress, locate
-from utils.training_log import (
-    Averages,
-    MetricsFile,
-    TrainingLog,
-    duration,
-    measure_throughput,
-    memory,
-)
-from utils.update import Result
+from utils.config import DEFAULTS, with_values
+from utils.progress import EpochSize, Progress
+from utils.run import Run
+from utils.training_log import MetricsFile, TrainingLog, duration, measure_throughput, memory
+from utils.update import Averages, Precision, Result
+
+CPU = torch.device("cpu")
 
 
-def log_of(tmp_path, names=("",), print_freq=3, **more):
-    config = DEFAULTS.clone()
-    config.PRINT_FREQ, config.TRAIN.EPOCHS = print_freq, 2
-    logger = logging.getLogger("training log")
-    run = SimpleNamespace(folder=str(tmp_path), logger=logger, device=torch.device("cpu"))
-    progress = Progress(EpochSize(42, 8))  # 5 updates an epoch
-    optimizers = [
-        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5 + i) for i in range(len(names))
-    ]
-    return progress, TrainingLog(config, run, progress, optimizers, names, **more)
+class Logged:
+    """A log and its averages, which takes updates as a session does."""
+
+    def __init__(self, folder, names=("",), print_freq=3, model=None) -> None:
+        config = with_values(DEFAULTS, {"TRAIN.EPOCHS": 2})
+        run = Run(str(folder), CPU, Precision("O0", CPU), logging.getLogger("training log"), config)
+        optimizers = [
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5 + i)
+            for i in range(len(names))
+        ]
+        update = SimpleNamespace(optimizers=optimizers, ddp=SimpleNamespace(module=model))
+        self.progress = Progress(EpochSize(42, 8))  # 5 updates an epoch
+        self.every, self.averages = print_freq, Averages(names)
+        self.log = TrainingLog(run, self.progress, update, names)
+        self.log.open()
+
+    def record(self, result, also=None, stopping=False) -> list | None:
+        self.averages.add(result.figures, result.finite)
+        place = self.progress
+        if stopping or place.epoch_ended or place.steps_of_epoch % self.every == 0:
+            return self.log.line(self.averages, result, also or {})
+        return None
+
+
+def log_of(tmp_path, names=("",), print_freq=3, queues=None):
+    model = queues and SimpleNamespace(dim=1, queues=lambda: queues)
+    logged = Logged(tmp_path, names, print_freq, model)
+    return logged.progress, logged
 
 
 def result_of(loss, finite=True) -> Result:
@@ -57,15 +71,14 @@ def test_a_line_every_so_many_updates_and_at_the_ends(tmp_path, monkeypatch):
     said = []
     for step in range(1, 9):
         if step in (1, 6):
-            list(log.watch([]))  # a new epoch begins
+            list(log.log.bar([]))  # a new epoch begins
         now[0] += 2
         progress.advance()
-        said.append(
-            log.record(result_of(float(step)), {"momentum": 0.1 * step}, stopping=step == 7)
-        )
+        given = {"momentum": 0.1 * step}
+        said.append(log.record(result_of(float(step)), given, stopping=step == 7) is not None)
         if progress.epoch_ended:
             now[0] += 50  # the evaluation
-            log.end_epoch({"knn": 0.25, "other": None})
+            log.log.end_epoch({"knn": 0.25, "other": None})
             progress.next_epoch()
     assert said == [False, False, True, False, True, False, True, True]
     written = lines(tmp_path)
@@ -73,7 +86,7 @@ def test_a_line_every_so_many_updates_and_at_the_ends(tmp_path, monkeypatch):
     assert [x["step"] for x in train] == [3, 5, 7, 8]
     assert [x["loss"] for x in train] == [2.0, 4.5, 6.5, 8.0]
     assert [x["epoch"] for x in train] == [0, 0, 1, 1]
-    assert [x["epochs"] for x in train] == [0.6, 1.0, 1.4, 1.6]
+    assert [x["epochs"] for x in train] == [24 / 42, 1.0, 1 + 16 / 42, 1 + 24 / 42]
     assert [round(x["momentum"], 3) for x in train] == [0.3, 0.5, 0.7, 0.8]
     assert {x["seconds"] for x in train} == {2.0} and {x["images_per_s"] for x in train} == {4.0}
     assert [x["eta_s"] for x in train] == [14.0, 10.0, 6.0, 4.0]
@@ -91,11 +104,11 @@ def test_the_text_of_a_line(tmp_path, caplog, monkeypatch):
     ends = datetime(2026, 11, 26, 3, 12, 30)
     # 9 updates are left, of 1000 s each
     monkeypatch.setattr("utils.training_log.time.time", lambda: ends.timestamp() - 9000)
-    log._epoch_started = log._line_started = 5.0  # to which 1000 adds without rounding
+    log.log._epoch_started = log.log._line_started = 5.0  # to which 1000 adds without rounding
     monkeypatch.setattr("utils.training_log.time.monotonic", lambda: 1005.0)
     with caplog.at_level(logging.INFO):
         log.record(result_of(1.5), {})
-        log.end_epoch({"knn": 0.5})
+        log.log.end_epoch({"knn": 0.5})
     first, last = (record.getMessage() for record in caplog.records)
     said = "Train: [0/2][1/5] eta 2:30:00 ends 2026-11-26 03:12 time 1000.0000 images/s 0.0"
     assert first.startswith(said)
@@ -167,10 +180,14 @@ def test_speed_of_loader_and_update(monkeypatch, caplog):
     monkeypatch.setattr("utils.training_log.time.monotonic", lambda: now[0])
     monkeypatch.setattr("utils.training_log.THROUGHPUT_STEPS", 5)
 
-    def updates():
-        for number in range(10):
-            now[0] += 0.5 if number > 3 else 0.01  # which were there
-            yield [number]
+    class Loader:
+        def __init__(self, images, ahead):
+            self.size, self.ahead = EpochSize(images, 8), ahead
+
+        def __iter__(self):
+            for number in range(10):
+                now[0] += 0.5 if number > 3 else 0.01  # which were there
+                yield [number]
 
     def update(micro_batches):
         made.append(micro_batches)
@@ -178,7 +195,7 @@ def test_speed_of_loader_and_update(monkeypatch, caplog):
 
     run = SimpleNamespace(logger=logging.getLogger("speed"), device=torch.device("cpu"))
     with caplog.at_level(logging.INFO):
-        measure_throughput(updates(), EpochSize(100, 8), 3, update, run)
+        measure_throughput(Loader(100, 3), update, run)
     assert made == [[0]] * 8  # three of them to warm up
     assert [r.getMessage() for r in caplog.records] == [
         "loader: 16.0 images/s",
@@ -186,29 +203,8 @@ def test_speed_of_loader_and_update(monkeypatch, caplog):
     ]
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        measure_throughput(updates(), EpochSize(80, 8), 9, update, run)
+        measure_throughput(Loader(80, 9), update, run)
     assert caplog.messages[0].startswith("loader: not measured, since the 10 updates of an epoch")
-
-
-def test_the_place_in_the_epochs():
-    progress = Progress(EpochSize(42, 8), 1, 7, 16)
-    assert progress.size.updates == 5 and progress.steps_of_epoch == 2
-    assert not progress.epoch_ended
-    state = progress.state_dict()
-    assert state == {
-        **{"epoch": 1, "step": 7, "images": 16, "images_per_update": 8, "training_images": 42}
-    }
-    assert locate(state, progress.size) == progress
-    for _ in range(3):
-        progress.advance()
-    assert (progress.step, progress.images_seen) == (10, 40) and progress.epoch_ended
-    assert progress.state_dict()["images"] == 42  # also those that fill no update
-    again = locate(progress.state_dict(), progress.size)
-    assert again.epoch_ended and (again.epoch, again.step, again.images_seen) == (1, 10, 42)
-    again.next_epoch()
-    assert again == Progress(EpochSize(42, 8), 2, 10, 0)
-    # v0.1 wrote at the end of an epoch alone
-    assert locate({"epoch": 3}, progress.size) == Progress(EpochSize(42, 8), 3, 20, 42)
 
 
 def test_metrics_go_on_after_a_full_disk_with_whole_lines(tmp_path, caplog):
@@ -249,20 +245,43 @@ def test_metrics_wait_for_a_folder_that_is_away(tmp_path, caplog):
     assert [x["step"] for x in lines(folder)] == [1, 2, 3]
 
 
-def test_lines_of_later_updates_and_half_lines_are_dropped(tmp_path):
-    kept = [{"kind": "train", "step": 1, "epoch": 0}, {"kind": "epoch", "step": 2, "epoch": 0}]
-    later = [{"kind": "train", "step": 3, "epoch": 1}]
-    text = "".join(json.dumps(x) + "\n" for x in kept + later)
-    (tmp_path / "metrics.jsonl").write_text(text + '[]\n{"step": "1"}\n{"kind": "tr')
-    metrics = MetricsFile(str(tmp_path), 2, logging.getLogger("metrics"))
-    assert lines(tmp_path) == kept and metrics.epochs() == [0]
+KEPT = [{"kind": "train", "epochs": 0.5, "epoch": 0}, {"kind": "epoch", "epochs": 1.0, "epoch": 0}]
+
+
+def written(tmp_path, *lines) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '[]\n{"epochs": "1"}\n{"kind": "tr')
+
+
+@pytest.mark.parametrize("step", [1, 900], ids=["fewer updates", "more updates"])
+def test_lines_of_later_places_and_half_lines_are_dropped(tmp_path, step):
+    """Whatever number their update had."""
+    early = [line | {"step": 100} for line in KEPT]
+    written(tmp_path, *early, {"kind": "train", "epochs": 1.25, "epoch": 1, "step": step})
+    metrics = MetricsFile(str(tmp_path), 1.0, logging.getLogger("metrics"))
+    assert lines(tmp_path) == early and metrics.epochs() == [0]
+
+
+def test_a_line_of_an_earlier_version_is_at_the_same_place(tmp_path):
+    """It divided updates, which may be another number in its last digit."""
+    line = {"kind": "train", "epochs": (7 * 49 + 3) / 49, "epoch": 7}
+    place = 7 + 3 * 8 / (49 * 8)
+    written(tmp_path, line, {"kind": "train", "epochs": (7 * 49 + 4) / 49, "epoch": 7})
+    MetricsFile(str(tmp_path), place - 1e-12, logging.getLogger("metrics"))
+    assert lines(tmp_path) == [line]
+
+
+def test_a_run_that_begins_anew_leaves_no_line(tmp_path):
+    written(tmp_path, {"kind": "start", "epochs": 0.0, "epoch": 0}, *KEPT)
+    assert MetricsFile(str(tmp_path), None, logging.getLogger("metrics")).epochs() == []
+    assert lines(tmp_path) == []
 
 
 def test_a_clock_that_stands_still_ends_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.training_log.time.monotonic", lambda: 5.0)
     progress, log = log_of(tmp_path, print_freq=1)
     progress.advance()
-    assert log.record(result_of(1.0), {})
+    assert log.record(result_of(1.0), {}) is not None
     assert lines(tmp_path)[0]["seconds"] > 0
 
 
@@ -304,8 +323,8 @@ def test_a_line_tells_the_longest_rows_and_reads_once(tmp_path, process_group, m
     progress, log = log_of(tmp_path, print_freq=2, queues=queues)
     for row in (3, 7):
         progress.advance()
-        log.record(replace(result_of(1.0), longest_row=torch.tensor(row)), {})
-        assert log.longest_rows == [0 if row == 3 else 7]
+        rows = log.record(replace(result_of(1.0), longest_row=torch.tensor(row)), {})
+        assert rows == (None if row == 3 else [7])
     assert reads == ["tolist"]
     (line,) = lines(tmp_path)
     assert "longest_row" not in line
@@ -325,7 +344,7 @@ def test_the_bar_is_for_the_first_process_on_a_terminal(
     monkeypatch.setattr("utils.training_log.tqdm", lambda updates, **o: seen.update(o) or updates)
     progress, log = log_of(tmp_path)
     progress.advance()
-    assert list(log.watch(iter("abc"))) == ["a", "b", "c"]
+    assert list(log.log.bar(iter("abc"))) == ["a", "b", "c"]
     assert seen["disable"] is not shown
     assert (seen["total"], seen["initial"], seen["desc"]) == (5, 1, "epoch 0")
 
@@ -345,7 +364,7 @@ def test_the_bar_shows_the_figures_of_the_last_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.training_log.time.monotonic", lambda: now[0])
     monkeypatch.setattr("utils.training_log.tqdm", Bar)
     progress, log = log_of(tmp_path, names=("0.1", "3"), print_freq=2)
-    for number in log.watch(range(5)):
+    for number in log.log.bar(range(5)):
         now[0] += 4
         progress.advance()
         log.record(result_of([7.0, 1.0 + number]), {})
@@ -355,6 +374,6 @@ def test_the_bar_shows_the_figures_of_the_last_lines(tmp_path, monkeypatch):
         {"images/s": "2.0", "loss": "3.5", "left": "0:00:24"},
         {"images/s": "2.0", "loss": "5", "left": "0:00:20"},
     ]
-    log.end_epoch({"knn": 0.25, "probe": None})
-    list(log.watch([]))
+    log.log.end_epoch({"knn": 0.25, "probe": None})
+    list(log.log.bar([]))
     assert said[-1] == {**said[-2], "knn": "0.2500"}
