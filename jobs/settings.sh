@@ -15,7 +15,7 @@ fi
 : "${LOCAL_DISK:=}"     # a folder on each node's own disk: the data are copied there first
 : "${PROCESSES:=4}"     # a node, one for each GPU
 : "${MASTER_PORT:=29500}"
-: "${MAX_RESTARTS:=3}"  # after a process has died
+: "${MAX_RESTARTS:=3}"  # after a process has died, or (SLURM) a launcher
 : "${FLAGS:=}"          # more flags of main_pretrain.py
 export CFG DATA OUTPUT TAG LOCAL_DISK PROCESSES MASTER_PORT MAX_RESTARTS FLAGS
 # a restart must come before the scheduler's patience ends

@@ -24,7 +24,12 @@ jobs -p > "$QUEUE.tasks"
 trap '{stop}' TERM
 code=0
 for job in $(jobs -p); do
-    while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done
+    while kill -0 "$job" 2>/dev/null; do
+        wait "$job"
+        own=$?
+        if [ "$own" -gt "$code" ]; then code=$own; fi
+        {bad_exit}
+    done
 done
 exit {code}
 """
@@ -33,6 +38,8 @@ COMMANDS = {
         shift='while [ "${1#--}" != "$1" ]; do shift; done',
         variable="SLURM_NODEID",
         stop="kill -KILL $(jobs -p)",
+        # --kill-on-bad-exit, for the second node alone, whose end comes last
+        bad_exit='if [ "$own" -ne 0 ]; then kill $(jobs -p) 2>/dev/null; fi',
         code="$code",
     ),
     # A node's daemon starts the command without the variables of the job's shell. What it returns
@@ -41,6 +48,7 @@ COMMANDS = {
         shift='[ "$1" = -- ] && shift\nset -- env -i PATH="$PATH" HOME="$HOME" "$@"',
         variable="PBS_NODENUM",
         stop="kill -TERM $(jobs -p); sleep 0.1; kill -KILL $(jobs -p); exit 1",
+        bad_exit="",
         code="0",
     ),
     # signals the tasks, not the job's shell
@@ -215,6 +223,30 @@ def test_slurms_warning_queues_the_job_again_and_it_goes_on(job, tmp_path):
     again.terminate()  # cancelled by its owner: stops, and is not queued again
     assert again.wait(90) != 0
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_costs_no_update_under_slurm(job, tmp_path):
+    """srun ends with 137, and all launchers start again; each update is made once."""
+    process = job("pretrain.slurm", "TRAIN.EPOCHS", "12", "TRAIN.SAVE_STEPS", "1")
+    wait_for(lambda: len(metrics(tmp_path)) > 3, process, tmp_path)
+    first, _ = (tmp_path / "queue.tasks").read_text().split()
+    os.kill(int(first), signal.SIGKILL)
+    succeeds(process, tmp_path)
+    assert (tmp_path / "job.txt").read_text().count("a launcher was killed: all start again") == 1
+    steps = [line["step"] for line in metrics(tmp_path) if line["kind"] == "train"]
+    assert steps == list(range(1, 12 * 24 // (NODES * 4) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [1, 2, 75, 74])
+def test_what_no_new_start_mends_is_started_once(job, copy_of_jobs, tmp_path, code):
+    (tmp_path / "bin" / "torchrun").write_text(
+        f'#!/usr/bin/env bash\necho >> "$QUEUE.runs"\nsleep 1\nexit {code}\n'
+    )
+    process = job("pretrain.slurm", SLURM_SUBMIT_DIR=str(copy_of_jobs))
+    assert process.wait(30) in (code, 128 + signal.SIGTERM)  # of the other node
+    assert (tmp_path / "queue.runs").read_text() == "\n" * NODES
 
 
 @pytest.mark.slow
