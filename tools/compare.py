@@ -1,12 +1,11 @@
 """Compare runs: what differs in their configurations, and their results side by side.
 
-    python -m tools.compare RUN [RUN ...] [--csv FILE] [--markdown FILE]
+A RUN is a run folder or a results.json. Nothing is refused, but figures on other data or measured
+in another way than the first run's are marked.
 
-A RUN is a run folder or a ``results.json``. Nothing is refused, but figures on other data or by
-another protocol than the first run's are marked.
+    python -m tools.compare RUN [RUN ...] [--csv FILE] [--markdown FILE]
 """
 
-import argparse
 import csv
 import io
 import json
@@ -15,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluation.identity import differences, identity_said, measured
 from tools.plot_run import run_names
-from utils.config import leaves
-from utils.errors import UserError
+from utils.arguments import command_parser
+from utils.config import PLACE, leaves, settings
+from utils.errors import UserError, reading
 from utils.run import aligned, run_script, write_text
 
 CONFIG, RESULTS = "config.json", "results.json"
@@ -28,7 +29,7 @@ ORIGIN = ("version", "commit", "modified", "method", "encoder", "key", "epoch", 
 OTHER_DATA, OTHER_PROTOCOL = "*", "+"
 LEGEND = {
     OTHER_DATA: "on other images than the first run that has this figure, or on unknown ones",
-    OTHER_PROTOCOL: "by another protocol than the first run that has this figure",
+    OTHER_PROTOCOL: "measured in another way than the first run that has this figure, see protocol",
 }
 MARKS = re.compile(r" ([*+]+)$")
 MISSING = "-"
@@ -41,11 +42,13 @@ class Figures:
     Attributes:
         figures: by dotted names.
         protocol: how they were measured, by dotted names.
+        identity: what else they depend on, as ``evaluation.identity.measured`` has it.
         data: the digest of the list of images, None if it is unknown.
     """
 
     figures: dict[str, Any]
     protocol: dict[str, Any]
+    identity: dict[str, Any]
     data: str | None
 
 
@@ -54,7 +57,7 @@ class Compared:
     """A run.
 
     Attributes:
-        config: the leaves of its configuration by dotted keys.
+        config: its configuration by dotted keys, without what says where and when alone.
         origin: entries of ``ORIGIN``, by the evaluation's name.
         results: by the evaluation's name.
     """
@@ -66,7 +69,7 @@ class Compared:
 
 def main() -> None:
     """Read, compare, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder or results.json")
     parser.add_argument("--csv", metavar="FILE", help="write the table there, too")
     parser.add_argument("--markdown", metavar="FILE", help="write it in Markdown there, too")
@@ -77,11 +80,9 @@ def main() -> None:
     print(aligned(rows), *marks, sep="\n")
     for path, text in ((args.csv, as_csv(rows)), (args.markdown, as_markdown(rows, marks))):
         if path:
-            try:
+            with reading(path, "cannot write the table"):
                 Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, text)
-            except OSError as error:
-                raise UserError(f"{path}: cannot write the table ({error.strerror})") from error
 
 
 def read_run(path: Path) -> Compared:
@@ -99,8 +100,7 @@ def read_run(path: Path) -> Compared:
         own = next((file.parent / CONFIG for file in files), own)
     if not files and not own.exists():
         raise UserError(f"{path}: neither a {RESULTS} nor a folder with a {CONFIG}")
-    run = Compared(dict(leaves(read_json(own))) if own.exists() else {})
-    run.config.pop("OUTPUT", None)  # the run folder, which names the column
+    run = Compared(settings(read_json(own), ~PLACE) if own.exists() else {})
     for file in files:
         results, name = read_json(file), file.resolve().parent.name
         provenance = as_dict(results.pop("provenance", None))
@@ -109,7 +109,8 @@ def read_run(path: Path) -> Compared:
         said = {key: value for key, value in flat.items() if set(key.split(".")) & {*PROTOCOL}}
         figures = {k: v for k, v in flat.items() if k not in said and not k.startswith("per_")}
         data = as_dict(provenance.get("data")).get("digest")
-        run.results[name] = Figures(figures, said, data)
+        how = measured(identity_said(provenance))
+        run.results[name] = Figures(figures, said, how, data)
     return run
 
 
@@ -119,12 +120,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or no JSON of an object.
     """
-    try:
+    with reading(path, "not JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not the JSON of an object")
     return content
@@ -141,7 +138,7 @@ def table(names: list[str], runs: list[Compared]) -> list[list[str]]:
     for part, of_runs in (
         ("configuration", [run.config for run in runs]),
         ("provenance", [run.origin for run in runs]),
-        ("protocol", [named(run, "protocol") for run in runs]),
+        ("protocol", [named(run, "protocol") | named(run, "identity") for run in runs]),
     ):
         for key in keys(of_runs):
             cells = [cell(values.get(key), key in values) for values in of_runs]
@@ -163,7 +160,7 @@ def remarks(rows: list[list[str]]) -> list[str]:
 
 
 def named(run: Compared, part: str) -> dict[str, Any]:
-    """``figures`` or ``protocol`` of all evaluations of a run, by evaluation and name."""
+    """An attribute of the figures of all evaluations of a run, by evaluation and name."""
     return {
         f"{evaluation} {name}": value
         for evaluation, found in run.results.items()
@@ -181,7 +178,8 @@ def marked(found: Figures | None, figure: str, first: Figures) -> str:
     if not found or figure not in found.figures:
         return MISSING
     other_data = found is not first and (found.data is None or found.data != first.data)
-    marks = OTHER_DATA * other_data + OTHER_PROTOCOL * (found.protocol != first.protocol)
+    other = found.protocol != first.protocol or differences(first.identity, found.identity)
+    marks = OTHER_DATA * other_data + OTHER_PROTOCOL * bool(other)
     return " ".join(filter(None, (cell(found.figures[figure]), marks)))
 
 

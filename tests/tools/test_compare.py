@@ -60,12 +60,54 @@ def test_other_data_and_other_protocols_are_marked(monkeypatch, capsys, tmp_path
     ]
     assert table["results", "retrieval_roxford5k mAP.hard"] == ["-"] * 6 + ["None"]
     assert table["protocol", "knn_imagenet temperature"] == [*["0.07"] * 4, "0.1", "0.1", "-"]
-    assert "\n* on other images" in printed and "\n+ by another protocol" in printed
+    assert "\n* on other images" in printed and "\n+ measured in another way" in printed
     text = written[1].read_text()
     assert "| results | knn_imagenet knn.20.top1 | 1 | 2 | 3 \\* |" in text
-    assert "- `+` by another protocol" in text and text.splitlines()[1].startswith("| --- |")
+    assert "- `+` measured in another way" in text and text.splitlines()[1].startswith("| --- |")
     run_tool(monkeypatch, compare, *runs[:2])
     assert "first run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TEST.CROP", False),
+        ("DATA.INTERPOLATION", "bilinear"),
+        ("DATA.IMG_SIZE", 96),
+        ("AMP_OPT_LEVEL", "bfloat16"),
+        ("DATA.BATCH_SIZE", 128),
+        ("--imsize", 500),
+    ],
+)
+def test_what_figures_depend_on_is_marked_where_it_differs(
+    monkeypatch, capsys, tmp_path, name, value
+):
+    same = {"TEST.CROP": True, "DATA.INTERPOLATION": "bicubic", "DATA.IMG_SIZE": 224}
+    same |= {"AMP_OPT_LEVEL": "O0", "DATA.BATCH_SIZE": 64, "--imsize": 224, "weights": "a"}
+    runs = [
+        write(tmp_path / "a/first", "knn_imagenet", knn(1.0), identity=same),
+        write(tmp_path / "a/other", "knn_imagenet", knn(2.0), identity=same | {name: value}),
+        write(tmp_path / "a/weights", "knn_imagenet", knn(3.0), identity=same | {"weights": "b"}),
+        write(tmp_path / "a/older", "knn_imagenet", knn(4.0)),
+    ]
+    run_tool(monkeypatch, compare, *runs)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["results", "knn_imagenet", "knn.20.top1", "1", "2", "+", "3", "4"] in lines
+    assert any(line[:3] == ["protocol", "knn_imagenet", name] for line in lines)
+
+
+def test_keys_of_place_are_not_shown_and_missing_ones_have_their_default(
+    monkeypatch, capsys, tmp_path
+):
+    configs = [{"SEED": 0, "TAG": "a", "PRINT_FREQ": 5}, {"SEED": 1, "TAG": "b"}]
+    runs = [
+        write(tmp_path / f"a/{number}", "knn_imagenet", knn(1.0), config=config)
+        for number, config in enumerate(configs)
+    ]
+    run_tool(monkeypatch, compare, *runs)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[1] for line in lines if line.startswith("configuration")]
+    assert shown == ["SEED"]
 
 
 def test_what_chose_is_protocol(monkeypatch, capsys, tmp_path):
@@ -92,7 +134,7 @@ def test_results_of_v0_1_and_single_files(monkeypatch, capsys, tmp_path):
 
 
 def test_mistakes(monkeypatch, tmp_path):
-    for content, message in ((None, "cannot read"), ("[1]", "not the JSON"), ("{", "not JSON")):
+    for content, message in ((None, "no such file"), ("[1]", "not the JSON"), ("{", "not JSON")):
         path = tmp_path / "results.json"
         if content is not None:
             path.write_text(content)

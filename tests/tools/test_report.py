@@ -114,7 +114,7 @@ def test_a_browser_shows_every_picture(run_main, trained, tmp_path):
 def test_the_accuracy_is_of_the_runs_own_data_set():
     def evaluated(**top1):
         run = Compared({})
-        run.results = {n: Figures({"knn.20.top1": v}, {}, None) for n, v in top1.items()}
+        run.results = {n: Figures({"knn.20.top1": v}, {}, {}, None) for n, v in top1.items()}
         return report.knn_figures(run, "imagenet")
 
     assert evaluated(knn_cifar10=91.0, knn_imagenet=60.0) == {20: 60.0}
