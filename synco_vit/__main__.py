@@ -1,5 +1,6 @@
 """The installed commands: ``synco-pretrain ...``, which is ``python -m synco_vit pretrain ...``."""
 
+import ast
 import importlib
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ COMMANDS = {
     "linear": "eval_linear",
     "retrieval": "eval_retrieval",
     "video": "eval_video_seg",
+    "embed": "tools.embed",
     "check-data": "tools.check_data",
     "export": "tools.export_backbone",
     "report": "tools.report",
 }
+USAGE = f"usage: python -m synco_vit {{{','.join(COMMANDS)},tools.NAME}} ..."
 
 
 def main() -> None:
@@ -27,20 +30,32 @@ def main() -> None:
     command = Path(sys.argv[0]).name.removeprefix("synco-")
     if command not in COMMANDS:
         command = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    tool = command.startswith("tools.") and command.removeprefix("tools.").isidentifier()
-    if not (tool or command in COMMANDS):
-        sys.exit(f"usage: python -m synco_vit {{{','.join(COMMANDS)},tools.NAME}} ...")
-    sys.argv[0] = command if tool else f"synco-{command}"
+    modules = COMMANDS | tools()
+    if command in ("-h", "--help"):
+        about = [f"  {name:<27}{purpose(module)}" for name, module in modules.items()]
+        print(USAGE, *about, "COMMAND --help lists its flags.", sep="\n")
+        return
+    if command not in modules:
+        sys.exit(f"synco_vit: no such tool, {command}" if command.startswith("tools.") else USAGE)
+    sys.argv[0] = f"synco-{command}" if command in COMMANDS else command
     sys.path.insert(0, str(CODE))
-    try:
-        module = importlib.import_module(COMMANDS.get(command, command))
-    except ModuleNotFoundError as error:
-        if error.name != command:
-            raise
-        sys.exit(f"synco_vit: no such tool, {command}")
-    from utils.run import run_script
+    module = importlib.import_module(modules[command])
+    from utils.run import run_script  # of the code's own folder
 
     run_script(module.main)
+
+
+def tools() -> dict[str, str]:
+    """The modules of the tools that are commands, by their names."""
+    found = {f"tools.{path.stem}": path for path in sorted(CODE.glob("tools/*.py"))}
+    commands = {name: name for name, path in found.items() if "\ndef main()" in path.read_text()}
+    return commands | {"tools.benchmark": "tools.benchmark.__main__"}
+
+
+def purpose(module: str) -> str:
+    """The first line of a module's docstring."""
+    path = CODE / f"{module.replace('.', '/')}.py"
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, SOURCES, TINY, write_images
 
-from synco_vit.__main__ import COMMANDS
+import synco_vit.__main__
+from synco_vit.__main__ import COMMANDS, tools
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,6 +37,8 @@ def test_each_command_is_installed_and_has_a_script():
         ((), "usage: python -m synco_vit {pretrain,knn,"),
         (("train",), "usage: python -m synco_vit {pretrain,knn,"),
         (("tools.absent",), "synco_vit: no such tool, tools.absent"),
+        (("tools.feature_map",), "synco_vit: no such tool, tools.feature_map"),
+        (("tools.hugging_face", "--help"), "synco_vit: no such tool, tools.hugging_face"),
         (("knn", "--absent"), "synco-knn: error: "),
     ],
 )
@@ -43,6 +47,31 @@ def test_mistakes_end_in_one_line(words, said):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode and said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_command_with_its_purpose(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["synco_vit", "--help"])
+    synco_vit.__main__.main()
+    first, *lines, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("usage: ")
+    listed = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert listed.keys() == {*COMMANDS, *tools()} and all(listed.values())
+    assert {"embed", "tools.benchmark", "tools.sort_val"} <= listed.keys()
+    for module in tools().values():
+        assert callable(importlib.import_module(module).main)
+
+
+@pytest.mark.parametrize("name", tools())
+def test_help_of_a_tool_has_defaults_and_an_example(monkeypatch, capsys, name):
+    module = importlib.import_module(tools()[name])
+    monkeypatch.setattr(sys, "argv", [f"{name.split('.')[1]}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and f"python -m {name} " in said
+    options = said[said.index("options:") :] if "options:" in said else said
+    for line in re.split(r"\n  (?=-)", options)[1:]:
+        assert len(line.split(maxsplit=2)) > 2 or "-h, --help" in line, f"{line} has no help"
 
 
 @pytest.fixture(scope="module")
