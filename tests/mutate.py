@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def measure(folder: Path, jobs: int) -> tuple[dict[str, dict[str, list[str]]], d
         command += ["--durations=0", "--durations-min=0", "-vv"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"the tests fail without any change:\n{done.stdout[-3000:]}")
+            raise SystemExit(f"the tests fail without any change:\n{failures(done)}")
         seconds: dict[str, float] = {}
         for line in done.stdout.splitlines():
             words = line.split(maxsplit=2)
@@ -154,6 +155,12 @@ def measure(folder: Path, jobs: int) -> tuple[dict[str, dict[str, list[str]]], d
         cached.write_text(json.dumps([reached, seconds]))
     reached, seconds = json.loads(cached.read_text())
     return reached, seconds
+
+
+def failures(done: subprocess.CompletedProcess) -> str:
+    """What the failing tests wrote, without the times of all others that follow it."""
+    found = re.search(r"^=+ (FAILURES|ERRORS) .*?(?=^=+ slowest|\Z)", done.stdout, re.M | re.S)
+    return found[0] if found else done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def tests_for(mutant: Mutant, reached: dict, seconds: dict[str, float]) -> list[str]:
