@@ -1,8 +1,9 @@
 """Check a data set before a long run: what is missing, which images are bad, how many there are.
 
 Prints a line for each problem (missing, bad) and oddity (warning), a summary of each split, and
-which scripts can use the data set as it is. The exit code is 1 if there is a problem. Run as
-``python -m tools.check_data DATASET DATA_PATH`` from the root of the repository.
+which scripts can use the data set as it is. The exit code is 1 if there is a problem.
+
+    python -m tools.check_data imagenet DATA [--fast]
 """
 
 import argparse
@@ -20,6 +21,7 @@ from data.loader import quiet_worker
 from data.opening import DataPath, open_splits, open_train
 from data.source import ImageFiles, ImageSource
 from data.transfer import MAP, TRANSFER_SETS
+from utils.arguments import command_parser
 from utils.config import DEFAULTS
 from utils.distributed import on_terminal, processors
 from utils.errors import UserError
@@ -55,7 +57,7 @@ OFFICIAL = {
 
 def main() -> None:
     """Open each split, read its images in parallel, and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("dataset", choices=list(OFFICIAL), metavar="dataset", help=str([*OFFICIAL]))
     parser.add_argument("data_path", help="what --data-path of the scripts will be")
     parser.add_argument("--zip", action="store_true", help="of imagenet: read train.zip, val.zip")

@@ -65,7 +65,7 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this tool."""
     add_pretrained_arguments(parser)
-    parser.add_argument("--format", choices=list(WRITERS), required=True)
+    parser.add_argument("--format", choices=list(WRITERS), required=True, help="what to write")
     parser.add_argument("--out", metavar="PATH", required=True, help="the file or folder to write")
     parser.add_argument(
         "--size", type=number_in(1, 16384), help="side of the images (default: DATA.IMG_SIZE)"

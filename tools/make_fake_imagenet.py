@@ -2,13 +2,18 @@
 
 A class has a shape and a texture. Colours, place, size, tilt, scale of the texture, background and
 lighting are drawn anew for each image, alike for all classes.
+
+    python -m tools.make_fake_imagenet FOLDER [--train 250] [--val 100]
 """
 
 import argparse
-import os
+from pathlib import Path
 
 import cv2
 import numpy as np
+
+from tools.tiny import drawing_parser, write_image
+from utils.run import run_script
 
 CLASSES = (
     ("disc", "stripes"),
@@ -28,29 +33,26 @@ CLASSES = (
 
 def main() -> None:
     """Draw train/ and val/."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="where train/ and val/ are written")
-    parser.add_argument("--train", type=int, default=250, help="training images a class")
-    parser.add_argument("--val", type=int, default=100, help="validation images a class")
-    parser.add_argument("--size", type=int, default=64, help="mean side of an image in pixels")
-    parser.add_argument("--classes", type=int, default=12, help="number of classes, up to 12")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = drawing_parser(
+        __doc__,
+        ("train", 250, "training images a class"),
+        ("val", 100, "validation images a class"),
+        ("size", 64, "mean side of an image in pixels"),
+        ("classes", 12, "number of classes, up to 12"),
+    ).parse_args()
     for split, count in (("train", args.train), ("val", args.val)):
-        write_split(os.path.join(args.folder, split), split, count, args)
+        write_split(Path(args.folder, split), split, count, args)
 
 
-def write_split(folder: str, split: str, count: int, args: argparse.Namespace) -> None:
+def write_split(folder: Path, split: str, count: int, args: argparse.Namespace) -> None:
     """Write ``count`` JPEGs per class; image i of a class depends on the seed and on i alone."""
     for number, (shape, texture) in enumerate(CLASSES[: args.classes]):
-        path = os.path.join(folder, f"{shape}_{texture}")
-        os.makedirs(path, exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng((args.seed, number, i, split == "val"))
             width, height = rng.integers(int(0.85 * args.size), int(1.3 * args.size), 2)
             image = draw(rng, shape, texture, int(width), int(height))
-            quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))]
-            cv2.imwrite(os.path.join(path, f"{i:05}.jpg"), image, quality)
+            path = folder / f"{shape}_{texture}" / f"{i:05}.jpg"
+            write_image(path, image[..., ::-1], int(rng.integers(70, 96)))
 
 
 def draw(rng: np.random.Generator, shape: str, texture: str, width: int, height: int) -> np.ndarray:
@@ -88,20 +90,16 @@ def tint(rng: np.random.Generator, level: float) -> np.ndarray:
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Which points (u, v) lie in the shape; all shapes have about the same area."""
-    if shape == "disc":
-        return u**2 + v**2 < 0.85**2
-    if shape == "square":
-        return np.maximum(np.abs(u), np.abs(v)) < 0.75
-    if shape == "triangle":
-        return (v > -0.6) & (np.abs(u) * 1.732 < 1.25 - v)
-    if shape == "cross":
-        a, b = np.abs(u), np.abs(v)
-        return (np.minimum(a, b) < 0.34) & (np.maximum(a, b) < 1.0)
-    if shape == "star":
-        return np.hypot(u, v) < 0.72 + 0.24 * np.cos(5 * np.arctan2(v, u))
-    if shape == "ellipse":
-        return (u / 1.1) ** 2 + (v / 0.65) ** 2 < 1
-    raise ValueError(f"unknown shape {shape!r}")
+    a, b = np.abs(u), np.abs(v)
+    shapes = {
+        "disc": lambda: u**2 + v**2 < 0.85**2,
+        "square": lambda: np.maximum(a, b) < 0.75,
+        "triangle": lambda: (v > -0.6) & (a * 1.732 < 1.25 - v),
+        "cross": lambda: (np.minimum(a, b) < 0.34) & (np.maximum(a, b) < 1.0),
+        "star": lambda: np.hypot(u, v) < 0.72 + 0.24 * np.cos(5 * np.arctan2(v, u)),
+        "ellipse": lambda: (u / 1.1) ** 2 + (v / 0.65) ** 2 < 1,
+    }
+    return shapes[shape]()
 
 
 def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -109,34 +107,22 @@ def pattern(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray
     step = rng.uniform(0.42, 0.55)
     a, b = u / step + rng.uniform(0, 1), v / step + rng.uniform(0, 1)
     radius, turn = np.hypot(u, v) / step, np.arctan2(v, u) / (2 * np.pi)
-    if texture == "stripes":
-        light = a / 1.6 % 1 < 0.5
-    elif texture == "checks":
-        light = (np.floor(1.3 * a) + np.floor(1.3 * b)) % 2
-    elif texture == "eye":
-        light = np.hypot(u, v) < 0.7 * step
-    elif texture == "rings":
-        light = radius % 1 < 0.5
-    elif texture == "zigzag":
-        light = (0.7 * a + 1.2 * np.abs(0.7 * b % 1 - 0.5)) % 1 < 0.5
-    elif texture == "grid":
-        light = np.minimum(a % 1, b % 1) < 0.25
-    elif texture == "spokes":
-        light = 4 * turn % 1 < 0.5
-    elif texture == "quarters":
-        light = u * v > 0
-    elif texture == "bricks":
-        light = np.minimum(2 * b % 1, (a + 0.5 * np.floor(2 * b)) % 1 / 0.8) < 0.25
-    elif texture == "dartboard":
-        light = (np.floor(2 * radius) + np.floor(8 * turn)) % 2
-    elif texture == "spiral":
-        light = (0.6 * radius + turn) % 1 < 0.5
-    elif texture == "halves":
-        light = u > 0
-    else:
-        raise ValueError(f"unknown texture {texture!r}")
-    return light.astype(np.float32)
+    patterns = {
+        "stripes": lambda: a / 1.6 % 1 < 0.5,
+        "checks": lambda: (np.floor(1.3 * a) + np.floor(1.3 * b)) % 2,
+        "eye": lambda: np.hypot(u, v) < 0.7 * step,
+        "rings": lambda: radius % 1 < 0.5,
+        "zigzag": lambda: (0.7 * a + 1.2 * np.abs(0.7 * b % 1 - 0.5)) % 1 < 0.5,
+        "grid": lambda: np.minimum(a % 1, b % 1) < 0.25,
+        "spokes": lambda: 4 * turn % 1 < 0.5,
+        "quarters": lambda: u * v > 0,
+        "bricks": lambda: np.minimum(2 * b % 1, (a + 0.5 * np.floor(2 * b)) % 1 / 0.8) < 0.25,
+        "dartboard": lambda: (np.floor(2 * radius) + np.floor(8 * turn)) % 2,
+        "spiral": lambda: (0.6 * radius + turn) % 1 < 0.5,
+        "halves": lambda: u > 0,
+    }
+    return patterns[texture]().astype(np.float32)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

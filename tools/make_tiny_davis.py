@@ -3,16 +3,18 @@
 The list val.txt names plain videos and some of unusual kinds: ``portrait``, ``odd`` sides,
 ``late`` (frames numbered from 37 on), ``vanish`` (the second object leaves for good), ``appear``
 (a second object that the first frame does not have) and ``single`` (one frame).
-Run as ``python -m tools.make_tiny_davis FOLDER`` from the root of the repository.
+
+    python -m tools.make_tiny_davis FOLDER [--videos 2]
 """
 
-import argparse
-import os
+from pathlib import Path
 
 import cv2
 import numpy as np
 
 from data.davis import RESOLUTION, write_mask
+from tools.tiny import drawing_parser, write_image, write_lines
+from utils.run import run_script
 
 UNUSUAL = ("portrait", "odd", "late", "vanish", "appear", "single")
 COLOURS = np.array([[220, 40, 40], [40, 60, 220], [240, 220, 60]])  # of the objects, RGB
@@ -20,14 +22,13 @@ COLOURS = np.array([[220, 40, 40], [40, 60, 220], [240, 220, 60]])  # of the obj
 
 def main() -> None:
     """Draw one data set."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="where JPEGImages/, Annotations/ and ImageSets/ are written")
-    parser.add_argument("--videos", type=int, default=2, help="videos beside the unusual ones")
-    parser.add_argument("--frames", type=int, default=10, help="frames a video")
-    parser.add_argument("--height", type=int, default=240, help="of a frame in pixels")
-    parser.add_argument("--width", type=int, default=427, help="of a frame in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = drawing_parser(
+        __doc__,
+        ("videos", 2, "videos beside the unusual ones"),
+        ("frames", 10, "frames a video"),
+        ("height", 240, "of a frame in pixels"),
+        ("width", 427, "of a frame in pixels"),
+    ).parse_args()
     plain = [f"plain{number}" for number in range(args.videos)]
     write_davis(args.folder, plain + list(UNUSUAL), args.frames, args.height, args.width, args.seed)
 
@@ -36,24 +37,19 @@ def write_davis(
     folder: str, names: list[str], frames: int, height: int, width: int, seed: int = 0
 ) -> None:
     """Write videos and their list; a name of ``UNUSUAL`` says what is unusual."""
-    lists = os.path.join(folder, "ImageSets", "2017")
-    os.makedirs(lists, exist_ok=True)
-    with open(os.path.join(lists, "val.txt"), "w", encoding="utf-8") as file:
-        file.writelines(f"{name}\n" for name in names)
+    root = Path(folder)
+    write_lines(root / "ImageSets/2017/val.txt", names)
     for number, name in enumerate(names):
         shape = {"portrait": (width, height), "odd": (height - 3, width - 8)}
         h, w = shape.get(name, (height, width))
         count = 1 if name == "single" else frames
         rng = np.random.default_rng((seed, number))
-        images, masks = (
-            os.path.join(folder, kind, RESOLUTION, name) for kind in ("JPEGImages", "Annotations")
-        )
-        for part in (images, masks):
-            os.makedirs(part, exist_ok=True)
+        images, masks = (root / kind / RESOLUTION / name for kind in ("JPEGImages", "Annotations"))
+        masks.mkdir(parents=True, exist_ok=True)
         for i, (image, mask) in enumerate(draw_video(rng, count, h, w, name)):
             stem = f"{i + 37 * (name == 'late'):05}"
-            cv2.imwrite(os.path.join(images, f"{stem}.jpg"), image[..., ::-1])
-            write_mask(os.path.join(masks, f"{stem}.png"), mask)
+            write_image(images / f"{stem}.jpg", image)
+            write_mask(str(masks / f"{stem}.png"), mask)
 
 
 def draw_video(
@@ -86,4 +82,4 @@ def draw_video(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

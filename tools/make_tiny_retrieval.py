@@ -3,24 +3,29 @@
 A landmark is a facade of coloured windows. Easy images show it whole, hard ones show a part in
 other light, and junk ones hardly show it. The rest of the database shows other facades. The first
 query has no right image, the second no hard one and the third no junk.
+
+    python -m tools.make_tiny_retrieval FOLDER [--dataset rparis6k]
 """
 
-import argparse
-import os
 import pickle
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from tools.tiny import drawing_parser, write_image
+from utils.run import run_script
+
 
 def main() -> None:
     """Draw one data set."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="where the folder of the data set is written")
-    parser.add_argument("--dataset", choices=["roxford5k", "rparis6k"], default="roxford5k")
-    parser.add_argument("--landmarks", type=int, default=6, help="queries, one a landmark")
-    parser.add_argument("--size", type=int, default=256, help="long side of an image in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = drawing_parser(
+        __doc__,
+        ("landmarks", 6, "queries, one a landmark"),
+        ("size", 256, "long side of an image in pixels"),
+    )
+    names = ["roxford5k", "rparis6k"]
+    parser.add_argument("--dataset", choices=names, default=names[0], help="its name")
     args = parser.parse_args()
     write_retrieval(args.folder, args.dataset, args.landmarks, args.size, args.seed)
 
@@ -29,8 +34,7 @@ def write_retrieval(
     folder: str, dataset: str = "roxford5k", landmarks: int = 6, size: int = 256, seed: int = 0
 ) -> str:
     """Write ``<folder>/<dataset>/`` with jpg/ and the ground truth; returns its path."""
-    root = os.path.join(folder, dataset)
-    os.makedirs(os.path.join(root, "jpg"), exist_ok=True)
+    root = Path(folder, dataset)
     truth: dict[str, list] = {"imlist": [], "qimlist": [], "gnd": []}
     for number in range(landmarks):
         rng = np.random.default_rng((seed, number))
@@ -43,16 +47,17 @@ def write_retrieval(
             for i in range(count):
                 scene = draw_facade(rng) if label == "other" else facade
                 name = f"landmark_{number:02}_{label}{i}"
-                write(root, name, photograph(rng, scene, label, size)[0])
+                image, _ = photograph(rng, scene, label, size)
+                write_image(root / "jpg" / f"{name}.jpg", image[..., ::-1])
                 truth["imlist"].append(name)
         del entry["other"]
         image, entry["bbx"] = photograph(rng, facade, "query", size)
         truth["qimlist"].append(f"landmark_{number:02}_query")
-        write(root, truth["qimlist"][-1], image)
+        write_image(root / "jpg" / f"{truth['qimlist'][-1]}.jpg", image[..., ::-1])
         truth["gnd"].append(entry)
-    with open(os.path.join(root, f"gnd_{dataset}.pkl"), "wb") as file:
+    with open(root / f"gnd_{dataset}.pkl", "wb") as file:
         pickle.dump(truth, file, protocol=2)  # as published
-    return root
+    return str(root)
 
 
 def draw_facade(rng: np.random.Generator) -> np.ndarray:
@@ -92,10 +97,5 @@ def photograph(
     return np.clip(image, 0, 255).astype(np.uint8), [float(side) for side in box]
 
 
-def write(root: str, name: str, image: np.ndarray) -> None:
-    """Write a JPEG."""
-    cv2.imwrite(os.path.join(root, "jpg", f"{name}.jpg"), image)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,20 +2,25 @@
 
 There are as many classes as in the original (but 10 for imagenet), with few and small images. An
 image's colour tells its class, so that a classifier has something to find.
+
+    python -m tools.make_tiny_transfer cifar10 FOLDER
 """
 
-import argparse
 import io
 import json
 import pickle
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 from scipy.io import savemat
+
+from tools import tiny
+from tools.tiny import write_lines
+from utils.arguments import command_parser
+from utils.run import run_script
 
 TRAIN, TEST = 2, 1  # images per class; caltech101 trains on as many as its protocol draws
 CALTECH_TRAIN = 30
@@ -27,8 +32,8 @@ VOC_CLASSES = (
 
 def main() -> None:
     """Write one data set."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(WRITERS))
+    parser = command_parser(__doc__)
+    parser.add_argument("name", choices=sorted(WRITERS), help="of the data set")
     parser.add_argument("folder", help="what is later given as --data-path")
     args = parser.parse_args()
     write_tiny(args.name, args.folder)
@@ -51,15 +56,8 @@ def pixels(label: int, width: int = 24, height: int = 16) -> np.ndarray:
 
 
 def write_image(path: Path, label: int) -> None:
-    """Write an image of a class as JPEG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels(label)).save(path, "JPEG", quality=90)
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
+    """Write an image of a class."""
+    tiny.write_image(path, pixels(label))
 
 
 def class_names(count: int, form: str = "class_{:03}") -> list[str]:
@@ -293,4 +291,4 @@ WRITERS: dict[str, Callable[[Path], None]] = {writer.__name__: writer for writer
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

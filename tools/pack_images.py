@@ -3,9 +3,10 @@
 A file system serves one large file better than a million small ones. The images are stored as they
 are, in their order, so a training sees the same batches. Started again, an interrupted pack goes
 on. At the end every image is compared with what it was packed from.
+
+    python -m tools.pack_images DATA PACKED [--zip]
 """
 
-import argparse
 import fcntl
 import io
 import json
@@ -21,9 +22,10 @@ from data.listing import Names
 from data.opening import DataPath, open_present
 from data.source import ImageSource
 from data.tars import CLASSES, class_folders, tar_members
+from utils.arguments import command_parser
 from utils.checkpoint import replacing
 from utils.distributed import on_terminal
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.run import run_script
 
 PART = ".part"  # ends the name of a tar that is not whole
@@ -31,7 +33,7 @@ PART = ".part"  # ends the name of a tar that is not whole
 
 def main() -> None:
     """Pack each split that is there."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("data", help="what --data-path of the scripts would be")
     parser.add_argument("folder", help="where the archives are written")
     parser.add_argument(
@@ -42,13 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     for split, source in open_present(DataPath(args.data)).items():
         path = os.path.join(args.folder, f"{split}.{'zip' if args.zip else 'tar'}")
-        try:
+        with reading(path, f"cannot pack {split}"):
             os.makedirs(args.folder, exist_ok=True)
             pack_zip(source, path) if args.zip else pack_tar(source, path)
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or path}: cannot pack {split} ({error.strerror})"
-            ) from error
         print(f"{split}: {len(source.names)} images in {path}")
 
 

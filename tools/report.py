@@ -1,10 +1,10 @@
 """One page of a run: its course, its figures, and pictures of what it has learned.
 
-    python -m tools.report RUN [--beside RUN ...] [--out FILE]
-
 The page is one HTML file that needs no network. Accuracies are those that the evaluations of RUN
 and of the runs beside it have written. The pictures are drawn from the run's checkpoint and the
 images where its config.json says. What is missing is left out, and the page says so.
+
+    python -m tools.report RUN [--beside RUN ...] [--out FILE]
 """
 
 import argparse
@@ -41,6 +41,7 @@ from models.pretrained import build_pretrained_encoder
 from tools import plot_run
 from tools.compare import CONFIG, Compared, read_run, remarks, table
 from tools.visualize import choose
+from utils.arguments import command_parser
 from utils.checkpoint import LATEST
 from utils.config import DEFAULTS, as_dict, leaves, load_config, with_values
 from utils.errors import UserError
@@ -70,12 +71,13 @@ class Section:
 
 def main() -> None:
     """Read the run, draw what it has, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder of pre-training")
     parser.add_argument(
         "--beside", nargs="+", default=[], metavar="RUN", help="runs to show its figures beside"
     )
-    parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report/index.html)")
+    where = "the page (default: RUN/report/index.html)"
+    parser.add_argument("--out", "--output", metavar="FILE", help=where)
     parser.add_argument(
         "--data-path", help="folder of the data set (default: where config.json says)"
     )

@@ -452,8 +452,8 @@ def test_the_table_in_markdown():
 
 
 def test_the_tool_that_writes_miniatures(tmp_path):
-    tool = Path(__file__).parents[2] / "tools" / "make_tiny_transfer.py"
-    subprocess.run([sys.executable, tool, "stl10", tmp_path], check=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "tools.make_tiny_transfer", "stl10", tmp_path]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     assert len(open_transfer_set("stl10", str(tmp_path), "train").names) == 10 * TRAIN
 
 
