@@ -38,7 +38,7 @@ from utils.distributed import (
     world_size,
 )
 from utils.errors import UserError, reading
-from utils.provenance import data_facts, weights_digest
+from utils.provenance import describe_images, weights_digest
 from utils.run import run_script, write_text
 
 ENDINGS = (".npz", ".csv", ".parquet")
@@ -65,7 +65,7 @@ def main() -> None:
     encoder = load_encoder(args.run, key=args.key).to(device)
     source = open_images(args.images)
     parts = Path(f"{args.out}.parts")
-    facts = data_facts(args.images, images=(source.names, source.labels))
+    facts = describe_images(args.images, images=(source.names, source.labels))
     about = {"weights": weights_digest(encoder), "images": facts["digest"]}
     on_first_process(lambda: claim(parts, about | {"transform": repr(encoder.transform)}))
     encode(source, encoder, parts, device, args)
