@@ -203,63 +203,68 @@ def _open(place: DataPath, split: str, download: bool, labelled: bool) -> ImageS
 
 
 def _number_as(train: ImageSource, val: ImageSource) -> None:
-    """Number the classes of ``val`` as those of ``train``, by their names.
+    """Number the classes of ``val`` as those of ``train``.
 
     Raises:
-        ValueError: a class of ``val`` has no training image, or numbers fit no names.
+        ValueError: a class of ``val`` has no training image, or it is not known which it is.
     """
     if train.labels.ndim + val.labels.ndim > 2:  # an image has several labels
         if train.classes != val.classes:
             raise ValueError("train and val have different classes")
         return
-    number_of = list(range(len(val.classes)))
+    used = np.unique(val.labels).tolist()
+    number_of = {number: number for number in used}
     if train.classes != val.classes:
-        _name_numbers(train, val)
-        known = {name: number for number, name in enumerate(train.classes)}
-        if len(known) < len(train.classes):
-            raise ValueError("two classes of train have one name, so those of val fit no class")
-        number_of = [known.get(name, -1) for name in val.classes]
+        number_of = _by_name_or_number(train, val, used)
     trained = set(np.unique(train.labels).tolist())
-    untrained = [n for n in np.unique(val.labels).tolist() if number_of[n] not in trained]
-    if untrained:
+    if untrained := [n for n in used if number_of.get(n) not in trained]:
         others = f", nor have {len(untrained) - 1} others" if len(untrained) > 1 else ""
         raise ValueError(
             f"class {val.classes[untrained[0]]} is among the validation images, but has no "
             f"training image{others}"
         )
-    if train.classes != val.classes:
-        val.labels, val.classes = np.array(number_of)[val.labels], train.classes
+    numbers = [number_of.get(n, -1) for n in range(len(val.classes))]
+    val.labels, val.classes = np.array(numbers)[val.labels], train.classes
 
 
-def _name_numbers(train: ImageSource, val: ImageSource) -> None:
-    """Where one split has names of classes and the other numbers alone, name the numbers.
+def _by_name_or_number(train: ImageSource, val: ImageSource, used: list[int]) -> dict[int, int]:
+    """The number in ``train`` of each class of ``val``, of which ``used`` have images.
 
-    Number n stands for the n-th name, from 0; or for the name that is this number.
+    They have the same name. Or one split has names and the other numbers alone, which count the
+    names from 0; the numbers get the names.
 
     Raises:
-        ValueError: the numbers fit the names in neither way, or in both ways differently.
+        ValueError: both are so, but say different things; or numbers that do not count all names.
     """
     both = (train, val)
     numbers = [s for s in both if all(map(str.isdecimal, s.classes))]
-    if len(numbers) > 1:  # folders may be named by numbers, but as words: 10 comes before 9
+    name = int if len(numbers) > 1 else str  # 01 is 1
+    known = {name(c): n for n, c in enumerate(train.classes)}
+    if len(known) < len(train.classes):
+        raise ValueError("two classes of train have one name, so those of val fit no class")
+    by_name = {n: known[name(c)] for n, c in enumerate(val.classes) if name(c) in known}
+    if len(numbers) > 1:  # folders may be named by numbers, and counted by numbers elsewhere
         numbers = [s for s in both if s.classes == [str(n) for n in range(len(s.classes))]]
-    if len(numbers) != 1:
-        return
+    named = by_name.keys() >= set(used)
+    if len(numbers) != 1 or (by_name and not named):
+        return by_name
     (numbered,) = numbers
     split, names = ("val", train.classes) if numbered is val else ("train", val.classes)
-    values = [int(name) for name in numbered.classes]
-    used = sorted(values[label] for label in np.unique(numbered.labels).tolist())
-    by_place = dict(enumerate(names))
-    by_value = {int(n): n for n in names} if all(map(str.isdecimal, names)) else {}
-    fit = [by for by in (by_value, by_place) if by.keys() >= set(used)]
-    if used[0] > 0 and fit == [by_place]:
+    values = {n: int(c) for n, c in enumerate(numbered.classes) if int(c) < len(names)}
+    counted = [int(numbered.classes[n]) for n in np.unique(numbered.labels).tolist()]
+    counts = min(counted) == 0 and max(counted) < len(names)
+    by_number = values if numbered is val else {v: n for n, v in values.items()}
+    if named and not (counts and any(by_name[n] != by_number.get(n) for n in used)):
+        return by_name
+    if named or min(counted) == 0 and not counts:
+        raise ValueError(
+            f"the class numbers {min(counted)} to {max(counted)} of {split} do not say which of "
+            f"{len(names)} classes ({names[0]}, ...) they are: write the names"
+        )
+    if not counts:
         raise ValueError(
             f"no image of {split} has the class number 0, which is {names[0]}: classes are "
             "numbered from 0 by their names; write the names"
         )
-    if len({tuple(by[n] for n in used) for by in fit if 0 in used or by is by_value}) != 1:
-        raise ValueError(
-            f"the class numbers {used[0]} to {used[-1]} of {split} do not say which of "
-            f"{len(names)} classes ({names[0]}, ...) they are: write the names"
-        )
-    numbered.classes = [fit[0].get(value, str(value)) for value in values]
+    numbered.classes = [names[values[n]] if n in values else c for n, c in enumerate(numbered.classes)]
+    return by_number
