@@ -136,7 +136,7 @@ def segment(
     )
     write(video, 0, mask, run)
     bar.update()
-    objects = range(1, int(mask.max()) + 1)
+    objects = [int(number) for number in np.unique(mask) if number]  # their numbers may have gaps
     values: dict[int, dict[str, list[float]]]
     values = {number: {name: [] for name in METRICS} for number in objects}
     for i in range(1, len(video.frames)):

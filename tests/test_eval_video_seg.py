@@ -127,6 +127,24 @@ def test_a_random_encoder_follows_flat_coloured_objects(davis, evaluated):
             assert scores[f"{name}_{number}"]["J-Mean"] > 0.6
 
 
+def test_numbers_of_objects_may_have_gaps(run_main, short, tmp_path):
+    """The figures are those of the same objects numbered from 1."""
+    shutil.copytree(short, tmp_path / "davis")
+    for path in (tmp_path / "davis/Annotations/480p/plain").glob("*.png"):
+        with Image.open(path) as image:
+            mask, colours = np.array(image), image.getpalette()
+        renamed = Image.fromarray(np.array([0, 3, 7], np.uint8)[mask])
+        renamed.putpalette(colours)
+        renamed.save(path)
+    found = []
+    for root, output in ((short, tmp_path / "a"), (tmp_path / "davis", tmp_path / "b")):
+        run_main(eval_video_seg, *arguments(root, output))
+        found.append(figures(folder(output) / "results.json"))
+    one, other = (f.pop("per_object") for f in found)
+    assert found[0] == found[1] and list(other) == ["plain_3", "plain_7"]
+    assert list(one.values()) == list(other.values())
+
+
 def test_an_object_that_vanished_is_gone(evaluated):
     last = np.array(Image.open(evaluated / "masks" / "vanish" / "00005.png"))
     assert (last == 1).sum() > 200
