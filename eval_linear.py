@@ -9,13 +9,14 @@ DATA holds train/<class>/<image> and val/<class>/<image>; --dataset NAME reads o
 import argparse
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from timm.scheduler.scheduler import Scheduler
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data.loader import TrainingLoader, build_classification_loader
@@ -25,7 +26,7 @@ from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
 from evaluation.identity import identity, warn_of_replacing
-from evaluation.judged import TEST, TRAIN, Figures, Judged, by_name, summary, table
+from evaluation.judged import TEST, TRAIN, Judged, by_name, summary, table
 from evaluation.linear import (
     LinearClassifiers,
     build_mixup,
@@ -45,7 +46,7 @@ from evaluation.protocols import (
     protocol_said,
     set_aside,
 )
-from lr_scheduler import build_scheduler, scaled_rates, without_effect
+from lr_scheduler import Rates, build_scheduler, scaled_rates, without_effect
 from models import build_encoder
 from models.batch_norm import synchronize_batch_norm
 from models.encoder import Backbone
@@ -63,13 +64,14 @@ from utils.checkpoint import (
 from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, NETWORK, Use, run_folder
 from utils.distributed import data_parallel, rank, world_size
 from utils.errors import UserError
+from utils.progress import EpochSize
 from utils.provenance import cost, describe_images, gather_provenance
 from utils.run import Run, keep_precision, log_table, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.session import Kind, Session
 from utils.signals import StopSignals
 from utils.training_log import measure_throughput
-from utils.update import Update, allow_tf32
+from utils.update import Forward, Update, allow_tf32
 
 BEST = "best.pth"
 
@@ -121,64 +123,36 @@ def main() -> None:
         if config.EVAL_MODE:
             return evaluate_saved(asked, given, test, folder, run)
         drop = protocol.drop_path_rate if args.drop_path_rate is None else args.drop_path_rate
-        decay = args.layer_decay or protocol.layer_decay
         encoder, origin = load_pretrained_encoder(args, config, run, drop, learns=not frozen)
         tokens = choose_tokens(args, protocol, encoder)
         how = {"protocol": protocol.name, "class_tokens": list(tokens) if tokens else None}
         splits = {"train": (train.names, train.labels), "test": (test.names, test.labels)}
         data = describe_images(config.DATA.DATA_PATH, **splits)
-        flags: dict[str, Any] = {
-            "--protocol": protocol.name,
-            "--subset": subset_suffix(args.subset),
-        }
         if args.probe == "lbfgs":
-            flags |= {"--num-l2": args.num_l2, "SEED": config.SEED}
-            of = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
-            warn_of_replacing(run, of)
-            run = with_provenance(run, origin, data, of)
+            run = with_provenance(run, origin, data, logistic_identity(args, run, origin, data))
             return fit_logistic_regression(run, encoder, (train, test), args.num_l2, how)
-        judged_on = [test]  # with the images that choose, if these are others
-        if args.select:
-            train, chosen_by = set_aside(train, config.SEED)
-            judged_on.append(chosen_by)
+        # the images that choose, if these are others than the test images
+        train, *choosing = set_aside(train, config.SEED) if args.select else (train,)
         loader = build_classification_loader(config, train)
 
-        kind = kind_of_training(frozen, rates)
-        flags |= {"--lr": rates, "--select": args.select, "--drop-path-rate": drop}
-        flags |= {"class tokens": how["class_tokens"], "processes": world_size()}
-        flags |= {} if frozen else {"--layer-decay": decay}
+        kind, decay = kind_of_training(frozen, rates), args.layer_decay or protocol.layer_decay
+        flags = training_flags(args, how, rates, drop, None if frozen else decay)
         of = identity(run, config, kind.uses, origin, data, **flags)
         checkpoint = find_checkpoint(run, of)
-        if checkpoint and not frozen:
+        if not frozen:
             run = keep_precision(run, checkpoint)
             of["AMP_OPT_LEVEL"] = run.precision.level
-        heads = len(train.classes), len(rates)
-        model = LinearClassifiers(
-            encoder, *heads, config.SEED, frozen, drop > 0, tokens, protocol.as_mae
+        heads, as_mae = (len(train.classes), len(rates)), protocol.as_mae
+        model = LinearClassifiers(encoder, *heads, config.SEED, frozen, drop > 0, tokens, as_mae)
+        ddp = place_model(model, run)
+        optimizers, schedulers, scaled = build_optimizers(
+            config, model, protocol, rates, decay, loader.size
         )
-        check_batch(config, model)
-        model = synchronize_batch_norm(model, run.device)
-        allow_tf32(model.encoder, run.precision)
-        ddp = data_parallel(model, run.device)
-
-        scaled = scaled_rates(config, loader.size.images_per_update)
-        if protocol.as_mae:
-            scaled = replace(scaled, minimum=config.TRAIN.MIN_LR)
-        groups = weight_groups(config, model, rates, decay, protocol.group)
-        optimizers = [build_optimizer(config, model, scaled.base, g) for g in groups]
-        schedules = [head_schedule(scaled, rate) for rate in rates] if frozen else [scaled]
-        schedulers = [
-            build_scheduler(config, optimizer, schedule, loader.size.updates, protocol.as_mae)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True)
-        ]
         update = Update(ddp, optimizers, run.precision, config.TRAIN.CLIP_GRAD, scale=not frozen)
-        mixup = None if frozen or metric == MAP else build_mixup(config, len(train.classes))
-        smoothing = config.MODEL.LABEL_SMOOTHING
-        forward = partial(forward_images, ddp, run.device, smoothing, mixup)
+        forward = build_forward(run, ddp, metric, len(train.classes))
         run = replace(run, derived={"DATA.TRAINING_IMAGES": loader.size.images} | scaled.by_key())
         run = with_provenance(run, origin, data, of)
         describe(run, protocol, loader, test, without_effect(config, given))
-
         judged = Judged(rates, {"lr": rates, **how})
         session = Session(run, loader, update, signals, judged, kind)
         if checkpoint:
@@ -188,24 +162,19 @@ def main() -> None:
         if config.THROUGHPUT_MODE:
             ddp.train()
             return measure_throughput(loader, partial(update, forward=forward), run)
-        judge = Judge(model, judged_on, metric, run)
+        judge = Judge(model, [test, *choosing], metric, run)
 
         with session:
             for epoch in session.epochs():
                 for micro_batches in session.updates():
-                    by_epoch = epoch * loader.size.updates
+                    first = epoch * loader.size.updates
                     for scheduler in schedulers:
-                        scheduler.step_update(by_epoch if protocol.rate_by_epoch else session.step)
+                        scheduler.step_update(first if protocol.rate_by_epoch else session.step)
                     seed_libraries(config.SEED, rank(), session.step)
                     session.made(update(micro_batches, forward))
                     judged.leave_out(session.diverged)
                 if judged.epoch < epoch:
-                    figures = judge(judged, epoch)
-                    if not session.epoch_logged:
-                        session.end_epoch(by_name(kind.names, *figures))
-                    session.save()
-                    path = os.path.join(run.folder, BEST)
-                    judged.save_best(model, path, provenance=session.provenance(), **how)
+                    judge(session, judged, how)
         best, last = judged.outcome(TRAIN if args.select else TEST)
         report(run, how | {"drop_path_rate": drop}, {"best": best, "last": last})
 
@@ -235,6 +204,34 @@ def fit_logistic_regression(
     report(run, how, found)
 
 
+def flags_said(args: argparse.Namespace, protocol: str) -> dict[str, Any]:
+    """What every classifier's figures depend on beside the configuration."""
+    return {"--protocol": protocol, "--subset": subset_suffix(args.subset)}
+
+
+def training_flags(
+    args: argparse.Namespace,
+    how: dict[str, Any],
+    rates: list[float],
+    drop: float,
+    decay: float | None,
+) -> dict[str, Any]:
+    """What the figures of a probe by SGD or of fine-tuning depend on beside the configuration."""
+    flags = flags_said(args, how["protocol"]) | {"--lr": rates, "--select": args.select}
+    flags |= {"--drop-path-rate": drop, "class tokens": how["class_tokens"]}
+    return flags | {"processes": world_size()} | ({"--layer-decay": decay} if decay else {})
+
+
+def logistic_identity(
+    args: argparse.Namespace, run: Run, origin: dict[str, Any], data: dict[str, Any]
+) -> dict[str, Any]:
+    """What the figures of ``--probe lbfgs`` depend on; warn where others would be replaced."""
+    flags = flags_said(args, args.probe) | {"--num-l2": args.num_l2, "SEED": run.config.SEED}
+    of = identity(run, run.config, NETWORK | FEATURE, origin, data, **flags)
+    warn_of_replacing(run, of)
+    return of
+
+
 def kind_of_training(frozen: bool, rates: list[float]) -> Kind:
     """In what a probe and fine-tuning differ from pre-training."""
     return Kind(
@@ -245,6 +242,15 @@ def kind_of_training(frozen: bool, rates: list[float]) -> Kind:
         check_weights=not frozen,
         rate=f"--lr {' '.join(f'{rate:g}' for rate in rates)}",
     )
+
+
+def build_forward(
+    run: Run, ddp: DistributedDataParallel, metric: str, classes: int
+) -> Callable[[Any], Forward]:
+    """What gives the losses of a micro-batch."""
+    config, frozen = run.config, ddp.module.frozen
+    mixup = None if frozen or metric == MAP else build_mixup(config, classes)
+    return partial(forward_images, ddp, run.device, config.MODEL.LABEL_SMOOTHING, mixup)
 
 
 def with_provenance(run: Run, origin: dict[str, Any], data: Any, of: dict[str, Any]) -> Run:
@@ -287,23 +293,53 @@ class Judge:
             for part, name in zip(self._features, ("test", "held-out"), strict=False):
                 check_features(*part, name)
 
-    def __call__(self, judged: Judged, epoch: int) -> Sequence[Figures]:
-        """The figures of all classifiers on each of the sources; ``judged`` takes them."""
+    def __call__(self, session: Session, judged: Judged, how: dict[str, Any]) -> None:
+        """Judge the epoch that has ended; log the figures, and save them with the best head."""
+        epoch, run = session.progress.epoch, self.run
         features = self._features or self._encode(self.model.eval().features)
         scored = [score_heads(self.model, *f, self.metric, judged.left_out) for f in features]
         judged.add(epoch, *scored)
-        judged.log(self.metric, self.run.logger)
-        return scored
+        judged.log(self.metric, run.logger)
+        if not session.epoch_logged:
+            session.end_epoch(by_name(session.kind.names, *scored))
+        session.save()
+        path = os.path.join(run.folder, BEST)
+        judged.save_best(self.model, path, provenance=session.provenance(), **how)
 
     def _encode(self, encoder: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [encode_images(self.run.config, encoder, part, self.run) for part in self.sources]
 
 
-def check_batch(config: CfgNode, model: LinearClassifiers) -> None:
-    """BatchNorm that learns needs two images."""
+def place_model(model: LinearClassifiers, run: Run) -> DistributedDataParallel:
+    """The model on the device, for all processes; BatchNorm that learns needs two images."""
     learns = not model.frozen and any(isinstance(m, _BatchNorm) for m in model.modules())
-    if learns and config.DATA.BATCH_SIZE * world_size() < 2:
+    if learns and run.config.DATA.BATCH_SIZE * world_size() < 2:
         raise UserError("BatchNorm needs a total batch of at least 2 images: raise --batch-size")
+    model = synchronize_batch_norm(model, run.device)
+    allow_tf32(model.encoder, run.precision)
+    return data_parallel(model, run.device)
+
+
+def build_optimizers(
+    config: CfgNode,
+    model: LinearClassifiers,
+    protocol: Protocol,
+    rates: list[float],
+    decay: float,
+    size: EpochSize,
+) -> tuple[list[torch.optim.Optimizer], list[Scheduler], Rates]:
+    """Optimizer and schedule of each head of a probe, or of fine-tuning, and the scaled rates."""
+    scaled = scaled_rates(config, size.images_per_update)
+    if protocol.as_mae:
+        scaled = replace(scaled, minimum=config.TRAIN.MIN_LR)
+    groups = weight_groups(config, model, rates, decay, protocol.group)
+    optimizers = [build_optimizer(config, model, scaled.base, group) for group in groups]
+    schedules = [head_schedule(scaled, rate) for rate in rates] if model.frozen else [scaled]
+    schedulers = [
+        build_scheduler(config, optimizer, schedule, size.updates, protocol.as_mae)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True)
+    ]
+    return optimizers, schedulers, scaled
 
 
 def weight_groups(
