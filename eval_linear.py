@@ -9,6 +9,7 @@ DATA holds train/<class>/<image> and val/<class>/<image>; --dataset NAME reads o
 import argparse
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any

@@ -14,7 +14,7 @@ from models.momentum import MomentumMethod, spread_figures
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.training_log import MetricsFile, collapsed, queue_spread
-from utils.update import Averages, Update
+from utils.update import Averages, Precision, Update
 
 VIEWS = (2, 4, 32, 32, 3)
 
@@ -68,6 +68,44 @@ def test_a_bad_update_leaves_no_trace(process_group, kind, optimizer_name):
             assert all(a.equal(b) for a, b in zip(after, before, strict=False))
         else:
             assert not all(a.equal(b) for a, b in zip(after, before, strict=False))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("made_before", [0, 1])
+def test_a_skipped_update_moves_the_key_encoder_alone(
+    process_group, method, parts, half, made_before
+):
+    """As main_pretrain.py makes it: its momentum moves it towards weights that stay."""
+    opts = ("MODEL.CONTRAST_NUM_NEGATIVE", "32", "MODEL.N_HARD", "8", "MODEL.WARMUP_EPOCHS", "0")
+    config, run = tiny(f"configs/{method}_vit_tiny.yaml", *opts, "TRAIN.BASE_LR", "0.01")
+    if half:
+        run.precision = Precision("float16", run.device)
+        run.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    torch.manual_seed(0)
+    model, optimizer, update = build_update(config, run)
+    batch = [torch.randint(0, 256, VIEWS, dtype=torch.uint8) for _ in range(parts)]
+    for _ in range(made_before):
+        assert update(batch).finite
+    state, kept = model.state_dict(), {n: t.clone() for n, t in model.state_dict().items()}
+    settings = {p: {n: v.clone() for n, v in s.items()} for p, s in optimizer.state.items()}
+    poison(model, "nan loss")
+    model.update_key_encoder(0.9)
+    assert not update(batch).finite
+    follows = {n for n, _ in model.named_parameters() if n.startswith(("encoder_k", "projector_k"))}
+    assert len(follows) > 10
+    for name, before in kept.items():
+        if name in follows:
+            before = before.lerp(kept[name.replace("_k.", ".", 1)], 1 - 0.9)
+        assert state[name].equal(before), name
+    moved = {name for name in follows if not state[name].equal(kept[name])}
+    assert bool(moved) == bool(made_before)  # before the first update both are the same
+    for parameter, values in optimizer.state.items():  # torch makes it of zeros at the first
+        for name, value in values.items():
+            own = settings.get(parameter, {}).get(name, torch.zeros_like(value))
+            assert value.equal(own), name
+    assert run.precision.scaler.get_scale() == (4.0 if half else 1.0)  # which halves, as it should
 
 
 def one_of_two(_, folder: str) -> None:

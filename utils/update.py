@@ -164,7 +164,11 @@ class Result(Generic[F]):
 
 
 class Update:
-    """Makes updates; one whose loss or gradient is not finite leaves no trace, on any process.
+    """Makes updates; one whose loss or gradient is not finite is skipped, on every process.
+
+    A skipped update leaves weights, optimizer, statistics of BatchNorm and queues as they were. A
+    key encoder has moved by its momentum before, towards weights that then did not change: an undo
+    would cost a copy of it.
 
     Several optimizers hold weights that do not depend on each other, such as the heads of a probe.
     Each is clipped and skipped by itself.
