@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
 from data.dataset import Views
 
+Layout = list[tuple[int, torch.dtype, list[int]]]
 ALIGNMENT = 16  # bytes: where a tensor of any type may begin
 
 
@@ -22,36 +23,46 @@ class FlatBatch(NamedTuple):
     """
 
     memory: torch.Tensor
-    layout: list[tuple[int, torch.dtype, list[int]]]
+    layout: Layout
     replaced: torch.Tensor | None
 
 
 def flatten(samples: list[tuple[Any, ...]]) -> FlatBatch:
-    """The collate function of a loader: what ``default_collate`` gives, with one memory."""
-    batch = default_collate(samples)
-    replaced, parts, layout, end = None, [], [], 0
-    if isinstance(batch, Views):
-        replaced = batch.replaced
-        batch = [batch.first, batch.second, batch.label, batch.draws]
-    for tensor in batch:
-        layout.append((end, tensor.dtype, list(tensor.shape)))
-        own = tensor.contiguous().view(-1).view(torch.uint8)
-        gap = -len(own) % ALIGNMENT
-        parts += [own, own.new_zeros(gap)]
-        end += len(own) + gap
-    return FlatBatch(torch.cat(parts), layout, replaced)
+    """The collate function of a loader: what ``default_collate`` gives, stacked into one memory."""
+    replaced, columns = None, list[Any](zip(*samples, strict=True))
+    if isinstance(samples[0], Views):
+        replaced = default_collate(columns.pop(Views._fields.index("replaced")))
+    layout, end = [], 0
+    for place, column in enumerate(columns):
+        if not isinstance(column[0], torch.Tensor):
+            columns[place] = column = default_collate(column).unbind()
+        shape = [len(column), *column[0].shape]
+        layout.append((end, column[0].dtype, shape))
+        size = math.prod(shape) * column[0].element_size()
+        end += size + -size % ALIGNMENT
+    memory = torch.empty(end, dtype=torch.uint8)
+    if get_worker_info():  # else it would be copied to memory that processes share
+        memory.set_(torch.UntypedStorage._new_shared(end))
+    for column, out in zip(columns, _parts(memory, layout), strict=True):
+        torch.stack(column, out=out)
+    return FlatBatch(memory, layout, replaced)
 
 
 def unflatten(memory: torch.Tensor, batch: FlatBatch) -> Views | list[torch.Tensor]:
     """What ``batch`` was made of, with tensors that are views of ``memory``, which has its bytes."""
-    tensors = []
-    for start, dtype, shape in batch.layout:
-        size = math.prod(shape) * dtype.itemsize
-        tensors.append(memory[start : start + size].view(dtype).view(shape))
+    tensors = _parts(memory, batch.layout)
     if batch.replaced is None:
         return tensors
     first, second, label, draws = tensors
     return Views(first, second, batch.replaced, label, draws)
+
+
+def _parts(memory: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+    tensors = []
+    for start, dtype, shape in layout:
+        size = math.prod(shape) * dtype.itemsize
+        tensors.append(memory[start : start + size].view(dtype).view(shape))
+    return tensors
 
 
 def prefetch(updates: Iterable[Iterable[FlatBatch]]) -> Iterator[list[Any]]:

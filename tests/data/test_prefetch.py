@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from helpers import ROOT, TINY
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from data.dataset import Views
 from data.loader import build_pretraining_loader
@@ -66,6 +66,15 @@ def test_a_flat_batch_has_all_of_a_batch(batch):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.equal(theirs)
         assert ours.is_contiguous()
+
+
+def test_a_worker_stacks_into_memory_that_processes_share():
+    loader = DataLoader(samples(0, 5), batch_size=3, num_workers=1, collate_fn=flatten)
+    (flat,) = loader
+    assert flat.memory.is_shared()
+    expected = default_collate(samples(0, 5))
+    for ours, theirs in zip(unflatten(flat.memory, flat), expected, strict=True):
+        assert ours.equal(theirs)
 
 
 def test_the_next_update_is_copied_before_one_is_made(asked):
