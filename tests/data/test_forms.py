@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -319,6 +320,22 @@ MISTAKES = {
         lambda r: shard(r, k_png=image(), k_json=b'{"label": [1, 2]}'),
         r"train-000000\.tar: k needs a class number",
     ),
+    "a member twice": (
+        lambda r: shard(r, k_png=image(), k_cls=b"0", k_PNG=image()),
+        r"train-000000\.tar: two members are called k\.PNG",
+    ),
+    "a key with a dot": (
+        lambda r: shard(r, k_1_png=image(), k_1_cls=b"0", k_png=image(), k_cls=b"0"),
+        r"train-000000\.tar: k\.1\.png has a dot in its key",
+    ),
+    "only keys with dots": (
+        lambda r: shard(r, k_1_png=image(), k_2_png=image(), k_cls=b"0"),
+        r"train-000000\.tar: k\.1\.png has a dot in its key",
+    ),
+    "two labels of a path": (
+        lambda r: text(r, "train.txt", "a.jpg 0\nb.jpg 1\na.jpg 1\n"),
+        r"train\.txt: a\.jpg has the labels 0 and 1",
+    ),
     "a shard without images": (lambda r: shard(r, k_cls=b"1"), "no images in the shards"),
     "other columns": (
         lambda r: table(r, img=[b"x"], label=[0]),
@@ -351,6 +368,35 @@ def test_mistakes_are_named(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as error:
         open_source(str(tmp_path), "train")
     assert "\n" not in str(error.value)
+
+
+def link(archive, name: str, aim: str, kind: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, aim
+    archive.addfile(member)
+
+
+def test_a_tar_has_what_unpacking_it_gives(tmp_path):
+    """By GNU's tar: hard links, also of a member that comes again; links to later members."""
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        add(archive, "a/0.png", image(10))
+        link(archive, "a/hard.png", "a/0.png", tarfile.LNKTYPE)
+        link(archive, "b/soft.png", "../a/1.png", tarfile.SYMTYPE)
+        link(archive, "b/again.png", "soft.png", tarfile.SYMTYPE)
+        link(archive, "b/gone.png", "absent.png", tarfile.SYMTYPE)
+        link(archive, "b/self.png", "self.png", tarfile.SYMTYPE)
+        add(archive, "./a/0.png", image(20))
+        add(archive, "a/1.png", image(30))
+        link(archive, "b/.hidden.png", "a/0.png", tarfile.LNKTYPE)
+    packed = open_source(str(tmp_path), "train")
+    unpacked = tmp_path / "unpacked/train"
+    unpacked.mkdir(parents=True)
+    subprocess.run(["tar", "-xf", tmp_path / "train.tar", "-C", unpacked], check=True)
+    folder = open_source(str(tmp_path / "unpacked"), "train")
+    assert list(packed.names) == [name.removeprefix(f"{unpacked}/") for name in folder.names]
+    assert packed.labels.tolist() == folder.labels.tolist()
+    for index in range(len(folder.names)):
+        assert packed.read(index) == folder.read(index)
 
 
 def test_an_image_that_a_list_has_and_the_disk_lacks_is_named(tmp_path):

@@ -14,6 +14,7 @@ import eval_knn
 from data.folders import FolderSource
 from data.image import read_file
 from data.listing import Listing, is_hidden, list_classes, list_images, read_lines
+from data.opening import open_source
 from data.zips import ZipSource
 from logger import create_logger
 from utils.errors import UserError
@@ -99,6 +100,45 @@ def test_litter_is_left_out_and_counted_in_one_line(folder, litter, logged):
     assert source.classes == ["class0", "class1"]
     (line,) = logged
     assert line.startswith(f"{folder}: left out: 1 ")
+
+
+def test_folders_of_runs_are_not_searched(folder, logged):
+    """Beside the classes, and within one; a configuration without a checkpoint is no run."""
+    clean = listed(FolderSource(str(folder.parent), "train"))
+    for place in ("class0/output/run", "run"):
+        copy_to(f"{place}/pictures/0.jpg")(folder)
+        copy_to(f"{place}/0.jpg")(folder)
+        (folder / place / "config.json").write_text("{}")
+        (folder / place / "checkpoint.pth").write_bytes(b"x")
+    assert listed(FolderSource(str(folder.parent), "train")) == clean
+    assert "2 folders of a run" in logged[-1]
+    (folder / "class0/output/run/checkpoint.pth").unlink()
+    assert len(FolderSource(str(folder.parent), "train").names) == len(clean[0]) + 2
+
+
+@pytest.mark.parametrize(
+    ("place", "taken"), [("..", "data, other"), ("train", "class0, class1"), (".", None)]
+)
+def test_a_wrong_folder_is_warned_of(folder, logged, place, taken):
+    (folder.parent.parent / "other").mkdir()
+    root = os.path.join(folder.parent, place)
+    found = open_source(root, "train", labelled=False)
+    lines = [line for line in logged if "taken as" in line]
+    if taken is None:
+        assert not lines and found.classes == ["class0", "class1"]
+        return
+    (line,) = lines
+    assert f"all 24 images below it are taken as one class, whatever their folders ({taken}" in line
+    meant = line.rsplit("did you mean ")[1].rstrip("?")
+    assert os.path.samefile(meant, folder.parent)
+
+
+def test_splits_that_would_be_classes_are_warned_of(folder, logged):
+    folder.rename(folder.parent.parent / "images")
+    folder.mkdir(parents=True)
+    shutil.move(folder.parent.parent / "images", folder / "train")
+    assert FolderSource(str(folder.parent), "train").classes == ["train"]
+    assert f"is the data path {folder}?" in logged[-1]
 
 
 def test_one_line_counts_everything(folder, logged):
