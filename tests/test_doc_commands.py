@@ -19,6 +19,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # run by tests of their own, which set up what they need
 ELSEWHERE = {
     "mocov3": "test_extending.py",
+    "synco-embed": "test_load_encoder.py",
     "tools.benchmark": "test_benchmark.py",
     "tools.study": "test_study.py",
     "tools.report": "test_report.py",

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from evaluation.encoder import build_transform
 from models import build_method
 from models.encoder import create_encoder
 from synco_vit import load_encoder
-from tools import export_backbone
+from tools import embed, export_backbone
 from utils.config import load_config
 
 PHOTO = Image.effect_noise((50, 40), 60)
@@ -139,15 +140,24 @@ def test_the_transform_is_that_of_the_evaluations(imagenet, crop):
     assert grey.shape == expected.shape
 
 
-def test_the_example_with_scikit_learn_runs(imagenet, tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_page_run(run_main, imagenet, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     write_checkpoint(tmp_path / "OUT/synco/TAG")
     (tmp_path / "DATA").symlink_to(imagenet)
+    shutil.copytree(imagenet / "val", tmp_path / "PHOTOS")
+    first, *_, last = sorted(p for p in (tmp_path / "PHOTOS").glob("**/*") if p.is_file())
+    shutil.copy(first, last.with_name("zzz.jpg"))
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/python.md").read_text()
+    command = re.search(r"^    synco-embed (.*)$", text, re.MULTILINE)
+    run_main(embed, *command[1].split(), "--workers", 0)
+    capsys.readouterr()
+    scope: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(block, {})
+        exec(block, scope)
     assert 0 <= float(capsys.readouterr().out.removeprefix("accuracy ")) <= 1
+    assert len(scope["nearest"]) == 5 and scope["nearest"][0].endswith("zzz.jpg")
+    assert any(str(first.name) in one and two.endswith("zzz.jpg") for one, two in scope["twins"])
 
 
 def test_a_caller_with_modules_of_the_same_names(tmp_path):
