@@ -31,8 +31,8 @@ from evaluation.feature_files import (
 from evaluation.features import check_features, encode_images, unit_length
 from evaluation.identity import identity, identity_said, warn_of_replacing
 from evaluation.knn import knn_classify
+from evaluation.of_run import log_notes, parse_evaluation
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from utils.arguments import parse_arguments
 from utils.config import FEATURE, NETWORK, run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Features of both splits, neighbours, figures."""
-    args, config = parse_arguments(__doc__, add_arguments)
+    args, config, notes = parse_evaluation(__doc__, add_arguments)
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature must be positive and finite, got {args.temperature}")
     if args.subset and args.load_features:
@@ -86,6 +86,7 @@ def main() -> None:
         baseline, subset = features_of(args, config)
     name = f"knn_{config.DATA.DATASET}{subset}" + (f"_{baseline}" if baseline else "")
     run = start(config, os.path.join(run_folder(config), name))
+    log_notes(run, notes)
     if args.load_features:
         images, (parts, about) = None, load_features(args.load_features, FILES, run.logger)
     else:

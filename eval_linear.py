@@ -36,6 +36,7 @@ from evaluation.linear import (
     score_heads,
 )
 from evaluation.logistic_regression import probe
+from evaluation.of_run import log_notes, parse_evaluation
 from evaluation.protocols import (
     Protocol,
     add_protocol_arguments,
@@ -53,7 +54,7 @@ from models.batch_norm import synchronize_batch_norm
 from models.encoder import Backbone
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder, read_encoder_for
 from optimizer import build_optimizer
-from utils.arguments import given_keys, number_in, parse_arguments
+from utils.arguments import given_keys, number_in
 from utils.checkpoint import (
     LATEST,
     Checkpoint,
@@ -111,12 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Data, encoder, heads, resume, loop, figures; a signal stops it so that it can be resumed."""
     with StopSignals() as signals:
-        args, asked = parse_arguments(__doc__, add_arguments)
+        args, asked, notes = parse_evaluation(__doc__, add_arguments)
         frozen, given = asked.LINEAR_EVAL.WEIGHTS == "freeze", given_keys(args)
         folder = result_folder(args, asked)
         protocol = choose_protocol(args, asked, folder)
         config, rates = apply_protocol(asked, protocol, given, args.lr)
         run = start(config, folder, trains=not (frozen or config.EVAL_MODE))
+        log_notes(run, notes)
 
         train, test = open_splits(DataPath.of(config), args.download)
         train = take_subset(train, args.subset, config.SEED)

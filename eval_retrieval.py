@@ -23,10 +23,10 @@ from data.retrieval import DATASETS, LABELS, GroundTruth, RetrievalImages, read_
 from evaluation.feature_files import add_feature_arguments, dump_features, load_features
 from evaluation.features import extract_features
 from evaluation.identity import as_flags, identity, identity_said, warn_of_replacing
+from evaluation.of_run import log_notes, parse_evaluation
 from evaluation.retrieval_features import AsDino, MultiScale
 from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from utils.arguments import parse_arguments
 from utils.config import NETWORK, run_folder
 from utils.distributed import rank
 from utils.errors import UserError
@@ -63,11 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Features of the database and of the queries, ranking, figures."""
-    args, config = parse_arguments(__doc__, add_arguments)
+    args, config, notes = parse_evaluation(__doc__, add_arguments)
     if args.imsize < 1:
         raise UserError(f"--imsize must be at least 1, got {args.imsize}")
     dataset = config.DATA.DATASET
     run = start(config, os.path.join(run_folder(config), f"retrieval_{dataset}"))
+    log_notes(run, notes)
     truth = read_ground_truth(config.DATA.DATA_PATH, dataset)
     if args.load_features:
         features, about = load_features(args.load_features, FILES, run.logger)

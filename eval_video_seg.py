@@ -23,11 +23,11 @@ from data.davis import MULTIPLE, Video, fit_frame, read_frame, read_mask, read_v
 from data.loader import normalize
 from evaluation.identity import as_flags, identity, warn_of_replacing
 from evaluation.label_propagation import LabelPropagation
+from evaluation.of_run import log_notes, parse_evaluation
 from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
 from models.encoder import Backbone
 from models.patch_features import STRIDE, patch_features, patch_stride
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from utils.arguments import parse_arguments
 from utils.config import NETWORK, run_folder
 from utils.distributed import all_gather_objects, on_terminal, rank, world_size
 from utils.errors import UserError
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Segment this process's videos, gather the scores, write the figures."""
-    args, config = parse_arguments(__doc__, add_arguments)
+    args, config, notes = parse_evaluation(__doc__, add_arguments)
     if min(args.n_last_frames, args.size_mask_neighborhood, args.topk - 1) < 0:
         raise UserError(
             "--n-last-frames and --size-mask-neighborhood must be at least 0, --topk at least 1"
@@ -75,6 +75,7 @@ def main() -> None:
     if args.short_side < MULTIPLE or args.short_side % STRIDE:
         raise UserError(f"--short-side must be a multiple of {STRIDE}, at least {MULTIPLE}")
     run = start(config, os.path.join(run_folder(config), "video_segmentation_davis2017"))
+    log_notes(run, notes)
     videos = read_videos(config.DATA.DATA_PATH)
     encoder, origin = load_pretrained_encoder(args, config, run)
     frames = [frame for video in videos for frame in video.frames]

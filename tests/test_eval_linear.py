@@ -20,6 +20,7 @@ from models.encoder import create_encoder
 from tools import plot_run
 from tools.make_tiny_transfer import write_tiny
 from utils import training_log
+from utils.arguments import parse_arguments
 from utils.errors import UserError
 from utils.session import Session
 from utils.signals import RESUMABLE
@@ -145,7 +146,7 @@ def test_probing_leaves_the_encoder_and_fine_tuning_changes_it(run_main, tinted,
     run_main(eval_linear, *arguments(tinted, tmp_path, opts=FINETUNE))
     probed, tuned = (encoder_weights(checkpoint(tmp_path, kind)) for kind in ("linprob", "ft"))
     torch.manual_seed(0)  # what --random-weights draws
-    config = eval_linear.parse_arguments("", eval_linear.add_arguments, [
+    config = parse_arguments("", eval_linear.add_arguments, [
         str(a) for a in arguments(tinted, tmp_path)
     ])[1]  # fmt: skip
     initial = eval_linear.build_encoder(config, 0.0).state_dict()

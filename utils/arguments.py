@@ -59,6 +59,7 @@ def parse_arguments(
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: list[str] | None = None,
+    needs_cfg: bool = True,
 ) -> tuple[argparse.Namespace, CfgNode]:
     """Read the command line; without any, say what to do and end.
 
@@ -66,6 +67,7 @@ def parse_arguments(
         description: the script's docstring: what it does, and after a blank line how it is called.
         add_arguments: adds the flags of one script.
         argv: the arguments, by default those of the process.
+        needs_cfg: whether there must be a recipe.
 
     Returns:
         the parsed flags, and the configuration with the flags written into it, frozen.
@@ -84,7 +86,7 @@ def parse_arguments(
     # fmt: off
     # a flag whose ``dest`` is a key sets that key
     add = parser.add_argument_group("what to run; a recipe may have other defaults").add_argument
-    add("--cfg", required=True, metavar="FILE",
+    add("--cfg", required=needs_cfg, default="", metavar="FILE",
         help="recipe: a YAML file, or the name of one that comes with the code")
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override configuration keys")
     add("--data-path", dest="DATA.DATA_PATH", metavar="DIR", help="folder of the data set")

@@ -292,7 +292,7 @@ def load_config(path: str, opts: list[str] | None = None) -> CfgNode:
 
     Args:
         path: a YAML file; where there is none, the name of a shipped recipe, see
-            ``utils.recipes``.
+            ``utils.recipes``; empty for the defaults alone.
         opts: ``KEY VALUE KEY VALUE ...`` as given to ``--opts``.
 
     Raises:
@@ -300,11 +300,12 @@ def load_config(path: str, opts: list[str] | None = None) -> CfgNode:
     """
     config = DEFAULTS.clone()
     file = Path(path)
-    if file.is_dir() or not file.exists():
+    if path and (file.is_dir() or not file.exists()):
         from utils.recipes import find_recipe  # only here: most runs name a file
 
         file = find_recipe(path)
-    _merge_file(config, file, ())
+    if path:
+        _merge_file(config, file, ())
     opts = opts or []
     if len(opts) % 2:
         raise UserError(f"--opts takes KEY VALUE pairs, but {opts[-1]!r} has no value")
