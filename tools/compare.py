@@ -104,6 +104,8 @@ def read_run(path: Path) -> Compared:
     for file in files:
         results, name = read_json(file), file.resolve().parent.name
         provenance = as_dict(results.pop("provenance", None))
+        if isinstance(commit := provenance.get("commit"), str):
+            provenance["commit"] = commit[:8]
         run.origin |= {f"{name} {entry}": provenance.get(entry) for entry in ORIGIN}
         flat = dict(leaves(results))
         said = {key: value for key, value in flat.items() if set(key.split(".")) & {*PROTOCOL}}

@@ -13,8 +13,8 @@ import html
 import io
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from data.source import ImageSource, PartOfSource
 from evaluation.baselines import BASELINES
 from evaluation.pictures import (
     GREY,
+    NEUTRAL,
     RIGHT,
     Subject,
     draw_attention,
@@ -44,7 +45,7 @@ from tools.visualize import choose
 from utils.arguments import command_parser
 from utils.checkpoint import LATEST
 from utils.config import DEFAULTS, as_dict, leaves, load_config, with_values
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.run import Run, run_script, start, write_text
 
 TRAIN, MAP, QUERIES, PATCHES = 10_000, 600, 8, 6  # images: neighbours among, map, rows, patches
@@ -52,21 +53,18 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 80rem;
        padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-img { max-width: 100%; height: auto; }
-.pair { display: flex; flex-wrap: wrap; gap: 1rem; } .pair figure { flex: 1 1 26rem; }
-figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
-table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
+/* wide pictures and tables keep their size, and scroll where the page is narrower */
+figure, .table { margin: 1rem 0; overflow-x: auto; scrollbar-gutter: stable; }
+img { display: block; } figcaption { color: #555; font-size: 0.9rem; }
+table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
 th, td { text-align: left; padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; }
-.head { font-size: 1.2rem; } .left-out { color: #555; }
+.left-out { color: #555; } summary { cursor: pointer; font-size: 1.2rem; margin-top: 2.5rem; }
 """
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: a title, and HTML below it."""
-
-    title: str
-    body: str
+ABOUT = (
+    "SynCo, MoBY and BYOL train an encoder of images without labels: views of one image shall get "
+    "features close together, and those of different images features apart. This page shows how "
+    "well the features tell classes apart, how the training went, and what the encoder sees."
+)
 
 
 def main() -> None:
@@ -78,13 +76,11 @@ def main() -> None:
     )
     where = "the page (default: RUN/report/index.html)"
     parser.add_argument("--out", "--output", metavar="FILE", help=where)
-    parser.add_argument(
-        "--data-path", help="folder of the data set (default: where config.json says)"
-    )
+    where = "folder of the data set (default: where config.json says)"
+    parser.add_argument("--data-path", metavar="DIR", help=where)
     parser.add_argument("--title", help="heading of the page (default: method and encoder)")
-    parser.add_argument(
-        "--since", type=float, metavar="TIME", help="seconds of the epoch: show how long ago it was"
-    )
+    since = "seconds of the epoch: show how long ago it was"
+    parser.add_argument("--since", type=float, metavar="TIME", help=since)
     args = parser.parse_args()
     folder = Path(args.run)
     if not (folder / CONFIG).is_file():
@@ -97,34 +93,36 @@ def main() -> None:
     paths = [folder, *map(Path, args.beside)]
     names = plot_run.run_names(list(map(str, paths))) if len(paths) > 1 else [folder.name]
     figures = dict(zip(names, [read_run(path) for path in paths], strict=True))
-    sections = [
-        accuracy(figures, config.DATA.DATASET),
-        Section("Course of the run", attempt(lambda: course(folder))),
-        *pictures(config, run),
-        Section("Figures", attempt(lambda: of_table(figures))),
-        settings(config),
-    ]
     out = args.out or os.path.join(run.folder, "index.html")
-    title = args.title or f"{config.MODEL.TYPE} with {config.MODEL.ENCODER}"
-    lines = facts(config, figures[names[0]], args.since)
-    try:
+    text = page(
+        args.title or f"{config.MODEL.TYPE} with {config.MODEL.ENCODER}",
+        facts(config, args.since),
+        sections(config, run, figures, folder),
+        folded(config, figures),
+    )
+    with reading(out, "cannot write the page"):
         Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page(title, lines, sections))
-    except OSError as error:
-        raise UserError(f"{out}: cannot write the page ({error.strerror})") from error
+        write_text(out, text)
     print(f"{out} written")
 
 
-def page(title: str, lines: list[str], sections: list[Section]) -> str:
-    """The whole page as HTML."""
-    head = f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f'<p class="head">{html.escape(line)}</p>' for line in lines]
-    parts += [f"<h2>{html.escape(part.title)}</h2>\n{part.body}" for part in sections]
+def page(title: str, lines: list[str], parts: dict[str, str], folded: str) -> str:
+    """The whole page as HTML.
+
+    Args:
+        title: of the page.
+        lines: what was done.
+        parts: HTML by title.
+        folded: HTML that is shown when asked for.
+    """
+    title = html.escape(title)
+    body = [f"<h1>{title}</h1>", *(f"<p>{html.escape(line)}</p>" for line in (ABOUT, *lines))]
+    body += [f"<h2>{html.escape(name)}</h2>\n{part}" for name, part in parts.items()]
+    body.append(f"<details><summary>Settings and provenance</summary>\n{folded}</details>")
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    body = "\n".join(parts)
-    head = f'<!doctype html>\n<html lang="en"><head>{meta}{head}</head>'
-    return f"{head}<body>\n{body}\n</body></html>\n"
+    head = f"<head>{meta}<title>{title}</title><style>{STYLE}</style></head>"
+    joined = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en">{head}<body>\n{joined}\n</body></html>\n'
 
 
 def attempt(draw: Callable[[], str]) -> str:
@@ -145,7 +143,7 @@ def picture(figure: Figure, caption: str) -> str:
     return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
-def facts(config: Any, run: Compared, since: float | None) -> list[str]:
+def facts(config: Any, since: float | None) -> list[str]:
     """What was done, in one or two lines."""
     data = f"the images of {config.DATA.DATA_PATH} at {config.DATA.IMG_SIZE} pixels"
     lines = [f"{config.TRAIN.EPOCHS} epochs on {data}, no labels."]
@@ -154,34 +152,69 @@ def facts(config: Any, run: Compared, since: float | None) -> list[str]:
     return lines
 
 
-def accuracy(figures: dict[str, Compared], dataset: str) -> Section:
+def sections(config: Any, run: Run, figures: dict[str, Compared], folder: Path) -> dict[str, str]:
+    """The parts of the page by their titles."""
+    images = cache(lambda: open_splits(DataPath.of(config), labelled=False))
+    encoders = cache(lambda: [load(config, run, random) for random in (True, False)])
+
+    def subject(encoder: nn.Module, count: int) -> Subject:
+        return Subject(config, choose(images()[1], count, config), encoder, run)
+
+    def both(draw: Callable[[Subject], Figure], count: int) -> str:
+        shown = [draw(subject(encoder, count)) for encoder in encoders()]
+        return picture(shown[0], "Before training.") + picture(shown[1], "After training.")
+
+    def neighbours(of: Subject) -> Figure:
+        return draw_neighbours(of, spread(images()[0], TRAIN), 4)
+
+    def results() -> str:
+        if not any(of.results for of in figures.values()):
+            raise UserError("no evaluation has written results.json into the run folder")
+        return of_table(figures, ("results",))
+
+    def patches() -> str:
+        of = subject(encoders()[1], PATCHES)
+        if has_class_token(of.encoder):
+            where = picture(draw_attention(of), "Attention of the class token.")
+        else:
+            where = picture(draw_similarity(of), "Where the feature of the image comes from.")
+        return where + picture(draw_components(of), "What looks alike to the encoder.")
+
+    try:
+        classes = len(images()[0].classes)
+    except UserError:
+        classes = 0
+    return {
+        "Accuracy": attempt(results)
+        + attempt(lambda: accuracy(figures, config.DATA.DATASET, classes)),
+        "Course of the run": attempt(lambda: course(folder)),
+        "Nearest neighbours": attempt(lambda: both(neighbours, QUERIES)),
+        "Map of the features": attempt(lambda: both(draw_features, MAP)),
+        "Patches": attempt(patches),
+    }
+
+
+def accuracy(figures: dict[str, Compared], dataset: str, classes: int) -> str:
     """Bars of the k-NN accuracy of each run that has one, for one k that all have."""
     found = {name: knn_figures(run, dataset) for name, run in figures.items()}
     found = {name: values for name, values in found.items() if values}
     shared = sorted(set.intersection(*map(set, found.values()))) if found else []
-    title = "Accuracy"
     if not shared:
-        text = "Left out: no k-NN figures. If the images have classes, eval_knn.py gives them."
-        return Section(title, f'<p class="left-out">{text}</p>')
+        raise UserError("no k-NN figures; if the images have classes, eval_knn.py gives them")
     k = 20 if 20 in shared else shared[0]
     bars = {name: values[k] for name, values in sorted(found.items(), key=lambda i: i[1][k])}
     figure = Figure(figsize=(9, 0.9 + 0.45 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    best = next(iter(figures))
-    colours = [RIGHT if name == best else GREY for name in bars]
-    drawn = axes.barh([os.path.basename(name) for name in bars], list(bars.values()), color=colours)
-    axes.bar_label(drawn, fmt="%.1f%%", padding=4)
-    axes.set_xlim(0, 100)
-    axes.set_xlabel(f"{k}-NN accuracy of the validation images (%)")
+    colours = [RIGHT if name == next(iter(figures)) else GREY for name in bars]
+    words = [os.path.basename(name).replace("_", " ") for name in bars]
+    axes.bar_label(axes.barh(words, list(bars.values()), color=colours), fmt="%.1f%%", padding=4)
+    said = f"Share of validation images whose class {k} nearest training images vote for."
+    if classes > 1:
+        axes.axvline(100 / classes, color=NEUTRAL, linestyle="--")
+        said += f" Dashed: chance, {100 / classes:.1f}%."
+    axes.set(xlim=(0, 100), xlabel=f"{k}-NN accuracy of the validation images (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    return Section(
-        title,
-        picture(
-            figure,
-            f"Share of validation images whose class {k} "
-            "nearest training images vote for, in per cent.",
-        ),
-    )
+    return picture(figure, said)
 
 
 def knn_figures(run: Compared, dataset: str) -> dict[int, float]:
@@ -201,26 +234,14 @@ def knn_figures(run: Compared, dataset: str) -> dict[int, float]:
 def course(folder: Path) -> str:
     """The curves of ``tools.plot_run``."""
     runs = plot_run.by_head({folder.name: plot_run.read_metrics(str(folder))})
-    windows = {folder.name: plot_run.synthetic_epochs(str(folder))}
-    said = "Thin: what was written. Thick: smoothed. Grey: the epochs with synthetic negatives."
-    return picture(plot_run.draw(runs, windows), said)
-
-
-def pictures(config: Any, run: Run) -> list[Section]:
-    """Neighbours before and after, map, and patches."""
-    titles = ("Nearest neighbours", "Map of the features", "Patches")
-    try:
-        train, val = open_splits(DataPath.of(config), labelled=False)
-        trained, untrained = (load(config, run, random) for random in (False, True))
-    except UserError as error:
-        reason = f'<p class="left-out">Left out: {html.escape(str(error))}.</p>'
-        return [Section(title, reason) for title in titles]
-    bodies = (
-        lambda: neighbours(config, run, val, train, (untrained, trained)),
-        lambda: feature_map(config, run, val, (untrained, trained)),
-        lambda: patches(config, run, val, trained),
-    )
-    return [Section(t, attempt(body)) for t, body in zip(titles, bodies, strict=True)]
+    window = plot_run.synthetic_epochs(str(folder))
+    figure = plot_run.draw(runs, {folder.name: window})
+    said = ["Figures of the run by epoch."]
+    if any(line.get_alpha() for axes in figure.axes for line in axes.lines):
+        said.append("Thin: what was written. Thick: smoothed.")
+    if window:
+        said.append("Grey: the epochs with synthetic negatives.")
+    return picture(figure, " ".join(said))
 
 
 def load(config: Any, run: Run, random: bool) -> nn.Module:
@@ -234,51 +255,17 @@ def load(config: Any, run: Run, random: bool) -> nn.Module:
     return build_pretrained_encoder(args, config, run.logger.info)[0].to(run.device)
 
 
-def pair(before: Figure, after: Figure) -> str:
-    """Two pictures side by side."""
-    shown = picture(before, "Before training.") + picture(after, "After training.")
-    return f'<div class="pair">{shown}</div>'
-
-
-def neighbours(
-    config: Any, run: Run, val: ImageSource, train: ImageSource, encoders: tuple[nn.Module, ...]
-) -> str:
-    """Sheets of the same queries by both encoders."""
-    queries = choose(val, QUERIES, config)
-    among = spread(train, TRAIN)
-    sheets = [draw_neighbours(Subject(config, queries, e, run), among, 4) for e in encoders]
-    return pair(*sheets)
-
-
-def feature_map(config: Any, run: Run, val: ImageSource, encoders: tuple[nn.Module, ...]) -> str:
-    """Maps of the same validation images by both encoders."""
-    shown = choose(val, MAP, config)
-    return pair(*(draw_features(Subject(config, shown, e, run)) for e in encoders))
-
-
-def patches(config: Any, run: Run, val: ImageSource, encoder: nn.Module) -> str:
-    """Components, and attention; for an encoder without a class token the similarity."""
-    subject = Subject(config, choose(val, PATCHES, config), encoder, run)
-    if has_class_token(encoder):
-        where = picture(draw_attention(subject), "Attention of the class token.")
-    else:
-        where = picture(draw_similarity(subject), "Where the feature of the image comes from.")
-    return where + picture(draw_components(subject), "What looks alike to the encoder.")
-
-
 def spread(source: ImageSource, most: int) -> ImageSource:
     """At most ``most`` images, evenly spread."""
     count = len(source.names)
     return PartOfSource(source, np.linspace(0, count - 1, min(most, count)).round().astype(int))
 
 
-def of_table(figures: dict[str, Compared]) -> str:
-    """The table of ``tools.compare``."""
-    rows = table(list(figures), list(figures.values()))
-    if len(rows) == 1:
-        raise UserError("no evaluation has written results.json into the run folder")
-    notes = "".join(f"<p>{html.escape(line)}</p>" for line in remarks(rows))
-    return as_html(rows) + notes
+def of_table(figures: dict[str, Compared], parts: Sequence[str]) -> str:
+    """Some parts of the table of ``tools.compare``, its head at least."""
+    head, *rows = table(list(figures), list(figures.values()))
+    rows = [row for row in rows if row[0] in parts]
+    return as_html([head, *rows]) + "".join(f"<p>{html.escape(line)}</p>" for line in remarks(rows))
 
 
 def as_html(rows: list[list[str]]) -> str:
@@ -287,16 +274,18 @@ def as_html(rows: list[list[str]]) -> str:
     def row(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
-    return f"<table>{row(rows[0], 'th')}" + "\n".join(row(r, "td") for r in rows[1:]) + "</table>"
+    rest = "\n".join(row(cells, "td") for cells in rows[1:])
+    return f'<div class="table"><table>{row(rows[0], "th")}{rest}</table></div>'
 
 
-def settings(config: Any) -> Section:
-    """The keys that differ from the defaults."""
+def folded(config: Any, figures: dict[str, Compared]) -> str:
+    """The keys that differ from the defaults, and what else differs between the runs."""
     defaults = dict(leaves(as_dict(DEFAULTS)))
     changed = [
         [key, str(value)] for key, value in leaves(as_dict(config)) if value != defaults.get(key)
     ]
-    return Section("Settings that are not the defaults", as_html([["key", "value"], *changed]))
+    also = of_table(figures, ("configuration", "provenance", "protocol"))
+    return as_html([["key that is not at its default", "value"], *changed]) + also
 
 
 if __name__ == "__main__":

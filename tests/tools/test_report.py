@@ -59,6 +59,10 @@ def test_the_page_has_every_picture_in_itself(run_main, trained, tmp_path):
         for image in images:  # a picture of one colour would show nothing
             assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 16
     assert "Left out" not in page
+    # the figures come first, and settings at the end, folded
+    places = [page.index(text) for text in ("<td>results</td>", "<img", "<details>", "MODEL.TYPE")]
+    assert places == sorted(places)
+    assert any("Dashed: chance, 50.0%." in caption for caption in shown)
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # no network, no other file
     assert "seconds from the first command" in page
     knn = json.loads((trained / "knn_imagenet/results.json").read_text())["knn"]["5"]["top1"]
@@ -74,6 +78,8 @@ def test_an_encoder_without_a_class_token_shows_similarity(run_main, imagenet, t
     assert "Where the feature of the image comes from." in pictures(page)
     assert "Left out: no k-NN figures" in page
     assert "Left out: no evaluation has written results.json" in page
+    (course,) = (caption for caption in pictures(page) if caption.startswith("Figures of the run"))
+    assert "Thick" not in course  # so few updates are not smoothed
 
 
 def test_without_images_the_page_says_so(run_main, trained, tmp_path):
