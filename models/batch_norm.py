@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.distributed import all_gather_batch, world_size
+from utils.distributed import all_gather_rows, world_size
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,7 +35,7 @@ class _BatchNormByGloo(torch.autograd.Function):
         """(N, C, ...) -> (N, C, ...); the running statistics change in place."""
         rows = x.float()
         own = torch.stack(torch.batch_norm_update_stats(rows, None, None, 0.0))  # mean, variance
-        means, variances = all_gather_batch(own[None]).unbind(1)  # PxC
+        means, variances = all_gather_rows(own[None]).unbind(1)  # PxC
         mean = means.mean(0)
         # no difference of sums of squares, which would cancel in float32
         var = (variances + (means - mean).square()).mean(0)
@@ -57,7 +57,7 @@ class _BatchNormByGloo(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             # two processes gather in half the time that gloo takes to add
-            sums = all_gather_batch(torch.stack([of_weight, of_bias])[None]).sum(0)
+            sums = all_gather_rows(torch.stack([of_weight, of_bias])[None]).sum(0)
             mean_product, mean_own = sums / ctx.rows
             mean, mean_own, slope, scale = (
                 v.view(-1, *[1] * (x.ndim - 2))
@@ -89,7 +89,7 @@ class _BatchNormOfAll(torch.autograd.Function):
     ) -> torch.Tensor:
         """(N, C, ...) -> (N, C, ...); the running statistics change in place."""
         own = torch.cat(torch.batch_norm_stats(x, eps))  # 2C: mean, inverse deviation
-        means, deviations = all_gather_batch(own[None]).chunk(2, dim=1)  # PxC
+        means, deviations = all_gather_rows(own[None]).chunk(2, dim=1)  # PxC
         rows = own.new_full((world_size(),), x.numel() // x.shape[1])
         mean, deviation = torch.batch_norm_gather_stats_with_counts(
             x, means, deviations, running_mean, running_var, momentum, eps, rows

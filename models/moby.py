@@ -116,12 +116,12 @@ class MoBY(MomentumMethod):
             ValueError: more keys than the queue holds.
         """
         length = self.queue1.shape[1]
-        gathered = all_gather_batch(keys1), all_gather_batch(keys2)  # NxD
-        count = gathered[0].shape[0]
+        gathered = all_gather_batch(torch.stack([keys1, keys2], 1))  # Nx2xD, both in one gather
+        count = len(gathered)
         if count > length:
             raise ValueError(f"{count} keys do not fit into a queue of {length}")
         # computed on the device, so that no step waits for the pointer's or the flag's value
         columns = (self.queue_ptr + torch.arange(count, device=keys1.device)) % length
-        for queue, keys in zip(self.queues(), gathered, strict=True):
+        for queue, keys in zip(self.queues(), gathered.unbind(1), strict=True):
             queue.index_copy_(1, columns, torch.where(finite, keys.T, queue[:, columns]))
         self.queue_ptr.add_(count * finite).remainder_(length)

@@ -114,13 +114,15 @@ class MomentumMethod(nn.Module):
     def forward(self, view1: torch.Tensor, view2: torch.Tensor, epoch: int) -> Output:
         """Two views, (B, 3, H, W) each, at an epoch counted from 0."""
         # one pass for both views, except where BatchNorm inside the encoder would mix them
-        online1, online2 = self._encode(self.encoder, view1, view2)  # BxF
-        q1 = self._normalize(self.predictor(self.projector(online1)))  # BxD
-        q2 = self._normalize(self.predictor(self.projector(online2)))
+        images = [view1, view2] if self.views_apart else [torch.cat([view1, view2])]
+        online1, online2 = self._encode(self.encoder, images)  # BxF
+        q1, q2 = self._normalize(
+            [self.predictor(self.projector(online)) for online in (online1, online2)]  # BxD
+        )
         with torch.no_grad():
-            key1, key2 = self._encode(self.encoder_k, view1, view2)
-            k1 = self._normalize(self.projector_k(key1))
-            k2 = self._normalize(self.projector_k(key2))
+            k1, k2 = self._normalize(
+                [self.projector_k(key) for key in self._encode(self.encoder_k, images)]
+            )
         output = self.loss(q1, q2, k1, k2, epoch)
         output.features = online1.detach(), online2.detach()
         output.figures = {"accuracy": output.accuracy, "positive": output.positive}
@@ -149,18 +151,17 @@ class MomentumMethod(nn.Module):
         """Names of the parameters that weight decay skips."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
-    def _encode(
-        self, encoder: nn.Module, view1: torch.Tensor, view2: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.views_apart:
-            return encode(encoder, view1), encode(encoder, view2)
-        first, second = encode(encoder, torch.cat([view1, view2])).chunk(2)
-        return first, second
+    @staticmethod
+    def _encode(encoder: nn.Module, images: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The features of both views, of one batch or two."""
+        if len(images) == 2:
+            return encode(encoder, images[0]), encode(encoder, images[1])
+        return encode(encoder, images[0]).chunk(2)
 
     @staticmethod
-    def _normalize(x: torch.Tensor) -> torch.Tensor:
+    def _normalize(views: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         # in float32, even inside autocast
-        return F.normalize(x.float(), dim=1)
+        return F.normalize(torch.cat(views).float(), dim=1).chunk(2)
 
 
 @torch.no_grad()

@@ -24,6 +24,9 @@ try:
 except ImportError:
     gather = dist.all_gather
 
+# the newer name first, since the older one warns where there are both
+gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 if TYPE_CHECKING:
     from utils.group import Peers
 
@@ -317,6 +320,14 @@ def all_gather_batch(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     gather(parts, tensor)
     return torch.cat(parts)
+
+
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """As ``all_gather_batch``, by torch into one tensor: what is gathered needs no list."""
+    tensor = tensor.detach().contiguous()
+    together = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+    gather_rows(together, tensor)
+    return together
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:

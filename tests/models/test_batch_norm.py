@@ -4,6 +4,8 @@ Two processes with the same images stand in for any two: what they exchange is t
 and torch's BatchNorm gets the images twice. tests/utils/test_distributed.py has real ones.
 """
 
+import copy
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
@@ -22,7 +24,7 @@ def two_alike(monkeypatch):
     monkeypatch.setattr(models.batch_norm, "world_size", lambda: 2)
     monkeypatch.setattr(
         models.batch_norm,
-        "all_gather_batch",
+        "all_gather_rows",
         lambda x: exchanged.append(x.shape[1:]) or torch.cat([x, x]),
     )
     monkeypatch.setattr(
@@ -84,12 +86,22 @@ def test_one_image_a_process_is_enough(two_alike):
 
 def test_images_of_two_processes_and_what_timm_does_behind(two_alike):
     plain = randomised(BatchNormAct2d(4, eps=1e-3))
-    ours = synchronize_batch_norm(nn.Sequential(BatchNormAct2d(4, eps=1e-3)), CPU)[0]
+    ours = synchronize_batch_norm(nn.Sequential(copy.deepcopy(plain)), CPU)[0]
     assert isinstance(ours, SyncBatchNorm) and ours.eps == 1e-3
-    ours.load_state_dict(plain.state_dict())
     x, direction = torch.randn(2, 3, 4, 5, 6)
     assert_alike(ours, plain, x, direction)
     assert (ours(x) >= 0).all() and (ours(x) == 0).any()  # the activation
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d])
+def test_what_a_layer_has_learned_stays(two_alike, kind):
+    """Weights, statistics and the count of batches, when it is synchronised."""
+    plain = randomised(kind(4))
+    plain.num_batches_tracked += 7
+    ours = synchronize_batch_norm(nn.Sequential(copy.deepcopy(plain)), CPU)[0]
+    assert isinstance(ours, SyncBatchNorm)
+    for name, value in plain.state_dict().items():
+        assert ours.state_dict()[name].equal(value), name
 
 
 def test_eval_mode_uses_the_running_statistics(two_alike):
@@ -104,7 +116,7 @@ def test_alone_it_is_torchs_own(monkeypatch):
     def refuse(x):
         raise AssertionError("nothing to exchange")
 
-    monkeypatch.setattr(models.batch_norm, "all_gather_batch", refuse)
+    monkeypatch.setattr(models.batch_norm, "all_gather_rows", refuse)
     ours, plain = randomised(SyncBatchNorm(6)), randomised(nn.BatchNorm1d(6))
     x = torch.randn(2, 4, 6)
     torch.testing.assert_close(ours(x), plain(x.flatten(0, 1)).view_as(x))

@@ -2,19 +2,23 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import ROOT, reference
+from helpers import ROOT, reference, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from models import METHODS, build_method
+from models.batch_norm import synchronize_batch_norm
 from models.byol import BYOL
 from models.encoder import create_encoder
 from models.moby import MoBY
 from models.momentum import MLPHead, key_momentum, spread_figures
 from models.synco import Draws, SynCo
+from optimizer import build_optimizer
 from utils.config import load_config
+from utils.distributed import data_parallel
 from utils.errors import UserError
 
 RECIPES = sorted((ROOT / "configs").glob("*_*_*.yaml"))
@@ -438,3 +442,53 @@ def test_the_smallest_settings_are_accepted():
     ):
         with pytest.raises(ValueError, match=r"n_hard must be from|counts must be six"):
             SynCo(Features(), Features(), num_negatives=1, **({"n_hard": 1} | wrong))
+
+
+def by_lists(tensor):
+    """As it was gathered before: the rows of each process in a list."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def train_twelve_updates(rank, folder):
+    """The state after two micro-batches an update, with the gathers of now and by lists."""
+    opts = ["MODEL.ENCODER", "vit_nano", "DATA.IMG_SIZE", "16", "MODEL.WARMUP_EPOCHS", "0"]
+    opts += ["MODEL.CONTRAST_NUM_NEGATIVE", "32", "MODEL.N_HARD", "8"]
+    opts += ["MODEL.REPLACE_LN_WITH_BN", "True"]  # its gradient crosses the processes
+    config = load_config(str(ROOT / "configs/synco_vit_tiny.yaml"), opts)
+    found = []
+    for gather in (None, by_lists):
+        with pytest.MonkeyPatch.context() as patch:
+            if gather:
+                patch.setattr("models.batch_norm.all_gather_rows", gather)
+                patch.setattr("models.moby.all_gather_batch", gather)
+            torch.manual_seed(0)
+            model = synchronize_batch_norm(build_method(config), torch.device("cpu"))
+            optimizer = build_optimizer(config, model, 1e-3)
+            parallel = data_parallel(model, torch.device("cpu"))
+            torch.manual_seed(rank)
+            for number in range(12):
+                model.update_key_encoder(0.9)
+                keys = []
+                for _ in range(2):
+                    output = parallel(*torch.randn(2, 2, 3, 16, 16), 1)
+                    output.loss.backward()
+                    keys.append(output.keys)
+                optimizer.step()
+                optimizer.zero_grad()
+                for pair in keys:
+                    model.enqueue(*pair, torch.tensor(number != 5))
+        found.append(model.state_dict())
+    torch.save(found, f"{folder}/{rank}.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_state_is_equal_over_ranks_and_however_it_is_gathered(tmp_path, processes):
+    spawn(train_twelve_updates, processes, str(tmp_path))
+    states = [s for rank in range(processes) for s in torch.load(tmp_path / f"{rank}.pth")]
+    for state in states[1:]:
+        for name, value in states[0].items():
+            assert state[name].equal(value), name
+    assert states[0]["queue_ptr"] == 11 * 2 * 2 * processes % 32
