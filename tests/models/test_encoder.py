@@ -309,6 +309,11 @@ def test_an_encoder_has_no_regularisation_unless_asked(name):
     assert rates() <= {0.0}
     assert 0.25 in rates(drop_rate=0.25)
     assert max(rates(drop_path_rate=0.3)) == pytest.approx(0.3)
+    kind = type(create_encoder(name, 32))
+    for plain in (kind(32), kind()):  # by its own defaults
+        dropouts = [m for m in plain.modules() if isinstance(m, torch.nn.Dropout)]
+        assert dropouts and not any(m.p for m in dropouts)
+        assert not any(getattr(m, "drop_prob", 0) for m in plain.modules())
     encoder = create_encoder(name, 32)
     assert not any(getattr(m, "grad_checkpointing", False) for m in encoder.modules())
     assert any(p.requires_grad for p in encoder.patch_embed.parameters())

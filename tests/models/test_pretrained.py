@@ -14,6 +14,7 @@ from models.pretrained import (
     add_pretrained_arguments,
     build_pretrained_encoder,
     load_encoder_weights,
+    open_encoder,
 )
 from utils.config import load_config
 from utils.errors import UserError
@@ -299,3 +300,24 @@ def test_provenance_of_another_kind_is_left_out(tmp_path, entry):
     origin, _ = origin_of(tmp_path, state)
     assert (origin["method"], origin["key"]) == (None, "encoder")
     assert (origin["epoch"], origin["step"]) == (None, None)
+
+
+@pytest.mark.parametrize("said", [None, "vit_nano"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_norms_of_a_file_are_those_of_its_encoder(tmp_path, said, replaced):
+    """Whether its encoder is named or told by the shapes; one of timm is built by its name."""
+    encoder = create_encoder("vit_nano", 32, replace_ln_with_bn=replaced)
+    torch.save(encoder.state_dict(), tmp_path / "w.pth")
+    opened, config = open_encoder(str(tmp_path / "w.pth"), encoder=said, img_size=32)
+    assert config.MODEL.REPLACE_LN_WITH_BN is replaced and config.DATA.IMG_SIZE == 32
+    assert opened.state_dict().keys() == encoder.state_dict().keys()
+
+
+def test_an_encoder_of_timm_is_opened_by_its_name(tmp_path):
+    encoder = create_encoder("timm/resnet18", 32)
+    torch.save(encoder.state_dict(), tmp_path / "w.pth")
+    opened, config = open_encoder(str(tmp_path / "w.pth"), encoder="timm/resnet18")
+    assert opened.state_dict()["conv1.weight"].equal(encoder.state_dict()["conv1.weight"])
+    assert not config.MODEL.REPLACE_LN_WITH_BN
+    with pytest.raises(UserError, match="nothing tells which encoder its weights are of"):
+        open_encoder(str(tmp_path / "w.pth"))
