@@ -33,6 +33,7 @@ from evaluation.identity import identity, identity_said, warn_of_replacing
 from evaluation.knn import knn_classify
 from evaluation.of_run import log_notes, parse_evaluation
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from utils.arguments import TRAINING
 from utils.config import FEATURE, NETWORK, run_folder
 from utils.distributed import rank, world_size
 from utils.errors import UserError
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Features of both splits, neighbours, figures."""
-    args, config, notes = parse_evaluation(__doc__, add_arguments)
+    args, config, notes = parse_evaluation(__doc__, add_arguments, TRAINING)
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature must be positive and finite, got {args.temperature}")
     if args.subset and args.load_features:

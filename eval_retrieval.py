@@ -27,6 +27,7 @@ from evaluation.of_run import log_notes, parse_evaluation
 from evaluation.retrieval_features import AsDino, MultiScale
 from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from utils.arguments import TRAINING
 from utils.config import NETWORK, run_folder
 from utils.distributed import rank
 from utils.errors import UserError
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Features of the database and of the queries, ranking, figures."""
-    args, config, notes = parse_evaluation(__doc__, add_arguments)
+    args, config, notes = parse_evaluation(__doc__, add_arguments, TRAINING)
     if args.imsize < 1:
         raise UserError(f"--imsize must be at least 1, got {args.imsize}")
     dataset = config.DATA.DATASET

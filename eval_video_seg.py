@@ -28,6 +28,7 @@ from evaluation.video_metrics import contour_accuracy, region_similarity, statis
 from models.encoder import Backbone
 from models.patch_features import STRIDE, patch_features, patch_stride
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
+from utils.arguments import TRAINING
 from utils.config import NETWORK, run_folder
 from utils.distributed import all_gather_objects, on_terminal, rank, world_size
 from utils.errors import UserError
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Segment this process's videos, gather the scores, write the figures."""
-    args, config, notes = parse_evaluation(__doc__, add_arguments)
+    args, config, notes = parse_evaluation(__doc__, add_arguments, TRAINING)
     if min(args.n_last_frames, args.size_mask_neighborhood, args.topk - 1) < 0:
         raise UserError(
             "--n-last-frames and --size-mask-neighborhood must be at least 0, --topk at least 1"

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ ELSEWHERE = ("pretrained", "random_weights", "baseline", "load_features")
 
 
 def parse_evaluation(
-    description: str, add_arguments: Callable[[argparse.ArgumentParser], None]
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    unused: Sequence[str] = (),
 ) -> tuple[argparse.Namespace, CfgNode, list[str]]:
     """Read the command line of an evaluation, with the network and the images of its run.
 
@@ -37,7 +39,7 @@ def parse_evaluation(
         UserError: as ``parse_arguments``; none or several runs that could be meant, or one with
             another network than the command line asks for.
     """
-    args, config = parse_arguments(description, add_arguments, needs_cfg=False)
+    args, config = parse_arguments(description, add_arguments, None, False, unused)
     given = given_keys(args)
     config = with_values(config, {k: v for k, v in MEASURED.items() if k not in given})
     file = args.pretrained or config.LINEAR_EVAL.PRETRAINED

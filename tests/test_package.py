@@ -74,6 +74,21 @@ def test_help_of_a_tool_has_defaults_and_an_example(monkeypatch, capsys, name):
         assert len(line.split(maxsplit=2)) > 2 or "-h, --help" in line, f"{line} has no help"
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("main_pretrain", True), ("eval_linear", True), ("eval_knn", False), ("eval_retrieval", False)]
+    + [("eval_video_seg", False), ("tools.visualize", False), ("tools.export_backbone", False)],
+)
+def test_help_shows_what_a_command_uses(monkeypatch, capsys, name, shown):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    said = capsys.readouterr().out
+    for flag in ("--accumulation-steps", "--use-checkpoint", "--throughput", "--resume"):
+        assert (flag in said) == shown, flag
+    assert "--batch-size" in said
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built from a copy of the code with data sets beside it."""

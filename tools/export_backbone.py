@@ -30,7 +30,7 @@ from models.pretrained import (
 )
 from models.swin import WINDOW, microsoft_weights
 from tools import hugging_face
-from utils.arguments import number_in, parse_arguments
+from utils.arguments import TRAINING, number_in, parse_arguments
 from utils.checkpoint import save_checkpoint
 from utils.config import with_values
 from utils.errors import UserError
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Load, write, and compare the features of what was written."""
     started = time.monotonic()
-    args, config = parse_arguments(__doc__, add_arguments)
+    args, config = parse_arguments(__doc__, add_arguments, unused=TRAINING)
     config = with_values(config, {"DATA.IMG_SIZE": args.size or config.DATA.IMG_SIZE})
     encoder, origin = build_pretrained_encoder(args, config, print, learns=True)
     computed = {"AMP_OPT_LEVEL": "O0"}  # whatever the machine has

@@ -14,7 +14,7 @@ from data.opening import DataPath, add_dataset_arguments, open_splits, open_trai
 from data.source import ImageFiles, ImageSource, PartOfSource
 from evaluation import pictures
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from utils.arguments import number_in, parse_arguments
+from utils.arguments import TRAINING, number_in, parse_arguments
 from utils.config import run_folder
 from utils.distributed import rank
 from utils.errors import UserError
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Images, encoder, picture."""
-    args, config = parse_arguments(__doc__, add_arguments)
+    args, config = parse_arguments(__doc__, add_arguments, unused=TRAINING)
     run = start(config, os.path.join(run_folder(config), "pictures"))
     place = DataPath.of(config)
     if args.files:

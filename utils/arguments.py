@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from yacs.config import CfgNode
@@ -55,11 +55,19 @@ def add_out(parser: argparse.ArgumentParser, what: str, default: str | None = No
     )
 
 
+# of those that all scripts share, those of no use to a script that trains nothing
+TRAINING = (
+    *("--resume", "--eval", "--throughput"),
+    *("--accumulation-steps", "--use-checkpoint", "--compile"),
+)
+
+
 def parse_arguments(
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: list[str] | None = None,
     needs_cfg: bool = True,
+    unused: Sequence[str] = (),
 ) -> tuple[argparse.Namespace, CfgNode]:
     """Read the command line; without any, say what to do and end.
 
@@ -68,6 +76,7 @@ def parse_arguments(
         add_arguments: adds the flags of one script.
         argv: the arguments, by default those of the process.
         needs_cfg: whether there must be a recipe.
+        unused: flags that are taken, since all scripts share them, but that ``--help`` leaves out.
 
     Returns:
         the parsed flags, and the configuration with the flags written into it, frozen.
@@ -117,6 +126,9 @@ def parse_arguments(
     # fmt: on
     if add_arguments:
         add_arguments(parser)
+    for action in parser._actions:
+        if not set(unused).isdisjoint(action.option_strings):
+            action.help = argparse.SUPPRESS
     args = parser.parse_args(argv)
 
     given = _flagged(args)

@@ -53,6 +53,8 @@ class Key(NamedTuple):
     local: bool = False
 
 
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+KINDS |= dict.fromkeys((list, tuple), "a list")
 COUNT, SHARE, WORKERS = (0, 10**9), (0, 1), (0, 1024)
 # fmt: off
 KEYS = {
@@ -461,9 +463,9 @@ def _merge_value(
     try:
         parent[name] = _coerce(value, default)
     except (ValueError, TypeError, OverflowError):
-        kind = "plain value" if default is None else type(default).__name__
+        kind = KINDS.get(type(default), "a plain value")
         # reprlib, because a few YAML lines of references can stand for billions of values
-        raise UserError(f"{where}: {key} must be a {kind}, got {reprlib.repr(value)}") from None
+        raise UserError(f"{where}: {key} must be {kind}, got {reprlib.repr(value)}") from None
 
 
 def _coerce(value: Any, default: Any) -> Any:
