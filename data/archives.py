@@ -1,14 +1,12 @@
 """Files that lie in an archive, read in place by the offsets that its list has."""
 
 import os
-import struct
-import zlib
 from collections.abc import Callable
 
 from data.image import MAX_BYTES
 from data.listing import Listing, open_listing
 from data.source import ImageFiles
-from utils.errors import UserError
+from utils.errors import reading
 
 
 class ArchiveSource(ImageFiles):
@@ -47,10 +45,8 @@ class ArchiveSource(ImageFiles):
             UserError: a damaged member, or one larger than ``MAX_BYTES``.
         """
         archive = self.archives[self.columns["archive"][index]]
-        try:
+        with reading(archive, f"cannot read {self.names[index]}"):
             return self._read(archive, {name: int(c[index]) for name, c in self.columns.items()})
-        except (OSError, ValueError, struct.error, zlib.error) as error:
-            raise UserError(f"{archive}: cannot read {self.names[index]} ({error})") from error
 
     def _read(self, archive: str, member: dict[str, int]) -> bytes:
         return read_part(archive, member["start"], member["size"])

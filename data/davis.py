@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.image import open_image, read_file, read_rgb
 from data.listing import HIDDEN, OTHER, check_root, is_hidden, log_left_out, read_lines
-from utils.errors import UserError
+from utils.errors import UserError, reading
 
 RESOLUTION = "480p"
 MULTIPLE = 64  # pixels; the long side of an encoded frame is a multiple of it
@@ -54,10 +54,8 @@ def read_videos(root: str, split: str = "val") -> list[Video]:
             f"{os.path.join(root, place)}: cannot read the list of videos (no such file, nor one "
             f"in DAVIS/); unpack DAVIS-2017-trainval-{RESOLUTION}.zip of {ORIGIN} there"
         )
-    try:
+    with reading(listing, "cannot read the list of videos"):
         names = [line.strip() for _, line in read_lines(listing)]
-    except OSError as error:
-        raise UserError(f"{listing}: cannot read the list of videos ({error.strerror})") from error
     if not names or len(set(names)) < len(names):
         raise UserError(f"{listing}: {'names a video twice' if names else 'lists no video'}")
     left_out: Counter[str] = Counter()
@@ -72,16 +70,12 @@ def _read_video(root: str, name: str, listing: str, left_out: Counter[str]) -> V
     folder, masks = (
         os.path.join(root, kind, RESOLUTION, name) for kind in ("JPEGImages", "Annotations")
     )
-    try:
+    with reading(folder, "cannot read the video"):
         frames = _by_number(folder, FRAMES, left_out)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot read the video ({error.strerror})") from error
     if not frames:
         raise UserError(f"{folder}: holds no frames ({', '.join(FRAMES)})")
-    try:
+    with reading(masks, "cannot read the annotations"):
         annotations = _by_number(masks, (".png",), left_out)
-    except OSError as error:
-        raise UserError(f"{masks}: cannot read the annotations ({error.strerror})") from error
     for number, path in frames.items():
         if number not in annotations:
             stem = os.path.splitext(os.path.basename(path))[0]
@@ -153,14 +147,9 @@ def read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
     Raises:
         UserError: missing, damaged, of another size or not indexed.
     """
-    try:
+    with reading(path, "cannot read the annotation"):
         image = open_image(read_file(path))
         mode, mask = image.mode, np.array(image)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read the annotation ({reason})") from error
     if mode not in ("P", "L"):
         raise UserError(f"{path}: an annotation must be indexed or grey, this is {mode}")
     if mask.shape != shape:

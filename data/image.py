@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from utils.errors import UserError
+from utils.errors import UserError, reading
 
 # judged by content, not by file name; for some of the other formats PIL runs programs
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
@@ -103,16 +103,13 @@ def read_file(path: str) -> bytes:
     Raises:
         UserError: a file that cannot be read, is no regular one, or is larger than ``MAX_BYTES``.
     """
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path}: not a readable image (no regular file)")
-            if status.st_size > MAX_BYTES:
-                raise UserError(f"{path}: not a readable image (the file is too large)")
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
+    with reading(path, "cannot read the image"), open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a readable image (no regular file)")
+        if status.st_size > MAX_BYTES:
+            raise UserError(f"{path}: not a readable image (the file is too large)")
+        return file.read()
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -1,8 +1,9 @@
 """The files of the revisited Oxford and Paris benchmarks (arXiv 1803.11285)."""
 
 import functools
+import math
+import operator
 import os
-import reprlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from data.dataset import to_tensor
 from data.image import read_rgb
 from data.listing import check_root, list_images, log_left_out
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.unpickle import load_plain_pickle
 
 DATASETS = ("roxford5k", "rparis6k")
@@ -74,10 +75,8 @@ class GroundTruth:
         """Paths by name of the images in and below ``jpg/``."""
         left_out: Counter[str] = Counter()
         folder = os.path.join(self.folder, "jpg")
-        try:
+        with reading(folder, "cannot read the images"):
             paths = list_images(folder, left_out)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot read the images ({error.strerror})") from error
         log_left_out(folder, left_out)
         found: dict[str, list[str]] = {}
         for path in paths:
@@ -100,67 +99,39 @@ def read_ground_truth(root: str, dataset: str) -> GroundTruth:
             f"{TRUTH.format(dataset)}"
         )
     content = load_plain_pickle(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a dict, found a {type(content).__name__}")
-    database, queries = (_names(content, key, path) for key in ("imlist", "qimlist"))
-    truth = content.get("gnd")
-    if not isinstance(truth, list | tuple) or len(truth) != len(queries):
-        raise UserError(f"{path}: gnd must have an entry for each of {len(queries)} queries")
+    with reading(path, "not a ground truth of revisitop"):
+        database, queries = _names(content["imlist"]), _names(content["qimlist"])
+        entries = list(zip(queries, content["gnd"], strict=True))
     labels, boxes = [], []
-    for query, entry in zip(queries, truth, strict=True):
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: the entry of query {query} is no dict")
-        where = f"{path}: query {query}"
-        labels.append({name: _indices(entry, name, len(database), where) for name in LABELS})
-        boxes.append(_box(entry.get("bbx"), where))
+    for query, entry in entries:
+        with reading(f"{path}: query {query}", "not an entry of revisitop"):
+            labels.append({name: _indices(entry[name], len(database)) for name in LABELS})
+            boxes.append(_box(entry["bbx"]) if entry.get("bbx") is not None else None)
     return GroundTruth(folder, database, queries, labels, boxes)
 
 
-def _names(content: dict, key: str, path: str) -> list[str]:
-    names = content.get(key)
-    if isinstance(names, np.ndarray):
-        names = names.tolist()
-    if not isinstance(names, list | tuple) or not names:
-        raise UserError(f"{path}: {key} must be a list of the names of images")
-    for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise UserError(
-                f"{path}: {key} holds {reprlib.repr(name)}, which is not the name of an image"
-            )
-    return list(names)
+def _names(values: Any) -> list[str]:
+    names = list(map(str, values))
+    if not names or any(os.path.basename(name) != name for name in names):
+        raise ValueError("imlist and qimlist must hold names of images")
+    return names
 
 
-def _indices(entry: dict, name: str, count: int, where: str) -> np.ndarray:
-    try:
-        _refuse_nesting(entry[name])
-        indices = np.array(entry[name])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{where}: {name} must be a list of numbers of images") from error
-    # an empty list becomes an array of floats
-    if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
-        raise UserError(f"{where}: {name} must be a list of numbers of images")
+# by ``fromiter``, since lists that hold one list often could become any number of values
+
+
+def _indices(values: Any, count: int) -> np.ndarray:
+    indices = np.fromiter(map(operator.index, values), np.int64)
     if len(indices) and not 0 <= indices.min() <= indices.max() < count:
-        raise UserError(f"{where}: {name} names an image that is not among the {count} of imlist")
-    return indices.astype(np.int64)
+        raise ValueError(f"it names an image that is not among the {count} of imlist")
+    return indices
 
 
-def _box(value: Any, where: str) -> tuple[float, float, float, float] | None:
-    if value is None:
-        return None
-    try:
-        _refuse_nesting(value)
-        box = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        box = np.empty(0)
-    if box.shape != (4,) or not np.isfinite(box).all() or not (box[:2] < box[2:]).all():
-        raise UserError(f"{where}: bbx must be left, top, right and bottom with an area")
-    return tuple(box.tolist())
-
-
-def _refuse_nesting(values: Any) -> None:
-    """Refuse lists of lists: by references, a few bytes could become any number of values."""
-    if isinstance(values, list | tuple) and any(isinstance(v, list | tuple) for v in values):
-        raise ValueError("nested")
+def _box(values: Any) -> tuple[float, float, float, float]:
+    left, top, right, bottom = np.fromiter(map(float, values), np.float64).tolist()
+    if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
+        raise ValueError("bbx must be left, top, right and bottom with an area")
+    return left, top, right, bottom
 
 
 class RetrievalImages(Dataset):

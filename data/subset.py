@@ -7,7 +7,7 @@ import numpy as np
 
 from data.listing import read_lines
 from data.source import ImageSource, PartOfSource
-from utils.errors import UserError
+from utils.errors import UserError, reading
 
 
 def add_subset_argument(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +59,8 @@ def _drawn(train: ImageSource, share: float, seed: int) -> np.ndarray:
 
 
 def _listed(train: ImageSource, path: str) -> np.ndarray:
-    try:
+    with reading(f"--subset {path}"):
         wanted = {line.strip() for _, line in read_lines(path)}
-    except OSError as error:
-        raise UserError(f"--subset {path}: cannot read ({error.strerror})") from error
     places = [i for i, name in enumerate(train.names) if os.path.basename(name) in wanted]
     found = {os.path.basename(train.names[i]) for i in places}
     if len(places) != len(wanted):

@@ -60,24 +60,23 @@ def entry(**values):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda truth: [truth], "expected a dict"),
-        (lambda truth: truth.pop("imlist") and None, "imlist must be a list"),
-        (lambda truth: truth.update(qimlist=[]), "qimlist must be a list"),
-        (lambda truth: truth.update(imlist=["../../x"]), "not the name of an image"),
-        (lambda truth: truth.update(imlist=[3]), "not the name of an image"),
-        (lambda truth: truth["gnd"].pop() and None, "an entry for each of 3 queries"),
-        (lambda truth: truth["gnd"].append(0), "an entry for each of 3 queries"),
-        (lambda truth: truth.update(gnd=[1, 2, 3]), "entry of query landmark_00_query"),
-        (lambda truth: truth["gnd"][1].pop("easy") and None, "landmark_01_query: easy must be"),
-        (entry(hard=[0.5]), "hard must be a list"),
-        (entry(hard=[[1]]), "hard must be a list"),
-        (entry(junk=[1, [2]]), "junk must be a list"),
+        (lambda truth: [truth], "not a ground truth"),
+        (lambda truth: truth.pop("imlist") and None, "not a ground truth .*imlist"),
+        (lambda truth: truth.update(qimlist=[]), "must hold names of images"),
+        (lambda truth: truth.update(imlist=["../../x"]), "must hold names of images"),
+        (lambda truth: truth["gnd"].pop() and None, "not a ground truth"),
+        (lambda truth: truth["gnd"].append(0), "not a ground truth"),
+        (lambda truth: truth.update(gnd=[1, 2, 3]), "query landmark_00_query"),
+        (lambda truth: truth["gnd"][1].pop("easy") and None, "landmark_01_query: .*easy"),
+        (entry(hard=[0.5]), "not an entry of revisitop"),
+        (entry(hard=[[1]]), "not an entry of revisitop"),
+        (entry(junk=[1, [2]]), "not an entry of revisitop"),
         (entry(easy=[21]), "names an image that is not among the 21"),
         (entry(easy=[-1]), "names an image that is not among the 21"),
-        (entry(bbx=[1, 2, 3]), "bbx must be"),
+        (entry(bbx=[1, 2, 3]), "not an entry of revisitop"),
         (entry(bbx=[5, 5, 5, 9]), "with an area"),
         (entry(bbx=[1, 2, float("nan"), 3]), "bbx must be"),
-        (entry(bbx="box"), "bbx must be"),
+        (entry(bbx="box"), "not an entry of revisitop"),
     ],
 )
 def test_a_ground_truth_that_cannot_be(revisited, edit, message):
@@ -194,7 +193,7 @@ def test_what_is_missing_is_named_with_its_origin(tmp_path, dataset):
     with pytest.raises(UserError, match=r"it is missing.*unpack https://.*-v1\.tgz into jpg/"):
         truth.path(truth.database[0])
     shutil.rmtree(tmp_path / dataset / "jpg")
-    with pytest.raises(UserError, match=r"/jpg: cannot read the images"):
+    with pytest.raises(UserError, match=r"/jpg: no such file or folder"):
         read_ground_truth(str(tmp_path), dataset).path("x")
     os.remove(tmp_path / dataset / f"gnd_{dataset}.pkl")
     with pytest.raises(UserError, match=rf"fetch it from http://.*revisitop.*/gnd_{dataset}\.pkl"):
