@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
 import time
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.checkpoint import replacing
@@ -247,7 +248,7 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
 
 # ---- the list that is kept
 
-MAGIC = b"synco index 2\n"
+VERSION = "synco index 2"
 FOLDER = ".synco"
 WORTH_KEEPING = 10_000  # images: fewer are listed in a moment
 SETTLED = 2.0  # s: what changed later may change again under the same time stamp
@@ -366,32 +367,29 @@ class Listing:
             os.makedirs(folder)
             if unchanged:  # but by what was just made in it
                 self.watch(self.root)
+        arrays, facts = self._contents()
         with replacing(path) as file:
-            file.writelines(self.parts())
-
-    def parts(self) -> list[bytes | memoryview]:
-        """The parts of a file that holds the list: a line, a line of JSON, arrays."""
-        starts = np.zeros(len(self) + 1, np.int64)
-        np.cumsum(np.frombuffer(self._lengths, np.int64), out=starts[1:])
-        block = b"".join(self._blocks)
-        header = {
-            "images": len(self),
-            "bytes": len(block),
-            "columns": list(self._columns),
-            "digest": hashlib.sha256(block).hexdigest(),
-            "classes": self.classes,
-            "files": self.files,
-            "left_out": self.left_out,
-            "stamps": self._stamps,
-        }
-        line = json.dumps(header).encode()
-        line += b" " * (-(len(MAGIC) + len(line) + 1) % 8) + b"\n"  # numbers lie at eighths
-        numbers = [memoryview(column) for column in (self._labels, *self._columns.values())]
-        return [MAGIC, line, starts.data, *numbers, block]
+            file.write(save(arrays, {VERSION: json.dumps(facts)}))
 
     def listed(self, folder: str) -> Listed:
         """The list in this process's memory; ``folder`` is what stands before the names."""
-        return _parse(b"".join(self.parts()), folder)
+        return _listed(*self._contents(), folder)
+
+    def _contents(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays by name, and facts as JSON has them."""
+        names = b"".join(self._blocks)
+        numbers = {"labels": self._labels, **self._columns}
+        arrays = {name: np.frombuffer(column, np.int64) for name, column in numbers.items()}
+        arrays["starts"] = np.cumsum([0, *self._lengths])
+        arrays["names"] = np.frombuffer(names, np.uint8)
+        facts = {
+            "classes": self.classes,
+            "files": self.files,
+            "left_out": self.left_out,
+            "digest": hashlib.sha256(names).hexdigest(),
+            "stamps": self._stamps,
+        }
+        return arrays, facts
 
 
 def open_listing(
@@ -461,40 +459,22 @@ def _places(root: str) -> list[str]:
 def _load(path: str, root: str, folder: str) -> Listed | None:
     """The list in a file, mapped; None if it is missing, damaged or no longer holds."""
     try:
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _parse(content, folder, root)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with safe_open(path, "pt") as file:  # which, unlike "np", maps the arrays
+            facts = json.loads(file.metadata()[VERSION])
+            for watched, stamp in facts["stamps"].items():
+                if _stamp(os.path.join(root, watched)) != stamp:
+                    return None
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError):
         return None
+    return _listed(arrays, facts, folder)
 
 
-def _parse(content: bytes | mmap.mmap, folder: str, root: str | None = None) -> Listed:
-    """The list in ``content``; with ``root``, what it was read from must not have changed."""
-    if content[: len(MAGIC)] != MAGIC:
-        raise ValueError("no list of images, or one of another version")
-    place = content.find(b"\n", len(MAGIC)) + 1
-    header = json.loads(content[len(MAGIC) : place])
-    if root is not None:
-        for path, stamp in header["stamps"].items():
-            if _stamp(os.path.join(root, path)) != stamp:
-                raise ValueError(f"{path} has changed")
-    images = header["images"]
-    arrays = []
-    for count in (images + 1, *[images] * (1 + len(header["columns"]))):
-        arrays.append(np.frombuffer(content, np.int64, count, place))
-        place += arrays[-1].nbytes
-    block = np.frombuffer(content, np.uint8, header["bytes"], place)
-    if place + len(block) != len(content):
-        raise ValueError("not whole")
-    starts, labels, *columns = arrays
-    return Listed(
-        header["classes"],
-        Names(block, starts, folder, header["digest"]),
-        labels,
-        dict(zip(header["columns"], columns, strict=True)),
-        header["files"],
-        Counter(header["left_out"]),
-    )
+def _listed(arrays: dict[str, np.ndarray], facts: dict[str, Any], folder: str) -> Listed:
+    columns = dict(arrays)
+    names = Names(columns.pop("names"), columns.pop("starts"), folder, facts["digest"])
+    labels, left_out = columns.pop("labels"), Counter(facts["left_out"])
+    return Listed(facts["classes"], names, labels, columns, facts["files"], left_out)
 
 
 def _stamp(path: str) -> list[int]:
