@@ -20,13 +20,13 @@ class PlainSynCo(SynCo):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.views_apart = True
         for name in ("queue1", "queue2"):  # as one would write dim x K
             setattr(self, name, getattr(self, name).contiguous())
 
-    def _encode(
-        self, encoder: nn.Module, view1: torch.Tensor, view2: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return encoder(view1), encoder(view2)
+    @staticmethod
+    def _encode(encoder: nn.Module, images: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(encoder(image) for image in images)
 
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
