@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from synco_vit.own import own_modules
+from synco_vit.own import keep_picklable, own_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +50,6 @@ def load_encoder(
         from utils.errors import UserError
 
         try:
-            return load(os.fspath(source), encoder, key, img_size)
+            return keep_picklable(load(os.fspath(source), encoder, key, img_size))
         except UserError as error:
             raise ValueError(str(error)) from error

@@ -1,10 +1,13 @@
 """The project's own modules, for a program that may have others of the same names."""
 
 import contextlib
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _HERE = Path(__file__).resolve().parent
 _PACKED = _HERE / "_code"  # of a wheel; in a checkout the code lies beside this package
@@ -34,6 +37,26 @@ def own_modules() -> Iterator[None]:
         sys.path.remove(str(CODE))
         _kept.update(_take())
         sys.modules.update(aside)
+
+
+def keep_picklable(encoder: Any) -> Any:
+    """Let an encoder of the project's classes pickle where their modules are set aside."""
+    encoder.__reduce_ex__ = partial(_reduce, encoder)
+    return encoder
+
+
+def _reduce(encoder: Any, protocol: int) -> tuple[Callable, tuple[bytes]]:
+    own = vars(encoder).pop("__reduce_ex__")  # within, it pickles as any other object
+    try:
+        with own_modules():
+            return _restore, (pickle.dumps(encoder, protocol),)
+    finally:
+        encoder.__reduce_ex__ = own
+
+
+def _restore(content: bytes) -> Any:
+    with own_modules():
+        return keep_picklable(pickle.loads(content))
 
 
 def _take() -> dict[str, ModuleType]:

@@ -1,5 +1,6 @@
 """``synco_vit.load_encoder``: names, files of each family, the transform, and other programs."""
 
+import os
 import pickle
 import re
 import shutil
@@ -186,3 +187,56 @@ def test_every_encoder_of_the_project_is_told_by_its_weights(tmp_path):
         encoder = create_encoder(name)
         torch.save(encoder.state_dict(), tmp_path / "w.pth")
         assert type(load_encoder(tmp_path / "w.pth")) is type(encoder)
+
+
+PICKLES = """
+import copy, pickle, types
+import torch
+from torch.utils.data import DataLoader
+from synco_vit import load_encoder
+
+
+class Features(torch.utils.data.Dataset):
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        with torch.no_grad():
+            return self.encoder(torch.ones(1, 3, 32, 32))[0]
+
+
+if __name__ == "__main__":
+    if CALLERS:
+        import sys
+
+        sys.modules |= {name: types.ModuleType(name) for name in ("models", "utils", "data")}
+    for name in ("vit_nano", "timm/vit_tiny_patch16_224", "swin_tiny", "timm/resnet18"):
+        encoder = load_encoder(name, img_size=32)
+        wanted = Features(encoder)[0]
+        for copied in (pickle.loads(pickle.dumps(encoder)), copy.deepcopy(copy.copy(encoder))):
+            again = pickle.loads(pickle.dumps(copied))  # a copy does, too
+            assert again is not encoder and type(again) is type(encoder)
+            assert Features(again)[0].equal(wanted)
+            copied.load_state_dict(encoder.state_dict())
+    loader = DataLoader(Features(load_encoder("vit_nano", img_size=32)), 2, num_workers=1,
+                        multiprocessing_context="spawn")
+    assert next(iter(loader)).shape == (2, 128)
+"""
+
+
+@pytest.mark.parametrize("callers", [False, True])
+def test_an_encoder_pickles_and_copies(tmp_path, callers):
+    """By a caller with modules of the same names as well, and in a spawned worker of a loader."""
+    (tmp_path / "script.py").write_text(PICKLES.replace("CALLERS", str(callers)))
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
