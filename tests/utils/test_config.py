@@ -1,6 +1,7 @@
 """Configuration files, --opts and the command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ from utils.config import (
 from utils.errors import UserError
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-PUBLISHED = sorted(p for p in RECIPES if p.stem.split("_")[0] in ("moby", "byol", "synco"))
+PUBLISHED = sorted(
+    p for p in RECIPES if re.fullmatch(r"(moby|byol|synco)_.*_(tiny|small|base)", p.stem)
+)
 
 
 def write(folder: Path, text: str, name: str = "c.yaml") -> str:
