@@ -299,3 +299,81 @@ def test_the_other_process_ends_in_one_line(imagenet, tmp_path):
     ours = [x for x in text.splitlines() if x.startswith("main_pretrain.py: error: ")]
     assert len(ours) == 1 and "another process of the group died" in ours[0]
     assert "Traceback" not in text
+
+
+# sends itself a signal when it calls a function for the second time, or the first
+AT = f"""
+import importlib, os, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+place, call, number = sys.argv[1:4]
+module, *path, name = place.split("/")
+owner = importlib.import_module(module)
+for part in path:
+    owner = getattr(owner, part)
+real, calls = getattr(owner, name), []
+def wrapped(*given, **named):
+    calls.append(1)
+    if len(calls) == int(call):
+        os.kill(os.getpid(), int(number))
+        time.sleep(0.3)
+    return real(*given, **named)
+if os.environ["RANK"] == os.environ["VICTIM"]:
+    setattr(owner, name, wrapped)
+sys.argv = [{str(ROOT / "main_pretrain.py")!r}, *sys.argv[4:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def signalled(imagenet, tmp_path, place: str, call: int, number: int, victim: int) -> list[Script]:
+    """Two processes without a launcher, of which one gets a signal at a place."""
+    program = tmp_path / "at.py"
+    program.write_text(AT)
+    opts = ("TRAIN.KNN_FREQ", 1, "TRAIN.SAVE_STEPS", 4, "DIST_TIMEOUT", 15)
+    given = (place, call, int(number), *pair(imagenet, tmp_path), *opts)
+    own = [one | {"VICTIM": victim} for one in places(2)]
+    processes = [Script(program, *given, environment=one) for one in own]
+    for process in processes:
+        process.wait(90)
+    return processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "call", "victim"),
+    [
+        ("utils.run/lock_folder", 1, 0),
+        ("models/build_method", 1, 1),
+        ("utils.update/Update/__call__", 2, 0),
+        ("utils.session/Checkpoints/write", 1, 0),
+        ("evaluation.knn_monitor/KnnMonitor/after", 2, 1),
+    ],
+)
+def test_a_killed_process_ends_the_other_in_one_line_wherever_it_is(
+    imagenet, tmp_path, place, call, victim
+):
+    processes = signalled(imagenet, tmp_path, place, call, signal.SIGKILL, victim)
+    assert processes[victim].returncode == -signal.SIGKILL
+    text = processes[1 - victim].text()
+    assert processes[1 - victim].returncode == 1, text
+    last = text.splitlines()[-1]
+    assert last.startswith("main_pretrain.py: error: another process of the group died"), text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        ("utils.session/Checkpoints/write", 1),
+        ("evaluation.knn_monitor/KnnMonitor/after", 2),
+        ("utils.update/Update/__call__", 2),
+    ],
+)
+def test_a_signal_to_one_stops_both_wherever_it_is(
+    undisturbed_pair, imagenet, tmp_path, place, call
+):
+    processes = signalled(imagenet, tmp_path, place, call, signal.SIGTERM, 0)
+    assert [process.returncode for process in processes] == [RESUMABLE] * 2
+    assert final(tmp_path)["step"] == max(x.get("step", 0) for x in lines(tmp_path)) < STEPS
+    run_pair(imagenet, tmp_path)
+    assert_same(undisturbed_pair, final(tmp_path))

@@ -42,11 +42,11 @@ def reading(path: object, doing: str = "cannot read") -> Iterator[None]:
         doing: what fails, such as ``cannot write the results``.
 
     Raises:
-        UserError: in place of any other exception.
+        UserError: in place of any other exception, but for a lost process.
     """
     try:
         yield
-    except UserError:
+    except (UserError, LostPeer):
         raise
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or path}: no such file or folder") from error

@@ -91,7 +91,10 @@ class Peers:
         """
         self.wait(self.begin_maximum(torch.zeros(1)))  # until all are here
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, self._agreements)
+        try:
+            dist.all_gather_object(values, value, self._agreements)
+        except RuntimeError as error:
+            raise LostPeer(" ".join(str(error).split())) from error
         return values
 
     def begin_maximum(self, numbers: torch.Tensor) -> dist.Work:

@@ -5,6 +5,7 @@ import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -253,6 +254,8 @@ def run_script(main: Callable[[], None]) -> None:
     except SystemExit:
         leave_group()
         raise
+    except KeyboardInterrupt:
+        end_with(128 + signal.SIGINT, "interrupted")
     except Exception as error:
         sys.stdout.flush()  # the end is at once, without peers, which may be inside a collective
         if reason := fault(error):

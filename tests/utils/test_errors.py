@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from utils.errors import Diverged, UserError, reading
+from utils.errors import Diverged, LostPeer, UserError, reading
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,11 @@ def test_real_files(tmp_path):
 def test_ending_is_no_mistake():
     with pytest.raises(SystemExit), reading("a.txt"):
         raise SystemExit(75)
+
+
+def test_a_lost_process_is_no_fault_of_the_file():
+    with pytest.raises(LostPeer), reading("a.txt"):
+        raise LostPeer("process 1 has ended")
 
 
 END = "import atexit, sys; atexit.register(print, 'detour'); from utils.errors import end_with; "

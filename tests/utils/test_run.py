@@ -84,6 +84,9 @@ def test_the_ends_of_a_script(monkeypatch, capsys):
     for error in (UserError("a"), OSError(5, "b")):
         with pytest.raises(SystemExit):
             ends(monkeypatch, error)
+    with pytest.raises(SystemExit) as left:
+        ends(monkeypatch, KeyboardInterrupt())
+    assert left.value.code == 130
     with pytest.raises(ZeroDivisionError):  # a bug shows where it is
         ends(monkeypatch, ZeroDivisionError())
     assert "Traceback" not in capsys.readouterr().err
