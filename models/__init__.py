@@ -9,7 +9,7 @@ from models.encoder import Backbone, create_encoder
 from models.moby import MoBY
 from models.momentum import MomentumMethod
 from models.synco import SynCo
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 
 METHODS: dict[str, type[MomentumMethod]] = {"byol": BYOL, "moby": MoBY, "synco": SynCo}
 # arguments of the methods whose key has another name
@@ -31,7 +31,8 @@ def build_method(config: CfgNode) -> MomentumMethod:
     """
     model = config.MODEL
     if model.TYPE not in METHODS:
-        raise UserError(f"MODEL.TYPE {model.TYPE!r} is unknown, choose from {', '.join(METHODS)}")
+        hint = did_you_mean(model.TYPE, METHODS) or f", choose from {', '.join(METHODS)}"
+        raise UserError(f"MODEL.TYPE {model.TYPE!r} is unknown{hint}")
     method = METHODS[model.TYPE]
     try:
         options = _options(method, model)

@@ -1,7 +1,6 @@
 """The backbones by name."""
 
 import argparse
-import difflib
 import fnmatch
 import inspect
 import re
@@ -18,7 +17,7 @@ from torch import nn
 from models.batch_norm import SyncBatchNorm
 from models.swin import SwinTransformer, rename_microsoft, shift_by_maps
 from models.vit import VisionTransformer, fit_positions
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.update import Precision
 
 PREFIX = "timm/"
@@ -53,9 +52,8 @@ def create_timm_backbone(name: str, **options: Any) -> tuple[Backbone, dict[str,
     """
     name = name.removeprefix(PREFIX)
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"MODEL.ENCODER {PREFIX}{name}: timm has no such model, {hint}")
+        hint = did_you_mean(name, timm.list_models()) or ", see timm.list_models()"
+        raise UserError(f"MODEL.ENCODER {PREFIX}{name}: timm has no such model{hint}")
     options = ANY_SIZE | options
     while True:
         try:
@@ -188,6 +186,7 @@ def create_encoder(
         raise UserError(
             f"MODEL.ENCODER {name!r} is unknown, choose from "
             f"{', '.join([*ENCODERS, *RESNETS])} or {PREFIX}<name of a model of timm>"
+            f"{did_you_mean(name, [*ENCODERS, *RESNETS])}"
         )
     if stop_grad_conv1:
         if not isinstance(encoder, (TimmVisionTransformer, TimmSwinTransformer)):

@@ -1,11 +1,12 @@
 """The exceptions for what a user can mend, the place that makes them of others, and their end."""
 
 import contextlib
+import difflib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,12 @@ class UserError(Exception):
 
 class LostPeer(RuntimeError):
     """Another process of the group has died, or shows no sign of life."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``, did you mean a or b?`` of the nearest names, empty if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f", did you mean {' or '.join(close)}?" if close else ""
 
 
 class Diverged(UserError):

@@ -169,6 +169,8 @@ def test_activation_checkpointing_changes_no_gradient(name):
 
 
 def test_mistakes_are_named():
+    with pytest.raises(UserError, match=r"'vit_smal' is unknown, .*, did you mean vit_small"):
+        create_encoder("vit_smal")
     with pytest.raises(UserError, match=r"resnet9.* is unknown, choose from"):
         create_encoder("resnet9")
     with pytest.raises(UserError, match="STOP_GRAD_CONV1: timm/resnet50 has no patch projection"):

@@ -375,7 +375,8 @@ def test_losses_leave_autocast(dtype):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (["MODEL.TYPE", "dino"], "MODEL.TYPE 'dino' is unknown"),
+        (["MODEL.TYPE", "dino"], "MODEL.TYPE 'dino' is unknown, choose from byol, moby, synco"),
+        (["MODEL.TYPE", "sync"], r"MODEL.TYPE 'sync' is unknown, did you mean synco\?"),
         (["MODEL.N_HARD", "9999"], "n_hard must be from 1 to the queue's 4096"),
         (["MODEL.N3", "-1"], "counts must be six numbers"),
         (["MODEL.CONTRAST_TEMPERATURE", "0"], "temperature"),
