@@ -7,13 +7,11 @@ DATA holds train/<class>/<image> and val/<class>/<image>; --dataset NAME reads o
 """
 
 import argparse
-import math
 import os
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from yacs.config import CfgNode
 
 from data.opening import DataPath, add_dataset_arguments, open_splits
@@ -29,17 +27,18 @@ from evaluation.feature_files import (
     read_manifest,
 )
 from evaluation.features import check_features, encode_images, unit_length
-from evaluation.identity import identity, identity_said, warn_of_replacing
+from evaluation.identity import identified, identity, identity_said
 from evaluation.knn import knn_classify
 from evaluation.of_run import log_notes, parse_evaluation
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from utils.arguments import TRAINING
+from utils.arguments import TRAINING, number_in
 from utils.config import FEATURE, NETWORK, run_folder
-from utils.distributed import rank, world_size
+from utils.distributed import all_gather_objects, rank, world_size
 from utils.errors import UserError
 from utils.provenance import cost, describe_images, gather_provenance
 from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
+KS = [10, 20, 100, 200]
 # features and labels of the training images, then of the test images
 FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
@@ -51,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_subset_argument(parser)
     parser.add_argument(
         "--nb-knn",
-        type=int,
+        type=number_in(1, 10**9),
         nargs="+",
-        default=[10, 20, 100, 200],
         metavar="K",
-        help="numbers of neighbours",
+        help=f"numbers of neighbours (default: those of {KS} that there are images for)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.07, help="of the neighbours' weights"
+        "--temperature", type=number_in(1e-9, 1e9), default=0.07, help="of the neighbours' weights"
     )
     parser.add_argument(
         "--baseline", choices=list(BASELINES), help="judge these features instead of an encoder's"
@@ -74,14 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Features of both splits, neighbours, figures."""
     args, config, notes = parse_evaluation(__doc__, add_arguments, TRAINING)
-    if not 0 < args.temperature < math.inf:
-        raise UserError(f"--temperature must be positive and finite, got {args.temperature}")
-    if args.subset and args.load_features:
-        raise UserError("--subset chooses among images: leave it out with --load-features")
-    if args.pictures and args.load_features:
-        raise UserError("--pictures shows images: leave it out with --load-features")
-    if min(args.nb_knn) < 1:
-        raise UserError(f"--nb-knn must be from 1, got {min(args.nb_knn)}")
+    if args.load_features and (args.subset or args.pictures):
+        raise UserError("--subset and --pictures need images: leave them out with --load-features")
     baseline, subset = args.baseline, subset_suffix(args.subset)
     if args.load_features:
         baseline, subset = features_of(args, config)
@@ -99,25 +91,34 @@ def main() -> None:
     if args.load_features:
         train, test = unit_length(train, "training"), unit_length(test, "test")
     train, train_labels = train.to(run.device), train_labels.to(run.device)
-    try:
-        ranked = classify(train, train_labels, test, args.nb_knn, args.temperature)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    ks = neighbours(args.nb_knn, len(train))
+    if not args.nb_knn and ks != KS:
+        run.logger.info("--nb-knn %s: there are %d training images", ks, len(train))
+    ranked = classify(train, train_labels, test, ks, args.temperature)
 
-    figures = accuracies(ranked, test_labels, run.device)
+    figures = accuracies(ranked, test_labels)
     rows = [[k, f"{figure['top1']:.2f}", f"{figure['top5']:.2f}"] for k, figure in figures.items()]
     log_table(run, [["k", "top-1 %", "top-5 %"], *rows])
     results = {"dataset": config.DATA.DATASET, "temperature": args.temperature, "knn": figures}
     origin = about["provenance"]  # of the encoder, and the images
-    provenance = gather_provenance(run.effective, run.device, origin, origin.get("data"))
-    provenance["identity"] = identity_said(origin) | {"--temperature": args.temperature}
-    warn_of_replacing(run, provenance["identity"])
+    of = identity_said(origin) | {"--temperature": args.temperature}
+    provenance = identified(run, origin, origin.get("data"), of)
     protocol = {k: v for k, v in about["protocol"].items() if k != "dataset"}
     write_results(run, results | {"protocol": protocol}, provenance)
     if args.pictures and images:
-        k = args.nb_knn[0]
-        judged = everyones(ranked[k][:, 0], len(test), run.device)
-        write_pictures(run, partial(draw, images, (train, test), judged, k, config.SEED))
+        judged = ranked[ks[0]][:, 0]
+        write_pictures(run, partial(draw, images, (train, test), judged, ks[0], config.SEED))
+
+
+def neighbours(asked: list[int] | None, count: int) -> list[int]:
+    """The numbers of neighbours among ``count`` training images: those asked for, or fitting ones.
+
+    Raises:
+        UserError: there are fewer images.
+    """
+    if asked and max(asked) > count:
+        raise UserError(f"--nb-knn {max(asked)} is more than the {count} training images")
+    return asked or [k for k in KS if k <= count] or [count]
 
 
 def features_of(args: argparse.Namespace, config: CfgNode) -> tuple[str | None, str]:
@@ -156,15 +157,14 @@ def encode(
         encoder, origin = BASELINES[args.baseline](), {"encoder": args.baseline}
     else:
         encoder, origin = load_pretrained_encoder(args, config, run)
-    if max(args.nb_knn) > (count := len(sources[0].names)):
-        raise UserError(f"--nb-knn {max(args.nb_knn)} is more than the {count} training images")
+    neighbours(args.nb_knn, len(sources[0].names))  # before all are encoded
     data = describe_images(
         config.DATA.DATA_PATH,
         **{n: (s.names, s.labels) for n, s in zip(("train", "test"), sources, strict=True)},
     )
-    provenance = gather_provenance(run.effective, run.device, origin, data)
     flags = {"--baseline": args.baseline, "--subset": subset_suffix(args.subset)}
-    provenance["identity"] = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
+    of = identity(run, config, NETWORK | FEATURE, origin, data, **flags)
+    provenance = gather_provenance(run.effective, run.device, origin, data) | {"identity": of}
     parts = [
         tensor
         for source in sources
@@ -187,6 +187,11 @@ def check(
     check_features(test_features, test_labels, "test")
     if train_labels.ndim > 1 or test_labels.ndim > 1:
         raise UserError("k-NN needs one class an image; several labels are for eval_linear.py")
+    if train_features.shape[1] != test_features.shape[1]:
+        raise UserError(
+            f"training features have {train_features.shape[1]} values, test features "
+            f"{test_features.shape[1]}"
+        )
     unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
     if unknown:
         raise UserError(f"class {unknown[0]} is among the test images, but has no training image")
@@ -199,32 +204,31 @@ def classify(
     ks: list[int],
     temperature: float,
 ) -> dict[int, torch.Tensor]:
-    """The best classes of this process's part of the tests for each k, see ``knn_classify``."""
-    own = test_features[rank() :: world_size()]
-    classes = int(train_labels.max()) + 1
-    return knn_classify(train_features, train_labels, own, sorted(set(ks)), temperature, classes)
+    """The best classes of the test images for each k, see ``knn_classify``.
+
+    Each process judges a part of them.
+    """
+    own, classes = test_features[rank() :: world_size()], int(train_labels.max()) + 1
+    ranked = knn_classify(train_features, train_labels, own, sorted(set(ks)), temperature, classes)
+    parts = all_gather_objects(ranked)
+    whole = {k: found.new_empty(len(test_features), found.shape[1]) for k, found in ranked.items()}
+    for number, part in enumerate(parts):
+        for k, found in part.items():
+            whole[k][number :: len(parts)] = found
+    return whole
 
 
 def accuracies(
-    ranked: dict[int, torch.Tensor], test_labels: torch.Tensor, device: torch.device
+    ranked: dict[int, torch.Tensor], test_labels: torch.Tensor
 ) -> dict[str, dict[str, float]]:
-    """Top-1 and top-5 in per cent for each k, from the classes that each process has found."""
+    """Top-1 and top-5 in per cent for each k."""
     figures = {}
     for k, classes in ranked.items():
-        hits = classes == test_labels[rank() :: world_size(), None]
-        right = torch.stack([hits[:, :1].sum(), hits.sum()]).to(device)
-        dist.all_reduce(right)
+        hits = classes == test_labels[:, None]
+        right = torch.stack([hits[:, 0].sum(), hits.sum()])
         top1, top5 = (100 * right.double() / len(test_labels)).tolist()
         figures[str(k)] = {"top1": top1, "top5": top5}
     return figures
-
-
-def everyones(own: torch.Tensor, total: int, device: torch.device) -> torch.Tensor:
-    """The numbers of all test images, (total,), from those of each process's part."""
-    numbers = torch.zeros(total, dtype=own.dtype, device=device)
-    numbers[rank() :: world_size()] = own.to(device)
-    dist.all_reduce(numbers)
-    return numbers.cpu()
 
 
 def draw(

@@ -26,7 +26,7 @@ from data.source import ImageSource
 from data.subset import add_subset_argument, subset_suffix, take_subset
 from data.transfer import MAP, TRANSFER_SETS
 from evaluation.features import check_features, encode_images
-from evaluation.identity import identity, warn_of_replacing
+from evaluation.identity import identified, identity
 from evaluation.judged import TEST, TRAIN, Judged, by_name, summary, table
 from evaluation.linear import (
     LinearClassifiers,
@@ -67,7 +67,7 @@ from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, NETWORK, Use, run_fol
 from utils.distributed import data_parallel, rank, world_size
 from utils.errors import UserError
 from utils.progress import EpochSize
-from utils.provenance import cost, describe_images, gather_provenance
+from utils.provenance import cost, describe_images
 from utils.run import Run, keep_precision, log_table, run_script, start, write_config, write_results
 from utils.seed import seed_libraries
 from utils.session import Kind, Session
@@ -230,9 +230,7 @@ def logistic_identity(
 ) -> dict[str, Any]:
     """What the figures of ``--probe lbfgs`` depend on; warn where others would be replaced."""
     flags = flags_said(args, args.probe) | {"--num-l2": args.num_l2, "SEED": run.config.SEED}
-    of = identity(run, run.config, NETWORK | FEATURE, origin, data, **flags)
-    warn_of_replacing(run, of)
-    return of
+    return identity(run, run.config, NETWORK | FEATURE, origin, data, **flags)
 
 
 def kind_of_training(frozen: bool, rates: list[float]) -> Kind:
@@ -258,8 +256,7 @@ def build_forward(
 
 def with_provenance(run: Run, origin: dict[str, Any], data: Any, of: dict[str, Any]) -> Run:
     """``run`` with what its files say of where they come from; ``of`` is their identity."""
-    provenance = gather_provenance(run.effective, run.device, origin, data)
-    return replace(run, provenance=provenance | {"identity": of})
+    return replace(run, provenance=identified(run, origin, data, of))
 
 
 def describe(

@@ -21,13 +21,13 @@ from yacs.config import CfgNode
 from data.loader import num_workers
 from data.retrieval import DATASETS, LABELS, GroundTruth, RetrievalImages, read_ground_truth
 from evaluation.feature_files import add_feature_arguments, dump_features, load_features
-from evaluation.features import extract_features
-from evaluation.identity import as_flags, identity, identity_said, warn_of_replacing
+from evaluation.features import check_features, extract_features
+from evaluation.identity import as_flags, identified, identity, identity_said
 from evaluation.of_run import log_notes, parse_evaluation
 from evaluation.retrieval_features import AsDino, MultiScale
 from evaluation.retrieval_metrics import DIFFICULTIES, rank_images, score_difficulty
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from utils.arguments import TRAINING
+from utils.arguments import TRAINING, number_in
 from utils.config import NETWORK, run_folder
 from utils.distributed import rank
 from utils.errors import UserError
@@ -47,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DATASETS[0],
         help="which of the two",
     )
-    parser.add_argument(
-        "--imsize", type=int, default=224, help="longest side of an image in pixels"
-    )
+    text = "longest side of an image in pixels"
+    parser.add_argument("--imsize", type=number_in(1, 10**5), default=224, help=text)
     parser.add_argument(
         "--multiscale", action="store_true", help="average the features of three sizes"
     )
@@ -65,8 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Features of the database and of the queries, ranking, figures."""
     args, config, notes = parse_evaluation(__doc__, add_arguments, TRAINING)
-    if args.imsize < 1:
-        raise UserError(f"--imsize must be at least 1, got {args.imsize}")
     dataset = config.DATA.DATASET
     run = start(config, os.path.join(run_folder(config), f"retrieval_{dataset}"))
     log_notes(run, notes)
@@ -88,9 +85,8 @@ def main() -> None:
     if rank() == 0:
         rankings = rank_images(F.normalize(database).numpy(), F.normalize(queries).numpy())
         results = score(rankings, truth) | {"protocol": about["protocol"]}
-        provenance = gather_provenance(run.effective, run.device, about["provenance"], data)
-        provenance["identity"] = identity_said(about["provenance"])
-        warn_of_replacing(run, provenance["identity"])
+        origin = about["provenance"]
+        provenance = identified(run, origin, data, identity_said(origin))
         report({"dataset": dataset} | results, provenance, run)
         if args.pictures:
             scored = [name for name, figure in results["mAP"].items() if figure is not None]
@@ -117,8 +113,8 @@ def encode(
     encoder = MultiScale(encoder) if args.multiscale else encoder
     protocol = {name: getattr(args, name) for name in ("imsize", "multiscale", "crop_query")}
     data, flags = facts(truth), {"--dataset": config.DATA.DATASET} | as_flags(protocol)
-    provenance = gather_provenance(run.effective, run.device, origin, data)
-    provenance["identity"] = identity(run, config, NETWORK, origin, data, **flags)
+    of = identity(run, config, NETWORK, origin, data, **flags)
+    provenance = gather_provenance(run.effective, run.device, origin, data) | {"identity": of}
     features = [
         # images of many sizes, so one at a time
         extract_features(
@@ -137,23 +133,11 @@ def encode(
 
 def check(database: torch.Tensor, queries: torch.Tensor, truth: GroundTruth) -> None:
     """Refuse features that are not of these images."""
-    for name, features, images in (
-        (FILES[0], database, truth.database),
-        (FILES[1], queries, truth.queries),
-    ):
-        if features.ndim != 2 or len(features) != len(images):
-            raise UserError(
-                f"{name}: {tuple(features.shape)} features do not fit {len(images)} images"
-            )
-        finite = features.isfinite().all(1)
-        if not finite.all():
-            raise UserError(
-                f"{name}: the features of {images[int(finite.int().argmin())]} are not finite"
-            )
+    check_features(database, torch.empty(len(truth.database)), "database")
+    check_features(queries, torch.empty(len(truth.queries)), "query")
     if database.shape[1] != queries.shape[1]:
         raise UserError(
-            f"{FILES[0]} has features of {database.shape[1]} values, {FILES[1]} of "
-            f"{queries.shape[1]}"
+            f"database features have {database.shape[1]} values, query features {queries.shape[1]}"
         )
 
 

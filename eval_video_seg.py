@@ -21,18 +21,18 @@ from tqdm import tqdm
 from data.dataset import to_tensor
 from data.davis import MULTIPLE, Video, fit_frame, read_frame, read_mask, read_videos, write_mask
 from data.loader import normalize
-from evaluation.identity import as_flags, identity, warn_of_replacing
+from evaluation.identity import as_flags, identified, identity
 from evaluation.label_propagation import LabelPropagation
 from evaluation.of_run import log_notes, parse_evaluation
 from evaluation.video_metrics import contour_accuracy, region_similarity, statistics
 from models.encoder import Backbone
 from models.patch_features import STRIDE, patch_features, patch_stride
 from models.pretrained import add_pretrained_arguments, load_pretrained_encoder
-from utils.arguments import TRAINING
+from utils.arguments import TRAINING, number_in
 from utils.config import NETWORK, run_folder
 from utils.distributed import all_gather_objects, on_terminal, rank, world_size
 from utils.errors import UserError
-from utils.provenance import describe_images, gather_provenance
+from utils.provenance import describe_images
 from utils.run import Run, log_table, run_script, start, write_pictures, write_results
 
 METRICS = {"J": region_similarity, "F": contour_accuracy}
@@ -45,18 +45,12 @@ PROTOCOL = ("n_last_frames", "size_mask_neighborhood", "topk", "short_side")  # 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this script."""
     add_pretrained_arguments(parser)
-    parser.add_argument(
-        "--n-last-frames", type=int, default=7, help="frames of the context beside the first"
-    )
-    parser.add_argument(
-        "--size-mask-neighborhood",
-        type=int,
-        default=12,
-        help="patches that a label may move in each direction, 0 for any number",
-    )
-    parser.add_argument(
-        "--topk", type=int, default=5, help="patches that a patch takes its label from"
-    )
+    for flag, least, default, about in (
+        ("--n-last-frames", 0, 7, "frames of the context beside the first"),
+        ("--size-mask-neighborhood", 0, 12, "patches that a label may move each way, 0 for any"),
+        ("--topk", 1, 5, "patches that a patch takes its label from"),
+    ):
+        parser.add_argument(flag, type=number_in(least, 10**9), default=default, help=about)
     parser.add_argument("--short-side", type=int, default=480, help="of a frame in pixels")
     parser.add_argument(
         "--pictures",
@@ -69,10 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Segment this process's videos, gather the scores, write the figures."""
     args, config, notes = parse_evaluation(__doc__, add_arguments, TRAINING)
-    if min(args.n_last_frames, args.size_mask_neighborhood, args.topk - 1) < 0:
-        raise UserError(
-            "--n-last-frames and --size-mask-neighborhood must be at least 0, --topk at least 1"
-        )
     if args.short_side < MULTIPLE or args.short_side % STRIDE:
         raise UserError(f"--short-side must be a multiple of {STRIDE}, at least {MULTIPLE}")
     run = start(config, os.path.join(run_folder(config), "video_segmentation_davis2017"))
@@ -81,11 +71,9 @@ def main() -> None:
     encoder, origin = load_pretrained_encoder(args, config, run)
     frames = [frame for video in videos for frame in video.frames]
     data = describe_images(config.DATA.DATA_PATH, frames=(frames, []))
-    provenance = gather_provenance(run.effective, run.device, origin, data)
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     of = identity(run, config, NETWORK, origin, data, **as_flags(protocol))
-    provenance["identity"] = of
-    warn_of_replacing(run, of)
+    provenance = identified(run, origin, data, of)
 
     own = {}
     mine = videos[rank() :: world_size()]

@@ -11,7 +11,7 @@ import torch
 
 from models.pretrained import describe_origin
 from utils.checkpoint import read_tensor, save_checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.provenance import tensor_digest
 from utils.run import write_text
 
@@ -44,7 +44,7 @@ def dump_features(folder: str, tensors: dict[str, torch.Tensor], about: dict[str
         UserError: a file cannot be written.
     """
     manifest, mark = os.path.join(folder, MANIFEST), os.path.join(folder, UNFINISHED)
-    try:
+    with reading(folder, "cannot write the features"):
         os.makedirs(folder, exist_ok=True)
         write_text(mark, "features are being written here, or their writer was stopped\n")
         Path(manifest).unlink(missing_ok=True)
@@ -54,8 +54,6 @@ def dump_features(folder: str, tensors: dict[str, torch.Tensor], about: dict[str
         files = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         write_text(manifest, json.dumps({"files": files, **about}, indent=2))
         Path(mark).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the features ({error.strerror})") from error
 
 
 def load_features(
@@ -105,20 +103,14 @@ def read_manifest(folder: str) -> dict[str, Any]:
         UserError: it is damaged, or the dump was not finished.
     """
     path = os.path.join(folder, MANIFEST)
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(path):
         if os.path.exists(os.path.join(folder, UNFINISHED)):
-            raise UserError(
-                f"{folder}: writing its features was not finished: dump them again"
-            ) from None
+            raise UserError(f"{folder}: writing its features was not finished: dump them again")
         return {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a manifest of features ({error})") from error
-    parts = ("files", "protocol", "provenance")
-    if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
+    with reading(path, "not a manifest of features"):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        parts = [content[part] for part in ("files", "protocol", "provenance")]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: not a manifest of features")
     return content
 

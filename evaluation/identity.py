@@ -8,6 +8,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from utils.config import NETWORK, Use, settings
+from utils.provenance import gather_provenance
 from utils.run import Run
 
 # whose figures they are, and of which images; all else says how they were measured
@@ -75,15 +76,24 @@ def identity_said(provenance: Any) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def warn_of_replacing(run: Run, new: Mapping[str, Any]) -> None:
-    """Say what differs if results.json in the folder of ``run`` is of another evaluation."""
+def identified(
+    run: Run, origin: Mapping[str, Any], data: Any, new: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The provenance of results with an identity; a warning says whose figures they replace.
+
+    Args:
+        run: its folder, configuration and device.
+        origin, data: as ``gather_provenance`` takes them.
+        new: the identity.
+    """
     try:
         with open(os.path.join(run.folder, "results.json"), encoding="utf-8") as file:
             old = identity_said(json.load(file).get("provenance"))
     except (OSError, ValueError, AttributeError):  # none yet, or a damaged one
-        return
+        old = {}
     if other := differences(old, new):
         run.logger.warning(
             "results.json is of another evaluation (%s): it will be replaced",
             "; ".join(other.values()),
         )
+    return gather_provenance(run.effective, run.device, origin, data) | {"identity": dict(new)}

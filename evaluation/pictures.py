@@ -299,10 +299,12 @@ def draw_scores(scored: dict[str, dict[str, dict[str, list[float]]]]) -> Figure:
     figure = Figure(figsize=(3 * columns, 2.1 * rows + 0.4), dpi=120, layout="constrained")
     all_axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, (video, objects) in zip(all_axes, panels.items(), strict=False):
-        curves = [np.mean([scores["J"], scores["F"]], axis=0) for scores in objects.values()]
-        for number, curve in enumerate(curves, 1):
-            axes.plot(range(1, len(curve) + 1), curve, color=palette()[number] / 255)
-        axes.set_title(f"{video}: {np.mean([curve.mean() for curve in curves]):.3f}", fontsize=9)
+        curves = {k: np.mean([of["J"], of["F"]], axis=0) for k, of in objects.items()}
+        for name, curve in curves.items():
+            colour = palette()[int(name.rpartition("_")[2])] / 255
+            axes.plot(range(1, len(curve) + 1), curve, color=colour)
+        mean = np.mean([curve.mean() for curve in curves.values()])
+        axes.set_title(f"{video}: {mean:.3f}", fontsize=9)
         axes.set(ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
     for axes in all_axes[len(panels) :]:

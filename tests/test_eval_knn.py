@@ -175,8 +175,17 @@ def test_more_neighbours_than_images_are_refused_before_any_is_encoded(
     run_main, imagenet, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(eval_knn, "encode_images", None)
+    flags = ("--random-weights", "--nb-knn", "200")
     with pytest.raises(UserError, match="--nb-knn 200 is more than the 24 training images"):
-        run_main(eval_knn, *arguments(imagenet, tmp_path, "--random-weights"))
+        run_main(eval_knn, *arguments(imagenet, tmp_path, *flags))
+
+
+def test_default_numbers_of_neighbours_are_those_that_fit(run_main, imagenet, tmp_path):
+    run_main(eval_knn, *arguments(imagenet, tmp_path, "--random-weights"))
+    assert list(results(tmp_path)["knn"]) == ["10", "20"]
+    log = (tmp_path / "run/default/knn_imagenet/log_rank0.txt").read_text()
+    assert "--nb-knn [10, 20]: there are 24 training images" in log
+    assert eval_knn.neighbours(None, 7) == [7] and eval_knn.neighbours(None, 200) == eval_knn.KS
 
 
 def damage(features, name, change):
@@ -190,18 +199,18 @@ def with_nan(tensor):
 
 
 MISTAKES = {
-    "k too large": (["--nb-knn", "701"], None, "k must be from 1 to the 700 training features"),
-    "no neighbour": (["--nb-knn", "5", "0"], None, "--nb-knn must be from 1, got 0"),
-    "temperature": (["--temperature", "0"], None, "--temperature must be positive and finite"),
-    "temperature of NaN": (["--temperature", "nan"], None, "--temperature must be positive"),
-    "a subset of features": (["--subset", "0.5"], None, "--subset chooses among images"),
-    "pictures of features": (["--pictures"], None, "--pictures shows images"),
-    "endless temperature": (["--temperature", "inf"], None, "--temperature must be positive"),
+    "k too large": (["--nb-knn", "701"], None, "--nb-knn 701 is more than the 700 training images"),
+    "no neighbour": (["--nb-knn", "5", "0"], None, "--nb-knn: invalid number"),
+    "temperature": (["--temperature", "0"], None, "--temperature: invalid number"),
+    "temperature of NaN": (["--temperature", "nan"], None, "--temperature: invalid number"),
+    "a subset of features": (["--subset", "0.5"], None, "--subset and --pictures need images"),
+    "pictures of features": (["--pictures"], None, "--subset and --pictures need images"),
+    "endless temperature": (["--temperature", "inf"], None, "--temperature: invalid number"),
     "labels": ([], ("testlabels", lambda t: t.float()), "labels must be dense whole numbers"),
     "kind": ([], ("trainfeat", lambda t: t.to(torch.float8_e4m3fn)), "must be dense real numbers"),
     "NaN": ([], ("trainfeat", with_nan), "the training features of image 3 are not finite"),
     "infinite": ([], ("testfeat", lambda t: t / 0), "the test features of image 0 are not finite"),
-    "dimension": ([], ("testfeat", lambda t: t[:, 1:]), "have 32 values, test 31"),
+    "dimension": ([], ("testfeat", lambda t: t[:, 1:]), "have 32 values, test features 31"),
     "lengths": ([], ("trainlabels", lambda t: t[1:]), "one row of features and of labels"),
     "unknown class": ([], ("testlabels", lambda t: t + 5), "has no training image"),
     "several labels": ([], ("trainlabels", lambda t: t[:, None]), "one class an image"),

@@ -185,9 +185,9 @@ def test_flags_change_the_features(run_main, revisited, tmp_path, flag):
 @pytest.mark.parametrize(
     "shapes, message",
     [
-        (((30, 8), (4, 8)), r"train_features\.pth: \(30, 8\) features do not fit 31 images"),
-        (((31, 8), (4, 8, 1)), r"query_features\.pth: \(4, 8, 1\) features do not fit 4"),
-        (((31, 8), (4, 7)), "features of 8 values, .* of 7"),
+        (((30, 8), (4, 8)), r"database features \(30, 8\) and labels \(31,\): need one row"),
+        (((31, 8), (4, 8, 1)), r"query features \(4, 8, 1\) and labels \(4,\)"),
+        (((31, 8), (4, 7)), "features have 8 values, query features 7"),
     ],
 )
 def test_features_of_other_images(run_main, revisited, tmp_path, shapes, message):
@@ -202,7 +202,7 @@ def test_features_that_are_not_finite(run_main, revisited, tmp_path):
     database[5, 3] = torch.nan
     for name, tensor in zip(FILES, (database, torch.ones(4, 8)), strict=True):
         torch.save(tensor, tmp_path / name)
-    with pytest.raises(UserError, match=r"features of landmark_01_easy0 are not finite"):
+    with pytest.raises(UserError, match="database features of image 5 are not finite"):
         run_main(eval_retrieval, *arguments(revisited, tmp_path, "--load-features", tmp_path))
 
 
@@ -215,7 +215,7 @@ def test_features_of_another_kind(run_main, revisited, tmp_path):
 
 def test_mistakes(run_main, revisited, tmp_path):
     for more, message in (
-        (("--imsize", "0"), "--imsize must be"),
+        (("--imsize", "0"), "--imsize: invalid number"),
         (("--dataset", "oxford"), "invalid choice"),
         ((), r"checkpoint\.pth: no such file"),
         (("--load-features", tmp_path / "absent"), "no such file"),

@@ -217,9 +217,9 @@ def test_weak_objects_win_on_their_own_scale():
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--topk", "0"), "--topk at least 1"),
-        (("--n-last-frames", "-1"), "must be at least 0"),
-        (("--size-mask-neighborhood", "-1"), "must be at least 0"),
+        (("--topk", "0"), "--topk: invalid number"),
+        (("--n-last-frames", "-1"), "--n-last-frames: invalid number"),
+        (("--size-mask-neighborhood", "-1"), "neighborhood: invalid number"),
         (("--short-side", "32"), "--short-side must be a multiple of 16, at least 64"),
         (("--short-side", "100"), "--short-side must be a multiple of 16"),
         (("--data-path", "absent"), "absent: the data path does not exist"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT
 
-from evaluation.identity import differences, identity, identity_said, measured, warn_of_replacing
+from evaluation.identity import differences, identified, identity, identity_said, measured
 from utils.config import CLASSIFIER, FEATURE, FINE_TUNING, KEYS, NETWORK, load_config, with_values
 
 RUN = SimpleNamespace(precision=SimpleNamespace(level="O0"))
@@ -78,13 +78,15 @@ def test_a_baseline_has_no_network():
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"provenance": 3}'])
-def test_no_older_results_are_no_matter(tmp_path, caplog, text):
+def test_no_older_results_are_no_matter(tmp_path, caplog, monkeypatch, text):
+    monkeypatch.setattr("evaluation.identity.gather_provenance", lambda *_: {"seed": 0})
     if text is not None:
         (tmp_path / "results.json").write_text(text)
-    run = SimpleNamespace(folder=str(tmp_path), logger=logging.getLogger("identity"))
-    warn_of_replacing(run, of())
+    logger = logging.getLogger("identity")
+    run = SimpleNamespace(folder=str(tmp_path), logger=logger, effective=CONFIG, device=None)
+    assert identified(run, ORIGIN, DATA, of()) == {"seed": 0, "identity": of()}
     assert not caplog.records
     provenance = {"identity": of() | {"TEST.CROP": False}}
     (tmp_path / "results.json").write_text(json.dumps({"provenance": provenance}))
-    warn_of_replacing(run, of())
+    identified(run, ORIGIN, DATA, of())
     assert "of another evaluation (TEST.CROP False there, True here)" in caplog.text
