@@ -29,7 +29,7 @@ from utils.distributed import (
     wait_for_all,
     world_size,
 )
-from utils.errors import UserError
+from utils.errors import UserError, reading
 from utils.progress import EpochSize, images_per_update
 from utils.seed import derive_seed
 from utils.signals import let_workers_die_quietly, shield_workers
@@ -153,10 +153,8 @@ def build_pretraining_loader(config: CfgNode, split: str = "train") -> TrainingL
         _, source = open_splits(DataPath.of(config), labelled=False, train=source)
     if isinstance(source, CostlySource):
         source.log_cost()
-    try:
+    with reading("AUG", "cannot draw views"):
         views = configured_views(config.AUG)
-    except ValueError as error:
-        raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     data = config.DATA
     images = TwoViews(source, views, data.IMG_SIZE, config.SEED, data.BACKEND)
     if split != "train":
@@ -178,11 +176,9 @@ def build_classification_loader(config: CfgNode, source: ImageSource) -> Trainin
     if config.LINEAR_EVAL.WEIGHTS == "freeze":
         augment, pixel_bytes = CropAndFlip(data.IMG_SIZE), 3
     else:
-        try:
+        with reading("AUG", "timm refuses the augmentation"):
             augment = RandAugmented(data.IMG_SIZE, data.INTERPOLATION, config.AUG)
-            pixel_bytes = 3 * 4  # of float32
-        except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(f"AUG: timm refuses the augmentation ({error!r})") from error
+        pixel_bytes = 3 * 4  # of float32
     return _training_loader(config, TrainImages(source, augment, config.SEED), pixel_bytes)
 
 
@@ -190,7 +186,7 @@ def _training_loader(
     config: CfgNode, dataset: TwoViews | TrainImages, pixel_bytes: int
 ) -> TrainingLoader:
     """The loader of ``dataset``, an image of which has so many bytes a pixel."""
-    try:
+    with reading(config.DATA.DATA_PATH, "too few images"):
         sampler = EpochBatches(
             len(dataset),
             config.DATA.BATCH_SIZE,
@@ -199,8 +195,6 @@ def _training_loader(
             config.SEED,
             max(1, config.TRAIN.ACCUMULATION_STEPS),
         )
-    except ValueError as error:
-        raise UserError(f"{config.DATA.DATA_PATH}: {error}") from error
     workers = num_workers(config)
     pinned, collate = config.DATA.PIN_MEMORY and torch.cuda.is_available(), default_collate
     if pinned:
@@ -272,14 +266,9 @@ class BadImages:
         source: the images.
         max_fraction: the largest share of bad images with which the run goes on.
         logger: of this process.
-
-    Raises:
-        UserError: a share outside [0, 1].
     """
 
     def __init__(self, source: ImageSource, max_fraction: float, logger: logging.Logger) -> None:
-        if not 0 <= max_fraction <= 1:
-            raise UserError(f"DATA.MAX_BAD_FRACTION must lie between 0 and 1, got {max_fraction}")
         self.source, self.max_fraction, self.logger = source, max_fraction, logger
         self.bad: dict[int, str] = {}  # of all processes: index and reason
         self._new: dict[int, str] = {}  # of this process, since the last check

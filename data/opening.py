@@ -101,10 +101,8 @@ def open_splits(
             f"{train.classes[train.labels[0]]}: lay them out as train/<class>/<image>"
         )
     if labelled or UNSORTED not in (train.classes, val.classes):
-        try:
+        with reading(place.root, "train and val do not fit"):
             _number_as(train, val)
-        except ValueError as error:
-            raise UserError(f"{place.root}: {error}") from error
     return train, val
 
 

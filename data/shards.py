@@ -12,7 +12,7 @@ from data.archives import ArchiveSource, read_part
 from data.listing import HIDDEN, IRREGULAR, MOST_CLASSES, OTHER, Listing, files_in, is_hidden
 from data.source import Form
 from data.tars import Member, tar_members
-from utils.errors import UserError
+from utils.errors import UserError, reading
 
 # the names of splits in files: Hugging Face says validation
 ALSO = {"train": "train", "val": "(?:val|validation)"}
@@ -100,7 +100,7 @@ def _refuse_dots(shard: str, files: dict[str, Member], has_image: bool) -> None:
 
 
 def _label(shard: str, key: str, files: dict[str, Member]) -> int:
-    try:
+    with reading(shard, f"{key} needs a class number in {key}.cls, or as label in {key}.json"):
         if member := files.get(".cls"):
             label = int(read_part(shard, member.start, member.size))
         else:
@@ -108,12 +108,7 @@ def _label(shard: str, key: str, files: dict[str, Member]) -> int:
             label = json.loads(read_part(shard, member.start, member.size))["label"]
         if not isinstance(label, int) or not 0 <= label < MOST_CLASSES:
             raise ValueError(f"{label!r} is no class number")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{shard}: {key} needs a class number in {key}.cls, or as label in {key}.json "
-            f"({error})"
-        ) from error
-    return label
+        return label
 
 
 def _find(root: str, split: str) -> list[str]:

@@ -229,12 +229,14 @@ def _read(row: TransferSet, root: str, parts: list[str]) -> ImageFiles:
     if isinstance(images, FolderSource):  # a user's own data set has this layout too
         return images
     found, labels = len(images.classes), images.labels
-    if found != row.classes:
-        raise UserError(f"{root}: {row.name} has {row.classes} classes, {found} are there")
-    if not len(images.names) or len(images.names) != len(labels):
-        raise UserError(f"{root}: {row.name} has {len(images.names)} images, {len(labels)} labels")
-    if labels.min() < (DIFFICULT if row.metric == MAP else 0) or labels.max() >= row.classes:
-        raise UserError(f"{root}: a label of {row.name} names none of its {row.classes} classes")
+    least = DIFFICULT if row.metric == MAP else 0
+    whole = found == row.classes and 0 < len(images.names) == len(labels)
+    if not whole or labels.min() < least or labels.max() >= found:
+        raise UserError(
+            f"{root}: {row.name} has {row.classes} classes and a label of them for each image; here "
+            f"are {found} classes, {len(images.names)} images and {len(labels)} labels, from "
+            f"{labels.min(initial=0)} to {labels.max(initial=0)}"
+        )
     return images
 
 

@@ -86,10 +86,9 @@ def _fill(archive: str, split: str, listing: Listing) -> None:
     for name, label in entries:
         if not (member := members.get(prefix + name)):
             raise UserError(f"{path}: {name} is not in {archive}")
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"{archive}: {name} is neither stored nor deflated: pack it again")
-        if member.flag_bits & 1:
-            raise UserError(f"{archive}: {name} is encrypted")
+        plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if not plain or member.flag_bits & 1:
+            raise UserError(f"{archive}: {name} is encrypted, or neither stored nor deflated")
         listing.add(
             [name],
             label,

@@ -284,12 +284,6 @@ def test_a_larger_share_of_bad_images_stops_the_run(source, fraction, stops):
     assert stops is None
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
-def test_a_share_is_a_share(source, fraction):
-    with pytest.raises(UserError, match=r"DATA\.MAX_BAD_FRACTION must lie between 0 and 1"):
-        BadImages(source, fraction, Log())
-
-
 def count_in_a_group(rank: int, folder: str) -> None:
     """Two processes see the same bad image in different epochs, and one of its own each."""
     source = FolderSource(f"{folder}/data", "train")

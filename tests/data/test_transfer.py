@@ -383,7 +383,7 @@ def test_caltech_draws_the_same_thirty_images_every_time(tiny):
 def test_caltech_needs_its_background_class(tiny):
     folder = os.path.join(tiny("caltech101"), "caltech101", "101_ObjectCategories")
     background = os.path.join(folder, "BACKGROUND_Google")
-    with renamed(background), pytest.raises(UserError, match="has 102 classes, 101 are there"):
+    with renamed(background), pytest.raises(UserError, match=r"has 102 classes .* 101 classes"):
         open_transfer_set("caltech101", tiny("caltech101"), "train")
 
 
@@ -423,7 +423,7 @@ def test_a_hostile_batch_is_not_run(tiny, tmp_path, name, file, replaced):
 def test_a_label_outside_the_classes(tiny, replaced):
     labels = os.path.join(tiny("stl10"), "stl10_binary", "train_y.bin")
     replaced(labels, bytes([11] + [1] * 19))
-    with pytest.raises(UserError, match="names none of its 10 classes"):
+    with pytest.raises(UserError, match="labels, from 0 to 10"):
         open_transfer_set("stl10", tiny("stl10"), "train")
 
 
