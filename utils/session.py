@@ -227,7 +227,7 @@ class Session:
             if self._stop or (due and not self.progress.epoch_ended):
                 self.save()
             if self._stop:
-                end_stopped(self.run.logger, self.step)
+                end_stopped(self.run.logger, self.step, self._saved_step)
 
     def made(self, result: Result, **figures: float) -> None:
         """Count the update, and take its figures for the next line of the log.

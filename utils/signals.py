@@ -109,13 +109,19 @@ class StopSignals:
                 signal.signal(number, signal.SIG_IGN)
 
 
-def end_stopped(logger: logging.Logger, step: int) -> NoReturn:
-    """End a run that has saved its checkpoint after ``step`` updates, as a signal asked.
+def end_stopped(logger: logging.Logger, step: int, saved: int) -> NoReturn:
+    """End a run after ``step`` updates, as a signal asked.
+
+    Args:
+        logger: gets a line.
+        step: updates made.
+        saved: those in the last checkpoint that could be written.
 
     Raises:
         SystemExit: RESUMABLE.
     """
-    logger.info("stopped by a signal after update %d: start again", step)
+    lost = f", the last {step - saved} of which are not saved" if saved < step else ""
+    logger.info("stopped by a signal after update %d%s: start again", step, lost)
     raise SystemExit(RESUMABLE)
 
 

@@ -147,15 +147,14 @@ def test_a_lost_peer_after_a_signal_is_resumable(ended, monkeypatch):
     assert len(ended) == 1
 
 
-def test_the_end_says_where(caplog):
-    logger = SimpleNamespace(info=lambda *given: given_lines.append(given))
-    given_lines = []
+@pytest.mark.parametrize(("saved", "lost"), [(17, ""), (9, ", the last 8 of which are not saved")])
+def test_the_end_says_where_and_what_is_lost(saved, lost):
+    said = []
+    logger = SimpleNamespace(info=lambda line, *given: said.append(line % given))
     with pytest.raises(SystemExit) as left:
-        end_stopped(logger, 17)
+        end_stopped(logger, 17, saved)
     assert left.value.code == RESUMABLE == 75
-    assert given_lines[0][0] % given_lines[0][1:] == (
-        "stopped by a signal after update 17: start again"
-    )
+    assert said == [f"stopped by a signal after update 17{lost}: start again"]
 
 
 def test_workers_are_killed_at_the_end():
