@@ -397,7 +397,8 @@ def resume(session: Session, judged: Judged, checkpoint: Checkpoint) -> None:
     if judged.epoch == state["epoch"]:  # it may have been killed before best.pth was written
         how = {name: state.get(name) for name in ("protocol", "class_tokens", "provenance")}
         judged.save_best(session.update.ddp.module, best, **how)
-    run.logger.info("judged last: after epoch %d", judged.epoch)
+    if judged.epoch >= 0:
+        run.logger.info("what was judged last: after epoch %d", judged.epoch)
 
 
 def report(run: Run, how: dict[str, Any], found: dict[str, Any]) -> None:

@@ -20,13 +20,6 @@ class _ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
-class _Formatter(logging.Formatter):
-    """Escapes what no file can hold: bytes of a file's name that are not UTF-8."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).encode("utf-8", "backslashreplace").decode()
-
-
 class _FileHandler(logging.Handler):
     """Opens the file for each line, so that it goes on after a full disk or a lost mount."""
 
@@ -35,7 +28,10 @@ class _FileHandler(logging.Handler):
         self.path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+        with (
+            contextlib.suppress(OSError),
+            open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             file.write(self.format(record) + "\n")
 
 
@@ -52,11 +48,13 @@ def create_logger(folder: str, rank: int) -> logging.Logger:
     with open(path, "a"):
         pass  # fails now, where it cannot be written
     file = _FileHandler(os.path.abspath(path))
-    file.setFormatter(_Formatter(plain, "%Y-%m-%d %H:%M:%S"))
+    file.setFormatter(logging.Formatter(plain, "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
     if rank == 0:
         console = _ConsoleHandler()
         where = colored("[%(asctime)s]", "green") + colored("(%(filename)s %(lineno)d)", "yellow")
-        console.setFormatter(_Formatter(where + ": %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        console.setFormatter(
+            logging.Formatter(where + ": %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
         logger.addHandler(console)
     return logger

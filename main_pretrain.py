@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from utils.profiling import Profile
 
 PARTS = ("encoder", "projector", "predictor")  # whose gradient norms are reported
+# an epoch in which no method makes synthetic negatives, so that the losses of --eval compare
+BEFORE_SYNTHETIC = -1
 
 
 def main() -> None:
@@ -356,8 +358,7 @@ def evaluate(model: MomentumMethod, loader: Loader, run: Run) -> None:
     for micro_batches in loader:
         for batch in micro_batches:
             with run.precision.autocast():
-                # no synthetic negatives, so that the losses of all epochs compare
-                output = forward_views(model, run.device, -1, batch)
+                output = forward_views(model, run.device, BEFORE_SYNTHETIC, batch)
             sums += torch.stack([output.loss, output.accuracy, output.positive])
             batches += 1
     loss, accuracy, positive = mean_over_processes(sums / batches).tolist()

@@ -227,9 +227,6 @@ def _write(state: dict[str, Any] | torch.Tensor, file: Any) -> None:
 def _sync_folder(path: str) -> None:
     """Make a new name last: a rename is on the disk only when its folder is."""
     descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # not every network file system can
         os.fsync(descriptor)
-    except OSError:  # not every network file system can
-        pass
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)

@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import importlib.metadata
 import os
 import re
 import resource
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from numpy.typing import ArrayLike
 from torch import nn
@@ -61,7 +61,7 @@ def gather_provenance(
         "processes": world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": str(torch.__version__),
-        "timm": _installed("timm"),
+        "timm": timm.__version__,
     }
 
 
@@ -146,18 +146,9 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a copy beside the code has no version
-        return None
-
-
 def _version() -> str | None:
-    try:
-        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
+    path = ROOT / "pyproject.toml"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
     return found[1] if found else None
 

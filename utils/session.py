@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -24,7 +24,7 @@ from utils.checkpoint import (
 )
 from utils.config import NETWORK, TRAINING, Use, settings
 from utils.distributed import lost_peer, on_first_process, rank
-from utils.errors import Diverged, UserError
+from utils.errors import Diverged, UserError, reading
 from utils.progress import Progress, clock, place_of
 from utils.provenance import cost
 from utils.run import Run, fault, written_config
@@ -33,23 +33,6 @@ from utils.training_log import Loader, TrainingLog, duration
 from utils.update import Averages, Result, Update
 
 PAUSE = 5.0  # seconds between tries to write the last checkpoint
-
-
-class Noting(Protocol):
-    """What looks at the images of each update, as ``data.loader.BadImages`` does."""
-
-    def note(self, micro_batches: list[Any]) -> None:
-        """Remember what is wrong with them."""
-
-    def check(self) -> None:
-        """Exchange it with the other processes."""
-
-
-class Saved(Protocol):
-    """What has something to keep in a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Further entries of the checkpoint."""
 
 
 class Parts(dict[str, Any]):
@@ -99,7 +82,7 @@ class Session:
         loader: the batches.
         update: its model and optimizers are saved and restored.
         signals: that may stop the run.
-        parts: what else a checkpoint has.
+        parts: its ``state_dict`` gives what else a checkpoint has.
         kind: of training.
 
     Attributes:
@@ -113,7 +96,7 @@ class Session:
         loader: Loader,
         update: Update,
         signals: StopSignals,
-        parts: Saved,
+        parts: Any,
         kind: Kind = PRETRAINING,
     ) -> None:
         self.run, self.loader, self.update, self.signals = run, loader, update, signals
@@ -146,21 +129,13 @@ class Session:
             UserError: something is missing, or belongs to another model or optimizer.
         """
         path, state = checkpoint.path, checkpoint.state
-        absent = {"model", "optimizer", "scaler", "epoch", "step"} - set(state)
-        if absent:
-            names = ", ".join(sorted(absent))
-            raise UserError(f"{path}: cannot resume, the checkpoint has no {names}")
-        self.progress = place_of(state, self.loader.size, path)
-        load_model(self.update.ddp.module, state["model"], path)
-        try:
+        with reading(path, "cannot resume, it is no checkpoint of a training"):
+            self.progress = place_of(state, self.loader.size, path)
+            load_model(self.update.ddp.module, state["model"], path)
+        with reading(path, "state of another optimizer"):
             self.update.load_state_dict(state)
-        except Exception as error:  # of a damaged state, which can raise anything
-            raise UserError(f"{path}: state of another optimizer ({error})") from error
-        try:
-            if "rng_state" in state:
-                torch.set_rng_state(state["rng_state"].cpu())
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: damaged, its rng_state is no state ({error})") from error
+        with reading(path, "its rng_state is no state"):
+            torch.set_rng_state(state.get("rng_state", torch.get_rng_state()).cpu())
         self.files.resumed_from(path)
         self._resumed_at, self._saved_step = clock(state), self.step
         if os.path.dirname(path) == self.run.folder:
@@ -203,11 +178,12 @@ class Session:
             yield self.progress.epoch
             self.progress.next_epoch()
 
-    def updates(self, images: Noting | None = None) -> Iterator[list[Any]]:
+    def updates(self, bad_images: Any = None) -> Iterator[list[Any]]:
         """The micro-batches of each update that is left of the epoch; call ``made`` for each.
 
         Args:
-            images: looks at each, and is asked at each line of the log.
+            bad_images: notes those of each update, see ``data.loader.BadImages``, and tells of them
+                at each line of the log.
 
         Raises:
             SystemExit: after a signal and a checkpoint.
@@ -216,12 +192,12 @@ class Session:
         self.loader.start_at(self.progress.epoch, self.progress.images_seen)
         every = self.config.TRAIN.SAVE_STEPS
         for micro_batches in self.log.bar(self.loader):
-            if images:
-                images.note(micro_batches)
+            if bad_images:
+                bad_images.note(micro_batches)
             self._within_update = True
             yield micro_batches
-            if images and self._line_written:
-                images.check()
+            if bad_images and self._line_written:
+                bad_images.check()
             due = self._save_now or (every > 0 and self.step % every == 0)
             # at its end, an epoch is saved by the script
             if self._stop or (due and not self.progress.epoch_ended):
@@ -402,24 +378,23 @@ class Checkpoints:
 
     def advice(self) -> str:
         """What to do when training has diverged."""
-        advice = f"lower {self.kind.rate}"
-        if self.kind.keep_epochs:
-            good = self.last_good or "none so far"
-            advice += f" and continue from the last good checkpoint, {good}"
-        return advice
+        if not self.kind.keep_epochs:
+            return f"lower {self.kind.rate}"
+        good = self.last_good or "none so far"
+        return f"lower {self.kind.rate} and continue from the last good checkpoint, {good}"
 
     def kept(self) -> str:
         """Which file is still whole."""
         return f"the last good checkpoint is {self.last_good or 'none so far'}"
 
     def _room(self, state: dict[str, Any]) -> str:
-        try:
-            free = shutil.disk_usage(self.run.folder).free
-        except OSError:
-            return "its folder is not there, bring it back"
         tensors = filter(torch.is_tensor, tree_leaves(state))
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return f"it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free, make room there"
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.run.folder).free
+            room = f"it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
+            return f"{room}, make room there"
+        return "its folder is not there, bring it back"
 
     def _prune(self, epoch: int) -> None:
         keep = self.run.config.TRAIN.KEEP_CHECKPOINTS

@@ -9,7 +9,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -31,16 +32,6 @@ HALF_AN_IMAGE = 1e-9  # of the largest data sets: earlier versions rounded place
 COLLAPSED = 0.1
 THROUGHPUT_STEPS = 30  # updates that are read, and updates that are made
 B = TypeVar("B")
-
-
-@runtime_checkable
-class HasQueues(Protocol):
-    """A method with features of ``dim`` dimensions, and perhaps queues of them."""
-
-    dim: int
-
-    def queues(self) -> tuple[torch.Tensor, ...]:
-        """Of (dim, K) each."""
 
 
 class Loader(Protocol):
@@ -80,8 +71,9 @@ class TrainingLog:
     ) -> None:
         self.run, self.progress, self.names = run, progress, names
         self.optimizers, model = update.optimizers, update.ddp.module
-        self.queues = model.queues() if isinstance(model, HasQueues) else ()
-        self.dim = model.dim if isinstance(model, HasQueues) else 1
+        # only the methods of pre-training have queues, and features that can collapse
+        self.queues = model.queues() if hasattr(model, "queues") else ()
+        self.dim = getattr(model, "dim", 1)
         self.epochs_logged: list[int] = []
         self.trackers: Sequence[Tracker] = ()
         self._collapsed = False
@@ -224,75 +216,63 @@ class MetricsFile:
     """
 
     def __init__(self, folder: str, resumed_at: float | None, logger: logging.Logger) -> None:
-        self.path, self.logger = os.path.join(folder, METRICS), logger
-        self._waiting: list[bytes] = []
-        self._failed = False
+        self.path, self.logger = Path(folder, METRICS), logger
+        self._waiting, self._failed = b"", False
+        limit = -1.0 if resumed_at is None else resumed_at + HALF_AN_IMAGE
         if rank() == 0:
-            try:
-                self._drop_after(-1.0 if resumed_at is None else resumed_at)
-            except OSError as error:
-                self._fail(error)
+            with self._going_on():
+                lines = self._lines()
+                kept = [line for line in lines if _figures(line).get("epochs", math.inf) <= limit]
+                if kept != lines:
+                    with replacing(str(self.path)) as file:
+                        file.write("".join(kept).encode())
 
     def write(self, kind: str, figures: Mapping[str, float | None]) -> None:
         """Append one line: its ``kind`` (``train``, ``epoch``, ``start``) and figures.
 
         NaN becomes null.
         """
-        known = {n: v if v is not None and math.isfinite(v) else None for n, v in figures.items()}
         if rank() > 0:
             return
-        self._waiting.append(json.dumps({"kind": kind} | known).encode() + b"\n")
-        try:
-            self._append(b"".join(self._waiting))
-        except OSError as error:
-            return self._fail(error)
-        self._waiting, self._failed = [], False
+        known = {n: v if v is not None and math.isfinite(v) else None for n, v in figures.items()}
+        self._waiting += json.dumps({"kind": kind} | known).encode() + b"\n"
+        with self._going_on(), open(self.path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if file.write(self._waiting) < len(self._waiting):
+                file.truncate(size)  # no half line may stay
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting, self._failed = b"", False
 
     def epochs(self) -> list[int]:
         """The epochs whose end the file tells of, none if it cannot be read."""
-        with contextlib.suppress(OSError):
+        with self._going_on():
             lines = map(_figures, self._lines())
             return [line["epoch"] for line in lines if line.get("kind") == "epoch"]
         return []
 
-    def _fail(self, error: OSError) -> None:
-        if not self._failed:
-            self.logger.error("%s: cannot write (%s), kept for later", self.path, error.strerror)
-        self._failed = True
-
-    def _append(self, lines: bytes) -> None:
-        with open(self.path, "ab", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            try:
-                written = file.write(lines)
-                if written < len(lines):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(size)  # no half line may stay
-                raise
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Say once that the file cannot be read or written, and go on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                self.logger.error("%s: cannot write (%s), kept for later", self.path, error)
+            self._failed = True
 
     def _lines(self) -> list[str]:
-        if not os.path.exists(self.path):
+        if not self.path.exists():
             return []
-        with open(self.path, encoding="utf-8", errors="replace") as file:
-            return file.readlines()
-
-    def _drop_after(self, place: float) -> None:
-        lines = self._lines()
-        limit = place + HALF_AN_IMAGE
-        kept = [line for line in lines if _figures(line).get("epochs", math.inf) <= limit]
-        if kept != lines:
-            with replacing(self.path) as file:
-                file.write("".join(kept).encode())
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
 
 
 def _figures(line: str) -> dict[str, Any]:
     """What a line holds, nothing for one that is damaged or was cut off."""
-    try:
+    with contextlib.suppress(ValueError, KeyError, RecursionError):
         found = json.loads(line) if line.endswith("\n") else None
-        return found if isinstance(found, dict) and isinstance(found["epochs"], float) else {}
-    except (ValueError, KeyError, RecursionError):
-        return {}
+        if isinstance(found, dict) and isinstance(found["epochs"], float):
+            return found
+    return {}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Pre-training, the linear probe and fine-tuning share it.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -84,12 +85,9 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 def processor_flags(path: str = "/proc/cpuinfo") -> set[str] | None:
     """What Linux says that a processor can do, None for one that is not of the x86 kind."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            flags = next((line for line in file if line.startswith("flags")), None)
-    except OSError:
-        return None
-    return set(flags.split()) if flags else None
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+        return next((set(line.split()) for line in file if line.startswith("flags")), None)
+    return None
 
 
 def allow_tf32(encoder: nn.Module, precision: Precision) -> None:
@@ -292,9 +290,8 @@ class Update:
             kept = {n: values[n] for n in numbers if n in values}
             present = optimizer.state_dict()["param_groups"]
             for group, now in zip(own, present, strict=True):
-                kinds = [KINDS & set(options) for options in (group, now)]
-                if kinds[0] != kinds[1]:
-                    raise ValueError(f"it has {sorted(kinds[0])}, not {sorted(kinds[1])}")
+                if (kind := KINDS & set(group)) != (wanted := KINDS & set(now)):
+                    raise ValueError(f"it has {sorted(kind)}, not {sorted(wanted)}")
             # the next update sets the rate, and what is configured holds for the rest
             settings = [now | {"params": g["params"]} for g, now in zip(own, present, strict=True)]
             optimizer.load_state_dict({"state": kept, "param_groups": settings})
@@ -304,9 +301,7 @@ class Update:
                         raise ValueError(f"{tuple(value.shape)} for {tuple(parameter.shape)}")
         if groups:
             raise ValueError(f"it has {len(groups)} groups of weights too many")
-        if not isinstance(state["scaler"], dict):
-            raise ValueError(f"its scaler is {state['scaler']!r}")
-        if self._scales and state["scaler"]:  # one of another precision has none
+        if state["scaler"].keys() and self._scales:  # one of another precision has none
             self.scaler.load_state_dict(state["scaler"])
 
     def _gradient_norms(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
