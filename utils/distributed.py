@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import LostPeer, UserError
+from utils.errors import LostPeer, UserError, reading
 from utils.launchers import launched, local_rank, local_world_size
 
 try:
@@ -82,15 +82,10 @@ def _claim_gpu(number: int) -> torch.device:
             "for each (--nproc_per_node), or show it more by CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", number)
-    try:
+    advice = "end what holds it or fills its memory, or choose another by CUDA_VISIBLE_DEVICES"
+    with reading(f"GPU {number}", f"cannot be used, {advice}"):
         torch.cuda.set_device(device)
         torch.zeros((), device=device)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"GPU {number} cannot be used, as when another process holds it or fills its memory: "
-            f"end that one, or choose another GPU by CUDA_VISIBLE_DEVICES ({reason})"
-        ) from error
     return device
 
 
@@ -231,11 +226,10 @@ def check_agreement(
     first, *others = all_gather_objects(facts)
     for number, theirs in enumerate(others, 1):
         for name in first.keys() | theirs.keys():
-            one, other = first.get(name), theirs.get(name)
-            if one != other:
+            if first.get(name) != theirs.get(name):
                 raise UserError(
-                    f"process {number} differs from process 0: {name} is {other}, not {one}: "
-                    f"{advice}"
+                    f"process {number} differs from process 0: {name} is {theirs.get(name)}, not "
+                    f"{first.get(name)}: {advice}"
                 )
 
 

@@ -159,20 +159,16 @@ def interface_to(address: str, port: int) -> str | None:
 def _connect(place: Place, timeout: float) -> dist.Store:
     """The group's part of the store, which lives in torchrun or in the first process."""
     end = time.monotonic() + timeout
-    while place.rank and not _listens(place):  # torch would print its tries
-        if time.monotonic() > end:
-            raise LostPeer(f"nothing listens there for {timeout:g} s")
+    while place.rank:  # torch would print its tries
+        try:
+            socket.create_connection((place.address, place.port), timeout=BEAT).close()
+            break
+        except OSError:
+            if time.monotonic() > end:
+                raise LostPeer(f"nothing listens there for {timeout:g} s") from None
         time.sleep(BEAT / 5)
     store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))
     return dist.PrefixStore(_agree_on_name(store, place, end), store)
-
-
-def _listens(place: Place) -> bool:
-    try:
-        socket.create_connection((place.address, place.port), timeout=BEAT).close()
-    except OSError:
-        return False
-    return True
 
 
 def _agree_on_name(store: dist.Store, place: Place, end: float) -> str:

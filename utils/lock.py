@@ -17,9 +17,6 @@ STARTED = datetime.now().astimezone().isoformat(" ", "seconds")
 HELD = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-_owned: dict[str, int] = {}  # path and open file of each lock of this process
-os.register_at_fork(after_in_child=_owned.clear)  # a child has no lock of its parent
-
 
 def lock_folder(folder: str, patience: float) -> None:
     """Make this process the one that writes ``folder``, until it ends.
@@ -36,11 +33,8 @@ def lock_folder(folder: str, patience: float) -> None:
         UserError: another process still writes the folder.
         OSError: the lock file cannot be written.
     """
-    path = os.path.join(os.path.realpath(folder), LOCK)
-    own = _owned.get(path)
-    if own is not None and os.path.exists(path) and os.stat(path).st_ino == os.fstat(own).st_ino:
-        return  # of an earlier run of this process
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    # stays open: to close any file of the path would drop the lock
+    file = os.open(os.path.join(folder, LOCK), os.O_RDWR | os.O_CREAT, 0o666)
     end = time.monotonic() + patience
     waits = False
     while True:
@@ -61,7 +55,6 @@ def lock_folder(folder: str, patience: float) -> None:
             _say(f"{owner}: waiting at most {patience:g} s")
         waits = True
         time.sleep(POLL)
-    _owned[path] = file
     said = {"host": socket.gethostname(), "pid": os.getpid(), "since": STARTED}
     os.truncate(file, 0)
     os.pwrite(file, json.dumps(said).encode(), 0)

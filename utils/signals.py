@@ -60,7 +60,11 @@ class StopSignals:
             end_with(
                 RESUMABLE, f"{self.requested}: another process has ended, no checkpoint written"
             )
-        self.close()
+        self._training = False
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.write(self._writer, b"\0")  # no signal has this number: it ends the thread
 
     def training(self) -> None:
         """From now on there is something to save."""
@@ -80,14 +84,6 @@ class StopSignals:
             answer, self._pending = self._pending, answer
         stop, save = answer()
         return stop, save
-
-    def close(self) -> None:
-        """Restore the handlers that were there before."""
-        self._training = False
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        os.write(self._writer, b"\0")  # no signal has this number: it ends the thread
 
     def _watch(self) -> None:
         while number := os.read(self._reader, 1)[0]:

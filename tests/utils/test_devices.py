@@ -64,8 +64,8 @@ def test_of_several_too(gpus, monkeypatch):
     ("number", "error", "said"),
     [
         (2, None, "LOCAL_RANK is 2, but this process sees 2 GPUs: start at most one process"),
-        (1, RuntimeError(BUSY), r"GPU 1 cannot be used, .* or choose another .* \(CUDA error: all"),
-        (0, torch.OutOfMemoryError(FULL), r"GPU 0 cannot be used, .* end that one.*\(CUDA out of"),
+        (1, RuntimeError(BUSY), r"GPU 1: cannot be used, .* choose another .* \(CUDA error: all"),
+        (0, torch.OutOfMemoryError(FULL), r"GPU 0: cannot be used, end what .*\(CUDA out of"),
     ],
 )
 def test_a_gpu_that_is_not_there_busy_or_full_is_one_line(gpus, number, error, said):
