@@ -1,7 +1,5 @@
 """Weighted k-nearest-neighbour classification of features."""
 
-import math
-
 import torch
 
 
@@ -33,19 +31,9 @@ def knn_classify(
     Returns:
         for each k the classes in falling order of votes, M x min(5, k, num_classes), on the CPU.
 
-    Raises:
-        ValueError: a k outside 1..N, a temperature that is not positive and finite, or unequal
-            widths.
-
     Source: InstDisc (arXiv 1805.01978), section 3.4, as in DINO (arXiv 2104.14294).
     """
-    count, width = train_features.shape
-    if not ks or not 1 <= min(ks) <= max(ks) <= count:
-        raise ValueError(f"k must be from 1 to the {count} training features, got {ks}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"the temperature must be positive and finite, got {temperature}")
-    if test_features.shape[1] != width:
-        raise ValueError(f"training features have {width} values, test {test_features.shape[1]}")
+    count = len(train_features)
     keys = train_features.T  # FxN
     chunk = chunk or max(1, 2**26 // max(count, num_classes))
     ranked: dict[int, list[torch.Tensor]] = {k: [] for k in ks}

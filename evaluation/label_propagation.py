@@ -22,9 +22,6 @@ class LabelPropagation:
         topk: patches of the context that a patch takes its label from.
         temperature: of the affinity exp(cosine / temperature).
 
-    Raises:
-        ValueError: a setting out of range, or labels of another grid.
-
     Source: DINO, section 4.2.3 and its published evaluation.
     """
 
@@ -37,31 +34,12 @@ class LabelPropagation:
         topk: int = 5,
         temperature: float = 0.1,
     ) -> None:
-        if features.shape[:2] != labels.shape[:2]:
-            raise ValueError(
-                f"features of {tuple(features.shape[:2])} patches, labels of "
-                f"{tuple(labels.shape[:2])}"
-            )
-        if n_last_frames < 0 or topk < 1 or (radius is not None and radius < 0) or temperature <= 0:
-            raise ValueError(
-                "n_last_frames and radius must be at least 0, topk 1, temperature positive; got "
-                f"{n_last_frames}, {radius}, {topk}, {temperature}"
-            )
         self.first = F.normalize(features, dim=2), labels
         self.recent: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=n_last_frames)
         self.radius, self.topk, self.temperature = radius, topk, temperature
 
     def step(self, features: torch.Tensor) -> torch.Tensor:
-        """Features of the next frame, (h, w, C) -> its soft labels, (h, w, K).
-
-        Raises:
-            ValueError: a grid other than the first frame's.
-        """
-        if features.shape != self.first[0].shape:
-            raise ValueError(
-                f"features must be {tuple(self.first[0].shape)} as in the first frame, got "
-                f"{tuple(features.shape)}"
-            )
+        """Features of the next frame, (h, w, C) -> its soft labels, (h, w, K)."""
         features = F.normalize(features, dim=2)
         context = [self.first, *self.recent]
         labels = propagate(

@@ -1,6 +1,7 @@
 """What an evaluation knows from the run that it judges."""
 
 import argparse
+import glob
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,9 +83,8 @@ def log_notes(run: Run, notes: list[str]) -> None:
 def _find_run(args: argparse.Namespace, config: CfgNode, given: set[str]) -> Path | None:
     """The folder of the run that a command line means, None if there is none."""
     name = config.MODEL.NAME if args.cfg or "MODEL.NAME" in given else "*"
-    tag = config.TAG
-    exact = Path(config.OUTPUT, name, tag)
-    if "TAG" not in given and not (exact / LATEST).exists():
+    name, tag = (part if part == "*" else glob.escape(part) for part in (name, config.TAG))
+    if "TAG" not in given and not Path(config.OUTPUT, config.MODEL.NAME, tag, LATEST).exists():
         tag = "*"
     found = sorted(path.parent for path in Path(config.OUTPUT).glob(f"{name}/{tag}/{LATEST}"))
     needed = not any(getattr(args, flag, None) for flag in ELSEWHERE)

@@ -64,20 +64,3 @@ def test_a_small_temperature_does_not_overflow():
     labels = torch.arange(20) % 2
     found = knn_classify(train, labels, train, [20], 0.001, 2)[20]
     assert found[:, 0].equal(labels)
-
-
-@pytest.mark.parametrize(
-    ("ks", "temperature", "width", "message"),
-    [
-        ([21], 0.07, 4, "k must be from 1 to the 20 training features"),
-        ([0], 0.07, 4, "k must be"),
-        ([], 0.07, 4, "k must be"),
-        ([5], 0.0, 4, "temperature must be positive"),
-        ([5], 0.07, 3, "training features have 4 values, test 3"),
-    ],
-)
-def test_mistakes_are_refused(ks, temperature, width, message):
-    with pytest.raises(ValueError, match=message):
-        knn_classify(
-            torch.zeros(20, 4), torch.zeros(20).long(), torch.zeros(3, width), ks, temperature, 1
-        )

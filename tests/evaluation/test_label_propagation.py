@@ -85,17 +85,6 @@ def test_what_is_kept_does_not_grow_with_the_video():
     assert len(propagation.recent) == 2
 
 
-def test_refusals():
-    features, labels = draw(3, 4, 2), labels_of(3, 4)
-    for settings in ((-1, 12, 5), (7, -1, 5), (7, 12, 0), (7, 12, 5, 0.0)):
-        with pytest.raises(ValueError, match="must be at least"):
-            LabelPropagation(features, labels, *settings)
-    with pytest.raises(ValueError, match="features of"):
-        LabelPropagation(features, labels[:2])
-    with pytest.raises(ValueError, match="as in the first frame"):
-        LabelPropagation(features, labels).step(draw(4, 3, 2))
-
-
 def test_the_least_that_is_accepted():
     """One patch, no movement, and no frame but the first: labels stay where the best match is."""
     features, labels = draw(3, 4, 2), labels_of(3, 4)

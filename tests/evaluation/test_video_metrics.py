@@ -38,8 +38,6 @@ def test_empty_masks(metric):
     assert metric(square, square) == 1.0
     assert metric(square, empty) == 0.0
     assert metric(empty, square) == 0.0
-    with pytest.raises(ValueError, match="one shape"):
-        metric(square, square[:-1])
 
 
 def test_a_mask_of_the_whole_frame_has_no_contour():
@@ -92,8 +90,6 @@ def test_statistics():
     assert statistics([1.0, 0.5, 0.0])[2] == pytest.approx(0.75)
     # more frames than a byte counts
     assert statistics([1.0] * 200 + [0.0] * 200)[2] == 1.0
-    with pytest.raises(ValueError, match="no frame"):
-        statistics([])
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 3, 5])
