@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-from utils.errors import UserError
+from utils.errors import UserError, reading
 
 
 class Use(Flag):
@@ -406,19 +406,15 @@ def to_json(config: CfgNode) -> str:
 
 
 def _merge_file(config: CfgNode, path: Path, including: tuple[Path, ...]) -> None:
-    try:
-        if path.resolve() in including:
-            raise UserError(f"{path}: BASE files include each other")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.resolve() in including:
+        raise UserError(f"{path}: BASE files include each other")
+    with reading(path, "cannot read the configuration"):
+        text = path.read_text(encoding="utf-8")
+    with reading(path, "not a valid YAML file"):
+        content = yaml.safe_load(text)
         if _values(content, {}) > MOST_VALUES:
             raise UserError(f"{path}: it stands for more than {MOST_VALUES} values")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a valid YAML file ({reason})") from error
-    if content is None:
-        content = {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: a configuration is a YAML mapping of keys, this is no mapping")
     bases = content.pop("BASE", None) or []

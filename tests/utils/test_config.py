@@ -116,7 +116,7 @@ def test_base_files_come_first_and_relative(tmp_path):
         ("TRAIN: {BASE_LR: fast}", "TRAIN.BASE_LR must be a number"),
         ("- 1\n- 2", "c.yaml: a configuration is a YAML mapping"),
         ("TRAIN: {EPOCHS: [}", "c.yaml: not a valid YAML file"),
-        ("BASE: [none.yaml]", "none.yaml: cannot read the configuration"),
+        ("BASE: [none.yaml]", "none.yaml: no such file"),
         ("BASE: [c.yaml]", "BASE files include each other"),
         ("TRAIN: !!python/object/apply:os.system ['true']", "c.yaml: not a valid YAML file"),
     ],
