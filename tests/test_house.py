@@ -47,6 +47,19 @@ def test_arrows_point_one_way(path):
         assert not tool or path.parent != ROOT, f"{path.name}, a script, imports a tool"
 
 
+def test_no_module_imports_itself_by_others():
+    """Also within a room, and also by imports within functions."""
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in SOURCES}
+    direct = {n: imports(ast.parse(p.read_text())) & names.keys() for n, p in names.items()}
+    for name in names:
+        seen, pending = set(), set(direct[name])
+        while pending:
+            other = pending.pop()
+            seen.add(other)
+            pending |= direct[other] - seen
+        assert name not in seen, f"{name} is in a circle of imports"
+
+
 def test_the_rooms_are_seen():
     """That the test above would notice."""
     assert room("evaluation.knn") == "evaluation" and room("optimizer") == "models"
