@@ -196,7 +196,9 @@ def _open(place: DataPath, split: str, download: bool, labelled: bool) -> ImageS
 
     split = "test" if split == "val" else split
     if download:
-        on_first_process(lambda: open_transfer_set(place.dataset, place.root, split, True))
+        on_first_process(
+            lambda: open_transfer_set(place.dataset, place.root, split, download=True)
+        )
     return first_on_each_node(lambda: open_transfer_set(place.dataset, place.root, split))
 
 
