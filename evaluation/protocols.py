@@ -354,7 +354,8 @@ def identity_of(state: Mapping[str, Any], frozen: bool) -> dict[str, Any]:
             if key in config:
                 old[key] = config[key]
     said = state.get("settings")
-    return old | (said if isinstance(said, dict) else {})
+    old |= said if isinstance(said, dict) else {}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in old.items()}
 
 
 def _images(of: Mapping[str, Any]) -> int:

@@ -12,9 +12,10 @@ from PIL import Image
 
 import eval_linear
 from data.loader import normalize
+from evaluation.identity import differences
 from evaluation.linear import LinearClassifiers
 from evaluation.logistic_regression import choose_strength
-from evaluation.protocols import MAE_V0_2, hold_out, protocol_said, set_aside
+from evaluation.protocols import MAE_V0_2, hold_out, identity_of, protocol_said, set_aside
 from lr_scheduler import Rates, build_scheduler
 from models.encoder import create_encoder
 from utils.arguments import given_keys, parse_arguments
@@ -203,6 +204,9 @@ def test_a_fine_tuning_of_version_0_2_keeps_its_protocol(tmp_path):
     state = {"model": {}, "epoch": 3, "protocol": "mae", "provenance": {"weights": "w"}}
     torch.save(state, tmp_path / "checkpoint.pth")
     assert protocol_said(state, frozen=False) is MAE_V0_2
+    old = state | {"settings": {"TRAIN.OPTIMIZER.BETAS": (0.9, 0.999)}, "encoder": "w"}
+    new = {"TRAIN.OPTIMIZER.BETAS": [0.9, 0.999], "weights": "w", "--protocol": "mae-v0.2"}
+    assert differences(identity_of(old, frozen=False), new) == {}
 
     def chosen(*flags, folder=tmp_path):
         given = command("d", "o", *flags, opts=TUNED)
