@@ -114,8 +114,7 @@ def main() -> None:
     with StopSignals() as signals:
         args, asked, notes = parse_evaluation(__doc__, add_arguments)
         frozen, given = asked.LINEAR_EVAL.WEIGHTS == "freeze", given_keys(args)
-        folder = result_folder(args, asked)
-        protocol = choose_protocol(args, asked, folder)
+        protocol = choose_protocol(args, asked, folder := result_folder(args, asked))
         config, rates = apply_protocol(asked, protocol, given, args.lr)
         run = start(config, folder, trains=not (frozen or config.EVAL_MODE))
         log_notes(run, notes)
