@@ -192,7 +192,7 @@ def test_resuming_changes_nothing(run_main, tinted, tmp_path, monkeypatch, opts)
         patch.setattr(Session, "save", stop_after_two)
         run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
     run_main(eval_linear, *arguments(tinted, stopped, opts=opts))
-    assert "after epoch 1" in (folder(stopped, kind) / "log_rank0.txt").read_text()
+    assert "at update 12\n" in (folder(stopped, kind) / "log_rank0.txt").read_text()
     assert_same(checkpoint(straight, kind), checkpoint(stopped, kind))
     assert results(straight, kind) == results(stopped, kind)
     # once finished it is left alone
