@@ -10,15 +10,22 @@ data=$DATA
 if [ -n "$LOCAL_DISK" ]; then
     data=$LOCAL_DISK/$(basename "$DATA")
 fi
+# where the data lie, and the path, size and time of each file: they may change in place
+contents() {
+    realpath "$DATA"
+    find -L "$DATA" -name .synco -prune -o -type f -printf '%P %s %T@\n' | LC_ALL=C sort | sha256sum
+}
 if [ "$part" = copy ]; then
     mkdir -p "$data"
     (
         flock 9  # jobs that share the disk wait for the first one's copy
         if [ ! -e "$data/.complete" ]; then
+            found=$(contents)  # before the copy: what changes meanwhile is noticed by the next job
             cp -R "$DATA/." "$data"
-            realpath "$DATA" > "$data/.complete"
-        elif [ "$(cat "$data/.complete")" != "$(realpath "$DATA")" ]; then
-            echo "$data: a copy of other data than $DATA: remove it, or set another LOCAL_DISK" >&2
+            echo "$found" > "$data/.complete"
+        elif [ "$(cat "$data/.complete")" != "$(contents)" ]; then
+            echo "$data: a copy of other data than $DATA has now: remove it, or set another" \
+                "LOCAL_DISK" >&2
             exit 1
         fi
     ) 9> "$data/.lock"

@@ -349,18 +349,43 @@ def test_no_node_trains_before_all_have_copied(job, copy_of_jobs, tmp_path, scri
     assert (tmp_path / "queue").exists() and not (tmp_path / "queue.runs").exists()
 
 
+def copy_to_disk(data: Path, disk: Path) -> subprocess.CompletedProcess:
+    variables = {"DATA": str(data), "LOCAL_DISK": str(disk)}
+    command = ["bash", str(ROOT / "jobs/node.sh"), "copy", "1", "1", "localhost"]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+
+
 def test_a_copy_of_other_data_is_not_trained_on(tmp_path):
     """On a node's own disk, where two data sets may have one name."""
     for number in (1, 2):
         (tmp_path / f"{number}/set/train").mkdir(parents=True)
         (tmp_path / f"{number}/set/train/{number}.txt").touch()
-
-    def copy(number):
-        variables = {"DATA": str(tmp_path / f"{number}/set"), "LOCAL_DISK": str(tmp_path / "disk")}
-        command = ["bash", str(ROOT / "jobs/node.sh"), "copy", "1", "1", "localhost"]
-        return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
-
-    assert copy(1).returncode == copy(1).returncode == 0
-    assert (tmp_path / "disk/set/train/1.txt").exists()
-    done = copy(2)
+    data, disk = [tmp_path / f"{number}/set" for number in (1, 2)], tmp_path / "disk"
+    assert copy_to_disk(data[0], disk).returncode == copy_to_disk(data[0], disk).returncode == 0
+    assert (disk / "set/train/1.txt").exists()
+    done = copy_to_disk(data[1], disk)
     assert done.returncode == 1 and "disk/set: a copy of other data than" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda train: (train / "new").touch(), False),
+        (lambda train: (train / "a").unlink(), False),
+        (lambda train: (train / "a").write_text("longer"), False),
+        (lambda train: os.utime(train / "a", (1, 1)), False),  # replaced by as many bytes
+        (lambda train: (train / "a").rename(train / "b"), False),
+        (lambda train: (train.parent / ".synco").mkdir(), True),  # the program's own lists
+        (lambda train: None, True),
+    ],
+    ids=["added", "removed", "longer", "replaced", "renamed", "listed", "same"],
+)
+def test_a_copy_of_data_that_changed_in_their_place_is_not_trained_on(tmp_path, change, same):
+    data, disk = tmp_path / "set", tmp_path / "disk"
+    (data / "train").mkdir(parents=True)
+    (data / "train/a").write_text("one")
+    assert copy_to_disk(data, disk).returncode == 0
+    change(data / "train")
+    done = copy_to_disk(data, disk)
+    assert (done.returncode == 0) is same, done.stderr
+    assert same or "a copy of other data than" in done.stderr
