@@ -39,7 +39,7 @@ from utils.progress import images_per_update
 from utils.provenance import describe_images, gather_provenance
 from utils.run import Run, keep_precision, run_script, start, write_config
 from utils.seed import seed_step
-from utils.session import Parts, Session
+from utils.session import Session, StateDicts
 from utils.signals import StopSignals
 from utils.training_log import Loader, measure_throughput
 from utils.update import Update, allow_tf32
@@ -84,19 +84,19 @@ def main() -> None:
         began_with = checkpoint.path if checkpoint else args.pretrained
         run = replace(run, provenance=describe_run(run, model, data, began_with))
         describe(run, model, loader, given_keys(args))
-        saved = Parts(lr_scheduler=scheduler)
-        session = Session(run, loader, update, signals, saved)
+        beside = StateDicts(lr_scheduler=scheduler)  # the weights in a checkpoint
+        session = Session(run, loader, update, signals, beside)
         if checkpoint:
             resume(session, checkpoint)
         elif weights:
             start_from(weights, model, run)
-        if session.step < session.steps:  # else it says how the run was made
+        if session.step < session.steps:  # one that has ended keeps what it was made with
             write_config(run)
         if config.EVAL_MODE or config.THROUGHPUT_MODE or args.dry_run:
             return without_training(session, args.dry_run, began_with)
 
         probe = build_probe(model, source, run, checkpoint)
-        saved |= {"probe": probe} if probe else {}
+        beside |= {"probe": probe} if probe else {}
         checkpoint = weights = None  # their tensors take memory
         knn = build_knn(run, source)
         bad_images = BadImages(source, config.DATA.MAX_BAD_FRACTION, run.logger)

@@ -28,7 +28,7 @@ from utils.config import DEFAULTS, load_config, with_values
 from utils.distributed import data_parallel, init_process_group, leave_group
 from utils.progress import EpochSize, Progress
 from utils.run import Run
-from utils.session import PRETRAINING, Parts, Session
+from utils.session import PRETRAINING, Session, StateDicts
 from utils.update import Precision, Update
 
 ROOT = Path(__file__).parent.parent
@@ -290,7 +290,7 @@ def session_of(folder, step=0, size=(8, 4), kind=PRETRAINING, signals=NO_SIGNALS
     update = SimpleNamespace(ddp=Model(), state_dict=dict, optimizers=[])
     loader = Batches()
     loader.size = size = EpochSize(*size)
-    session = Session(run, loader, update, signals, Parts(), kind)
+    session = Session(run, loader, update, signals, StateDicts(), kind)
     epoch = max(0, step - 1) // size.updates
     session.progress = Progress(size, epoch, step)
     session.progress.images_seen = session.progress.steps_of_epoch * size.images_per_update

@@ -35,7 +35,7 @@ from utils.update import Averages, Result, Update
 PAUSE = 5.0  # seconds between tries to write the last checkpoint
 
 
-class Parts(dict[str, Any]):
+class StateDicts(dict[str, Any]):
     """Objects by the names under which a checkpoint has their ``state_dict``."""
 
     def state_dict(self) -> dict[str, Any]:
