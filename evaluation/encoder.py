@@ -18,7 +18,11 @@ from utils.errors import UserError
 
 
 def load_encoder(
-    source: str, encoder: str | None = None, key: str = "encoder", img_size: int | None = None
+    source: str,
+    encoder: str | None = None,
+    key: str = "encoder",
+    img_size: int | None = None,
+    container: str | None = None,
 ) -> Backbone:
     """``synco_vit.load_encoder``, which says what it takes and gives.
 
@@ -40,7 +44,7 @@ def load_encoder(
         if not os.path.exists(path):
             names = ", ".join([*ENCODERS, *RESNETS])
             raise UserError(f"{source}: no such file, and no encoder: {names} or {PREFIX}<name>")
-        loaded, config = open_encoder(path, key, encoder, img_size)
+        loaded, config = open_encoder(path, key, encoder, img_size, container)
     loaded.transform = build_transform(config)
     return loaded.eval()
 

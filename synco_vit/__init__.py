@@ -19,6 +19,7 @@ def load_encoder(
     encoder: str | None = None,
     key: str = "encoder",
     img_size: int | None = None,
+    container: str | None = None,
 ) -> nn.Module:
     """An encoder without a classifier, by its name or with the weights of a file.
 
@@ -36,6 +37,7 @@ def load_encoder(
         encoder: the name of the encoder, where the file does not tell it.
         key: ``encoder`` or ``encoder_k`` (momentum), of a pre-training checkpoint.
         img_size: side of the images in pixels, by default what the file says, else 224.
+        container: where in a file of several encoders the weights lie, such as ``model.teacher``.
 
     Returns:
         the encoder in eval mode. Beside what timm gives it, such as ``num_features`` and
@@ -50,6 +52,6 @@ def load_encoder(
         from utils.errors import UserError
 
         try:
-            return keep_picklable(load(os.fspath(source), encoder, key, img_size))
+            return keep_picklable(load(os.fspath(source), encoder, key, img_size, container))
         except UserError as error:
             raise ValueError(str(error)) from error
