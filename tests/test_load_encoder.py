@@ -116,7 +116,7 @@ def test_what_no_file_tells_is_asked_for(tmp_path):
 def test_of_several_encoders_in_a_file_one_is_chosen(tmp_path):
     first, second = (create_encoder("vit_nano", img_size=32) for _ in range(2))
     torch.save({"a": first.state_dict(), "b": {"c": second.state_dict()}}, tmp_path / "two.pth")
-    with pytest.raises(ValueError, match="several parts of it fit: a, b.c"):
+    with pytest.raises(ValueError, match=r"several parts of it fit: a, b\.c"):
         load_encoder(tmp_path / "two.pth", encoder="vit_nano")
     for container, one in (("a", first), ("b.c", second)):
         loaded = load_encoder(tmp_path / "two.pth", encoder="vit_nano", container=container)

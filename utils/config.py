@@ -257,19 +257,41 @@ def settings(config: Mapping[str, Any], uses: Use) -> dict[str, Any]:
         plain values as JSON has them, lists in place of tuples.
     """
     given = dict(leaves(config))
-    # the further arguments of a method are keys of no table
-    also = {k: TRAINING for k in given if k.startswith("MODEL.OPTIONS.")}
+    options = {key: key_of(key) for key in given if key.startswith(OPTIONS)}
     found = {
-        k: given.get(k, KEYS[k].default if k in KEYS else None)
-        for k, of in ({k: e.uses for k, e in KEYS.items() if e.effect} | also).items()
-        if of & uses
+        key: given.get(key, entry.default)
+        for key, entry in (KEYS | options).items()
+        if entry.effect and entry.uses & uses
     }
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
+OPTIONS = "MODEL.OPTIONS."
+
+
+def key_of(name: str) -> Key:
+    """The entry of a key; a further argument of a method is a key that the table does not have."""
+    return Key(None, TRAINING) if name.startswith(OPTIONS) else KEYS[name]
+
+
 def configuration_facts(config: CfgNode) -> dict[str, object]:
     """Each key with its value, except those in which processes may differ."""
-    return {k: repr(v) for k, v in leaves(as_dict(config)) if not KEYS[k].local}
+    return {k: repr(v) for k, v in leaves(as_dict(config)) if not key_of(k).local}
+
+
+def changed_settings(config: CfgNode) -> str:
+    """What differs from the keys' defaults, without what only says where things lie.
+
+    Returns:
+        a line for each section, such as ``TRAIN: EPOCHS 100, BASE_LR 0.001``.
+    """
+    lines: dict[str, list[str]] = {}
+    for key, value in leaves(as_dict(config)):
+        entry = key_of(key)
+        if value != entry.default and entry.effect and entry.uses != PLACE:
+            section, _, name = key.rpartition(".")
+            lines.setdefault(section, []).append(f"{name} {value}")
+    return "\n".join(f"{name or 'also'}: {', '.join(values)}" for name, values in lines.items())
 
 
 def _defaults() -> CfgNode:

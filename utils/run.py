@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 from logger import create_logger
 from utils.checkpoint import Checkpoint, replacing
-from utils.config import configuration_facts, run_folder, to_json, with_values
+from utils.config import changed_settings, configuration_facts, run_folder, to_json, with_values
 from utils.distributed import (
     check_agreement,
     init_process_group,
@@ -99,8 +99,9 @@ def start(config: CfgNode, folder: str | None = None, trains: bool = False) -> R
         logger = create_logger(folder, rank())
     torch.manual_seed(config.SEED)  # the same weights and queues on every process
     run = Run(folder, device, precision, logger, config)
-    said = f"{world_size()} processes, torch {torch.__version__}, {device}, configuration:"
-    logger.info("%s\n%s", said, to_json(run.effective).rstrip())
+    place = os.path.join(folder, "config.json")  # written once nothing is wrong
+    logger.info(f"{world_size()} processes, torch {torch.__version__}, {device}; settings: {place}")
+    logger.info("settings other than the keys' defaults:\n%s", changed_settings(config))
     log_precision(precision, logger)
     return run
 

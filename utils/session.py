@@ -433,7 +433,9 @@ def warn_of_changes(checkpoint: Checkpoint, progress: Progress, run: Run, uses: 
     # ``keep_precision`` has said what becomes of the precision
     settings_before = settings(written, uses) | {"AMP_OPT_LEVEL": now.get("AMP_OPT_LEVEL")}
     changed = [
-        f"{k} {settings_before[k]}, now {v}" for k, v in now.items() if settings_before[k] != v
+        f"{k} {settings_before.get(k)}, now {now.get(k)}"
+        for k in dict.fromkeys([*now, *settings_before])
+        if settings_before.get(k) != now.get(k)
     ]
     if written and changed:
         warn(f"{path} was written with other settings: {'; '.join(changed)}")

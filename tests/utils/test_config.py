@@ -16,7 +16,10 @@ from utils.config import (
     KEYS,
     Use,
     as_dict,
+    changed_settings,
     check_ranges,
+    configuration_facts,
+    leaves,
     load_config,
     markdown_table,
     run_folder,
@@ -397,3 +400,26 @@ def test_settings_of_a_use():
     assert settings({}, Use.FEATURE)["TEST.CROP"] is True
     options = settings({"MODEL": {"OPTIONS": {"margin": 1}}}, Use.TRAINING)
     assert options["MODEL.OPTIONS.margin"] == 1
+
+
+def test_further_arguments_of_a_method_are_settings_of_a_training():
+    config = load_config("configs/synco_vit_tiny.yaml", ["MODEL.OPTIONS.margin", "1"])
+    assert configuration_facts(config)["MODEL.OPTIONS.margin"] == "1"
+    assert "MODEL.OPTIONS.margin" in settings(as_dict(config), Use.TRAINING)
+    assert "MODEL.OPTIONS.margin" not in settings(as_dict(config), Use.CLASSIFIER)
+    assert "MODEL.OPTIONS: margin 1" in changed_settings(config).splitlines()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_differs_from_the_defaults_fits_a_screen(path):
+    config = load_config(str(path), ["SEED", "7", "OUTPUT", "elsewhere", "TRAIN.CLIP_GRAD", "5.0"])
+    lines = changed_settings(config).splitlines()
+    assert len(lines) <= 15 and "SEED 7" in lines[-1]
+    assert not any("elsewhere" in line or "CLIP_GRAD" in line for line in lines)
+    shown = {
+        f"{section}.{pair.split()[0]}" if section != "also" else pair.split()[0]
+        for section, _, rest in (line.partition(": ") for line in lines)
+        for pair in re.split(r", (?=[A-Z])", rest)
+    }
+    others = {key for key, value in leaves(as_dict(config)) if value != KEYS[key].default}
+    assert shown == {k for k in others if KEYS[k].uses != Use.PLACE and KEYS[k].effect}

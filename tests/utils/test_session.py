@@ -80,6 +80,19 @@ def test_every_setting_of_a_training_is_compared_and_no_other(tmp_path, caplog):
             assert len(lines) == 1 and f"{name} " in lines[0] and f", now {now}" in lines[0]
 
 
+def test_arguments_of_a_method_that_come_or_go_are_said(tmp_path, caplog):
+    without = session_of(tmp_path).run.effective.dump().replace("BASE_LR: 0.0005", "BASE_LR: 0.5")
+    given = without.replace("OPTIONS: {}", "OPTIONS:\n    margin: 1")
+    for config, keys, said in (
+        (given, {}, "MODEL.OPTIONS.margin 1, now None"),
+        (without, {"MODEL__OPTIONS__margin": 2}, "MODEL.OPTIONS.margin None, now 2"),
+        (given, {"MODEL__OPTIONS__margin": 2}, "MODEL.OPTIONS.margin 1, now 2"),
+    ):
+        (line,) = changes(tmp_path, caplog, {"config": config}, **keys)
+        assert line.endswith(f"other settings: {said}")
+    assert not changes(tmp_path, caplog, {"config": given}, MODEL__OPTIONS__margin=1)
+
+
 @pytest.mark.parametrize("state", [{}, {"config": b"\0"}, {"config": 3, "provenance": "x"},
                                    {"config": "[" * 9999}])  # fmt: skip
 def test_a_state_of_another_program_says_nothing_of_settings(tmp_path, caplog, state):
