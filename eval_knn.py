@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number_in(1, 10**9),
         nargs="+",
         metavar="K",
-        help=f"numbers of neighbours (default: those of {KS} that there are images for)",
+        help="numbers of neighbours (default: 10 20 100 200, as far as there are images)",
     )
     parser.add_argument(
         "--temperature", type=number_in(1e-9, 1e9), default=0.07, help="of the neighbours' weights"

@@ -59,7 +59,7 @@ def test_help_has_groups_defaults_and_an_example(ask):
     assert f"python {script}.py --cfg synco_vit_small --data-path DATA --output" in text
     own = {
         "main_pretrain": "--profile N",
-        "eval_knn": "numbers of neighbours (default: 10 20 100 200)",
+        "eval_knn": "numbers of neighbours (default: 10 20 100 200, as far as there are images)",
         "eval_linear": "L2 strengths from 1e-6 to 1e5 that lbfgs tries (default: 45)",
         "eval_retrieval": "which of the two (default: roxford5k)",
         "eval_video_seg": "of a frame in pixels (default: 480)",
