@@ -111,10 +111,10 @@ def read_ground_truth(root: str, dataset: str) -> GroundTruth:
 
 
 def _names(values: Any) -> list[str]:
-    names = list(map(str, values))
-    if not names or any(os.path.basename(name) != name for name in names):
+    named = [isinstance(name, str) and os.path.basename(name) == name for name in values]
+    if not named or not all(named):
         raise ValueError("imlist and qimlist must hold names of images")
-    return names
+    return list(map(str, values))  # plain ones, also of an array
 
 
 # by ``fromiter``, since lists that hold one list often could become any number of values
