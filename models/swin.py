@@ -59,7 +59,8 @@ class SwinTransformer(TimmSwinTransformer):
         patches: Any = self.patch_embed  # torch's types allow no attributes of other types
         patches.dynamic_img_pad = True
         self.register_load_state_dict_pre_hook(rename_microsoft)
-        shift_by_maps(self)
+        # the maps of the others are larger than a window at every size that is built here
+        shift_by_maps(self.layers[-1])
 
 
 def shift_by_maps(model: nn.Module) -> None:

@@ -107,15 +107,16 @@ class Peers:
         Raises:
             LostPeer: a process has died, or shows no sign of life.
         """
-        done = False
-        while not done:
+        while not work.is_completed():
             lost = self._lost  # read before the wait: what was sent before the end still counts
-            try:
-                done = work.wait(datetime.timedelta(seconds=BEAT))
-            except RuntimeError as error:
-                failure = error if work.is_completed() else lost
-                if failure:
-                    raise LostPeer(" ".join(str(failure).split())) from failure
+            with contextlib.suppress(RuntimeError):  # the time is over, or see below
+                work.wait(datetime.timedelta(seconds=BEAT))
+            if lost and not work.is_completed():
+                raise LostPeer(" ".join(str(lost).split())) from lost
+        try:
+            work.wait()  # which tells of a failure
+        except RuntimeError as error:
+            raise LostPeer(" ".join(str(error).split())) from error
 
     def leave(self) -> None:
         """Wait until every process leaves, or one is lost: the store ends with the first one."""
